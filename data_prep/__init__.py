@@ -1,0 +1,1 @@
+"""Text in, shards out. Never imports torch."""

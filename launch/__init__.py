@@ -1,0 +1,1 @@
+"""What runs before and around a job."""
