@@ -1,0 +1,309 @@
+"""The contract between preparing and training: what a dataset folder holds, and how to open it.
+
+A dataset folder is one token stream per split, cut into chunks, packed into WebDataset shards:
+
+    manifest.json            what this file describes; written last, so that it vouches for all the rest
+    tokenizer/               tokenizer.model and its Hugging Face twin
+    SPLIT-000000.tar …       the shards
+    SPLIT-000000.ids.jsonl … the ids of the documents that start in the shard, one JSON string a line
+    SPLIT.shards.npy         per shard: bytes, sha256, first chunk (`SHARD_RECORD`)
+    SPLIT.chunks.npy         <u8 [4, C + 1], rows as in `CHUNK_ROWS`; column C closes the last chunk
+
+The index files are binary and memory-mapped, so that a million shards open in milliseconds, and the ranks
+of a node share the pages. The manifest holds their sha256, and its own hash is the `dataset_id`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import pydantic
+from pydantic import BaseModel, Field
+
+from data_prep.errors import UserError
+
+FORMAT_VERSION = 1
+MANIFEST_NAME = "manifest.json"
+TOKENIZER_FOLDER = "tokenizer"
+
+SHARD_RECORD = np.dtype(
+    [
+        ("bytes", "<u8"),  # size of the tar
+        ("sha256", "V32"),  # of the tar
+        ("first_chunk", "<u8"),  # number of the first chunk in it
+        ("ids_bytes", "<u8"),  # size of the ids file
+        ("ids_sha256", "V32"),  # of the ids file
+    ]
+)
+# token_start and document_start: how many tokens (documents) of the split come before the chunk.
+# data_offset: bytes from the start of the tar to the chunk's first token.
+CHUNK_ROWS = ("token_start", "document_start", "shard", "data_offset")
+
+
+class TokenizerInfo(BaseModel, extra="forbid"):
+    """The tokenizer that made the tokens; `sha256` is that of `tokenizer.model`."""
+
+    sha256: str
+    sentencepiece_version: str
+    model_type: Literal["bpe", "unigram", "word", "char"]
+    vocab_size: int
+    eos_token_id: int
+    bos_token_id: int
+    pad_token_id: int
+    unk_token_id: int
+    encode_unit: Literal["document"] = "document"
+
+
+class SourceInfo(BaseModel, extra="forbid"):
+    """Where the text came from: `name` of the source, its `settings`, and `fingerprint`, the sha256 of
+    what was found there (names and sizes of files, or the hub's revision)."""
+
+    name: str
+    settings: dict[str, Any]
+    fingerprint: str
+
+
+class SplitInfo(BaseModel, extra="forbid"):
+    """One split's counts. `tokens` includes one eos for each of `documents`."""
+
+    shards: int
+    chunks: int
+    tokens: int
+    documents: int
+    source_bytes: int = Field(description="UTF-8 bytes of the documents kept: the bits-per-byte denominator")
+    source_rows: int = Field(description="rows, lines or files read from the source for this split")
+    words: int = Field(description="whitespace-separated words of the documents kept")
+    lines: int = Field(description="newlines in the documents kept")
+    dtype: Literal["<u2", "<u4"]
+    dropped: dict[str, int] = Field(description="documents a filter left out, by reason")
+    changed: dict[str, int] = Field(description="characters that a stated policy replaced, by reason")
+    round_trip_documents: int = Field(
+        description="documents for which decode(encode(text)) == text was checked"
+    )
+    shards_index_sha256: str
+    chunks_index_sha256: str
+
+
+class Manifest(BaseModel, extra="forbid"):
+    """Everything that training has to know about a dataset, and nothing that changes between two
+    preparations of the same text: no times, no paths, no host names."""
+
+    format_version: int
+    source: SourceInfo
+    tokenizer: TokenizerInfo
+    chunk_tokens: int
+    chunks_per_shard: int
+    filters: dict[str, Any]
+    splits: dict[str, SplitInfo]
+
+    @property
+    def dataset_id(self) -> str:
+        """sha256 (hex) of the canonical JSON: the name of these exact bytes."""
+        return hashlib.sha256(canonical_json(self.model_dump(mode="json"))).hexdigest()
+
+    def to_json(self) -> bytes:
+        """The bytes of manifest.json, the dataset id included."""
+        content = {"dataset_id": self.dataset_id, **self.model_dump(mode="json")}
+        return json.dumps(content, indent=2, ensure_ascii=False).encode() + b"\n"
+
+
+def canonical_json(value: Any) -> bytes:
+    """JSON with sorted keys and no spaces: equal values give equal bytes."""
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode()
+
+
+@dataclass(frozen=True)
+class SplitIndex:
+    """Where each token of a split lies. Arrays are views of memory-mapped files.
+
+    Attributes:
+        name: the split.
+        tokens: tokens in the stream, one eos a document included.
+        dtype: of the tokens on disk, `<u2` or `<u4`.
+        token_start: `<u8` [C + 1], tokens before each chunk; the last entry is `tokens`.
+        document_start: `<u8` [C + 1], documents that start before each chunk.
+        chunk_shard: `<u8` [C], shard of each chunk.
+        chunk_data_offset: `<u8` [C], byte offset in the tar of the chunk's first token.
+        shards: [num_shards] records of `SHARD_RECORD`.
+    """
+
+    name: str
+    tokens: int
+    dtype: np.dtype
+    token_start: np.ndarray
+    document_start: np.ndarray
+    chunk_shard: np.ndarray
+    chunk_data_offset: np.ndarray
+    shards: np.ndarray
+
+    @property
+    def num_shards(self) -> int:
+        return len(self.shards)
+
+    def shard_name(self, shard: int) -> str:
+        return f"{self.name}-{shard:06d}.tar"
+
+    def ids_name(self, shard: int) -> str:
+        return f"{self.name}-{shard:06d}.ids.jsonl"
+
+    def shard_bytes(self, shard: int) -> int:
+        return int(self.shards["bytes"][shard])
+
+    def shard_sha256(self, shard: int) -> str:
+        """Hex sha256 of the tar."""
+        return bytes(self.shards["sha256"][shard]).hex()
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """An opened dataset folder whose manifest and index files are whole."""
+
+    folder: str
+    manifest: Manifest
+    indexes: dict[str, SplitIndex]
+
+    @property
+    def dataset_id(self) -> str:
+        return self.manifest.dataset_id
+
+    @property
+    def tokenizer_folder(self) -> Path:
+        return Path(self.folder) / TOKENIZER_FOLDER
+
+    def split(self, name: str) -> SplitIndex:
+        """Raises UserError, with the known splits, for an unknown one."""
+        if name not in self.indexes:
+            known = ", ".join(self.indexes)
+            raise UserError(f"{self.folder}: no split '{name}'; it has {known}")
+        return self.indexes[name]
+
+
+def open_dataset(folder: str | Path) -> Dataset:
+    """Opens a dataset folder; reads the manifest and hashes the index files, not the shards.
+
+    Raises UserError if the folder is missing or unfinished, the manifest is of another version or was
+    changed by hand, or an index file is missing or damaged.
+    """
+    root = Path(folder)
+    manifest = read_manifest(root)
+    problems: list[str] = []
+    indexes = {}
+    for name, info in manifest.splits.items():
+        for suffix, sha256 in (("shards", info.shards_index_sha256), ("chunks", info.chunks_index_sha256)):
+            problems += check_file(root / f"{name}.{suffix}.npy", None, sha256)
+    if not problems:
+        indexes = {name: _load_index(root, name, info) for name, info in manifest.splits.items()}
+    if problems:
+        raise UserError(problems)
+    return Dataset(str(root), manifest, indexes)
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """Reads and checks manifest.json alone."""
+    path = folder / MANIFEST_NAME
+    if not path.is_file():
+        if not folder.exists():
+            raise UserError(f"{folder}: no such dataset folder; make one with `globallocal prepare`")
+        raise UserError(
+            f"{folder}: not a whole dataset ({MANIFEST_NAME} is missing, and it is written last); "
+            "run the same `globallocal prepare` command again, it goes on where it stopped"
+        )
+    return parse_manifest(path.read_bytes(), str(path))
+
+
+def parse_manifest(content: bytes, where: str) -> Manifest:
+    """Checks version, schema and self-hash of the bytes of a manifest; `where` names them in errors."""
+    try:
+        fields = json.loads(content)
+        version = fields["format_version"]
+        recorded_id = fields.pop("dataset_id")
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise UserError(
+            f"{where}: not a dataset manifest (damaged, or of something else); prepare it again"
+        ) from None
+    if version != FORMAT_VERSION:
+        raise UserError(
+            f"{where}: format version {version}, this program reads {FORMAT_VERSION}; "
+            "prepare the dataset again, or use the program version that made it"
+        )
+    try:
+        manifest = Manifest.model_validate(fields)
+    except pydantic.ValidationError as error:
+        places = [".".join(map(str, e["loc"])) + ": " + e["msg"] for e in error.errors()]
+        raise UserError(
+            [f"{where}: {place}; the manifest was changed by hand, restore it" for place in places]
+        ) from None
+    if manifest.dataset_id != recorded_id:
+        raise UserError(
+            f"{where}: content has the id {manifest.dataset_id[:16]}…, recorded is {str(recorded_id)[:16]}…; "
+            "the manifest was changed after it was written: restore it, or prepare the dataset again"
+        )
+    return manifest
+
+
+def _load_index(root: Path, name: str, info: SplitInfo) -> SplitIndex:
+    chunks = np.load(root / f"{name}.chunks.npy", mmap_mode="r", allow_pickle=False)
+    shards = np.load(root / f"{name}.shards.npy", mmap_mode="r", allow_pickle=False)
+    token_start, document_start, shard, data_offset = chunks
+    return SplitIndex(
+        name,
+        info.tokens,
+        np.dtype(info.dtype),
+        token_start,
+        document_start,
+        shard[:-1],
+        data_offset[:-1],
+        shards,
+    )
+
+
+def check_shards(dataset: Dataset, split: str, shards: Iterable[int], hashes: bool) -> list[str]:
+    """Checks shards against the manifest: sizes, and the sha256 of every byte if `hashes`.
+
+    Returns one line a fault: missing, truncated (expected and actual bytes), changed.
+    """
+    index = dataset.split(split)
+    problems: list[str] = []
+    for shard in shards:
+        sha256 = index.shard_sha256(shard) if hashes else None
+        problems += check_file(
+            Path(dataset.folder) / index.shard_name(shard), index.shard_bytes(shard), sha256
+        )
+    return problems
+
+
+def check_file(path: Path, expected_bytes: int | None, sha256: str | None) -> list[str]:
+    """One line for a file that is missing, of another size or of another hash; none if it is whole."""
+    try:
+        actual_bytes = path.stat().st_size
+        if expected_bytes is not None and actual_bytes != expected_bytes:
+            return [
+                f"{path}: {actual_bytes:,} bytes, expected {expected_bytes:,} "
+                f"({'truncated' if actual_bytes < expected_bytes else 'too long'}); "
+                "restore the file, or prepare the dataset again"
+            ]
+        if sha256 is not None and (actual := hash_file(path)) != sha256:
+            return [
+                f"{path}: sha256 {actual[:16]}…, expected {sha256[:16]}… (changed or damaged); "
+                "restore the file, or prepare the dataset again"
+            ]
+    except FileNotFoundError:
+        return [f"{path}: missing; restore the file, or prepare the dataset again"]
+    except OSError as error:
+        return [f"{path}: cannot be read ({error.strerror}); restore the file, or prepare the dataset again"]
+    return []
+
+
+def hash_file(path: Path) -> str:
+    """Hex sha256 of a file."""
+    digest = hashlib.sha256()
+    with open(path, "rb", buffering=0) as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
