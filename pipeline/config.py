@@ -1,0 +1,265 @@
+"""Every setting of a run: typed, with its unit; unknown keys are refused; all errors at once."""
+
+import difflib
+import inspect
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from yaml import YAMLError
+
+from data_prep.errors import UserError
+from model.configuration_globallocal import PRESETS, GlobalLocalConfig
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+
+class RunSection(Section):
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    """Names the run folder and the MLflow run."""
+    output_dir: Path | None = None
+    """Run folder; `runs/<name>` when absent."""
+    seed: int = Field(0, ge=0)
+    """Seeds the weights, dropout (with the rank added) and, unless `data.order_seed` is set, the sample order."""
+
+
+class ModelSection(BaseModel):
+    """A preset and whatever of `GlobalLocalConfig` differs from it, for example `hidden_size: 512`."""
+
+    model_config = ConfigDict(extra="allow", frozen=True, use_attribute_docstrings=True)
+
+    preset: str = "quickstart"
+    """One of the model presets; `globallocal estimate --help` lists them."""
+
+    @property
+    def overrides(self) -> dict[str, Any]:
+        return dict(self.model_extra or {})
+
+    def build(self, **from_dataset: Any) -> GlobalLocalConfig:
+        """The model's configuration; what the dataset fixes (vocabulary, special ids) is passed in.
+
+        Raises:
+            UserError: a value that the model refuses.
+        """
+        try:
+            return GlobalLocalConfig.from_preset(self.preset, **{**from_dataset, **self.overrides})
+        except (ValueError, TypeError) as error:
+            raise UserError(f"model: {error}") from None
+
+
+class DataSection(Section):
+    dataset: str
+    """Folder (or URL) of a prepared dataset."""
+    sequence_length: int = Field(512, ge=1)
+    """Tokens a sample; chosen here, not when the data is prepared."""
+    train_split: str = "train"
+    order_seed: int | None = Field(None, ge=0)
+    """Keys the permutation of samples; `run.seed` when absent."""
+    verify: Literal["hashes", "sizes", "none"] = "hashes"
+    """What is checked of every shard before step 0, the work shared by all ranks."""
+
+
+class OptimizerSection(Section):
+    """AdamW (arXiv:1711.05101) under linear warm-up and cosine decay (arXiv:1608.03983)."""
+
+    learning_rate: float = Field(5e-4, gt=0)
+    """The peak, reached after `warmup_steps`."""
+    betas: tuple[float, float] = (0.9, 0.95)
+    epsilon: float = Field(1e-8, gt=0)
+    weight_decay: float = Field(0.1, ge=0)
+    """Applied to matrices only: norms, biases and scalars are exempt."""
+    max_gradient_norm: float = Field(1.0, gt=0)
+    """Gradients are scaled down to this global norm."""
+    warmup_steps: int = Field(0, ge=0)
+    min_learning_rate_ratio: float = Field(0.1, ge=0, le=1)
+    """The learning rate of the last step over the peak."""
+
+
+class TrainingSection(Section):
+    max_steps: int | None = Field(None, ge=1)
+    """Optimizer steps. Set this or `max_epochs`."""
+    max_epochs: float | None = Field(None, gt=0)
+    """Passes over the train split, rounded up to whole steps (the last batch may reach into the next epoch)."""
+    global_batch_size: int = Field(16, ge=1)
+    """Samples an optimizer step, over all ranks."""
+    micro_batch_size: int = Field(4, ge=1)
+    """Samples a rank holds at once; gradient_accumulation_steps = global / (micro × world size)."""
+    precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
+    """`auto`: bf16 where the hardware multiplies it, else fp32; what was chosen is printed."""
+    log_interval_steps: int = Field(10, ge=1)
+
+    @model_validator(mode="after")
+    def one_length(self) -> "TrainingSection":
+        if (self.max_steps is None) == (self.max_epochs is None):
+            raise ValueError(
+                f"exactly one of max_steps ({self.max_steps}) and max_epochs ({self.max_epochs}) must be set"
+            )
+        return self
+
+
+class CheckpointSection(Section):
+    interval_steps: int = Field(1000, ge=1)
+    """The last step is always saved too."""
+    keep_last: int = Field(3, ge=1)
+    """Newest checkpoints kept; the newest verified one is never deleted."""
+    resume: str = "auto"
+    """`auto`: the newest verified checkpoint of this run, a fresh start only where there is none;
+    `none`: a fresh start, refused where checkpoints stand; else the folder of one checkpoint."""
+
+
+class EvaluationSection(Section):
+    split: str | None = "valid"
+    """null: no evaluation."""
+    interval_steps: int = Field(1000, ge=1)
+    """The last step is always evaluated too."""
+    max_samples: int | None = Field(None, ge=1)
+    """The first so many samples of the split; all when absent."""
+    prompts: tuple[str, ...] = ()
+    """Continued by sampling at each evaluation; the texts go to MLflow and the log."""
+    max_new_tokens: int = Field(48, ge=1)
+
+
+class TrackingSection(Section):
+    enabled: bool = True
+    experiment: str = "globallocal"
+    uri: str | None = None
+    """MLflow tracking URI; MLFLOW_TRACKING_URI when absent, else `sqlite:///mlflow.db` in the working folder."""
+
+
+class DeepSpeedSection(Section):
+    config: Path = Path("ds_configs/zero2.json")
+    """DeepSpeed's own knobs. Batch sizes, precision, optimizer and clipping are set in this file, not there."""
+
+
+class RunConfig(Section):
+    run: RunSection
+    model: ModelSection = ModelSection()
+    data: DataSection
+    optimizer: OptimizerSection = OptimizerSection()
+    training: TrainingSection
+    checkpoint: CheckpointSection = CheckpointSection()
+    evaluation: EvaluationSection = EvaluationSection()
+    tracking: TrackingSection = TrackingSection()
+    deepspeed: DeepSpeedSection = DeepSpeedSection()
+
+    @property
+    def run_folder(self) -> Path:
+        return self.run.output_dir or Path("runs") / self.run.name
+
+    @property
+    def order_seed(self) -> int:
+        return self.run.seed if self.data.order_seed is None else self.data.order_seed
+
+    def flat(self) -> dict[str, Any]:
+        """Dotted keys, as given on the command line: {"training.max_steps": 100, …}."""
+        return _flatten(self.model_dump(mode="json"))
+
+    def save(self, path: Path) -> None:
+        OmegaConf.save(OmegaConf.create(self.model_dump(mode="json")), path)
+
+
+def load_config(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> RunConfig:
+    """Read a run file and apply `section.key=value` overrides.
+
+    Raises:
+        UserError: the file cannot be read, or settings are wrong: every problem, one a line.
+    """
+    try:
+        merged = OmegaConf.load(path)
+        bad = [item for item in overrides if "=" not in item or item.startswith("-")]
+        if bad:
+            raise UserError([f"{item!r} is not an override; write section.key=value" for item in bad])
+        merged = OmegaConf.merge(merged, OmegaConf.from_dotlist(list(overrides)))
+        values = OmegaConf.to_container(merged, resolve=True)
+    except FileNotFoundError:
+        raise UserError(_missing_file(Path(path))) from None
+    except (YAMLError, OmegaConfBaseException, OSError) as error:
+        raise UserError(f"{path}: {' '.join(str(error).split())}") from None
+    if not isinstance(values, dict):
+        raise UserError(f"{path}: holds no settings; see launch/runs/quickstart.yaml for the form")
+    return validate(values, str(path))
+
+
+def validate(values: Mapping[Any, Any], origin: str) -> RunConfig:
+    """Settings as nested mappings → RunConfig; `origin` names them in the UserError."""
+    problems: list[str] = []
+    config = None
+    try:
+        config = RunConfig.model_validate(values)
+    except ValidationError as error:
+        problems += [_explain(item) for item in error.errors()]
+    model = values.get("model")
+    if isinstance(model, Mapping):
+        problems += _model_problems(model)
+    if problems or config is None:
+        raise UserError([f"{origin}: {problem}" for problem in problems])
+    return config
+
+
+def known_keys() -> list[str]:
+    """Every dotted key that a run file may hold, those of the model included."""
+    keys = []
+    for section, field in RunConfig.model_fields.items():
+        annotation = field.annotation
+        assert isinstance(annotation, type) and issubclass(annotation, BaseModel)
+        keys += [f"{section}.{key}" for key in annotation.model_fields]
+    return keys + [f"model.{key}" for key in _model_keys()]
+
+
+def _model_keys() -> list[str]:
+    parameters = inspect.signature(GlobalLocalConfig).parameters.values()
+    return [item.name for item in parameters if item.kind is not item.VAR_KEYWORD and item.name != "self"]
+
+
+def _model_problems(model: Mapping[Any, Any]) -> list[str]:
+    problems = [
+        _unknown(f"model.{key}", [f"model.{known}" for known in ["preset", *_model_keys()]])
+        for key in model
+        if key != "preset" and key not in _model_keys()
+    ]
+    preset = model.get("preset", "quickstart")
+    if preset not in PRESETS:
+        problems.append(f"model.preset: {preset!r} is not a preset; known: {', '.join(PRESETS)}")
+    return problems
+
+
+def _explain(error: Any) -> str:
+    key = ".".join(str(part) for part in error["loc"])
+    if error["type"] == "extra_forbidden":
+        return _unknown(key, known_keys() + list(RunConfig.model_fields))
+    if error["type"] == "missing":
+        return f"{key} is required"
+    message = error["msg"].removeprefix("Value error, ")
+    if isinstance(error["input"], Mapping):
+        return f"{key}: {message}"
+    return f"{key} = {error['input']!r}: {message[0].lower()}{message[1:]}"
+
+
+def _unknown(key: str, known: Sequence[str]) -> str:
+    near = difflib.get_close_matches(key, known, n=3, cutoff=0.4)
+    last = key.rsplit(".", 1)[-1]
+    near += [item for item in known if item.rsplit(".", 1)[-1] == last and item not in near]
+    hint = f"; nearest: {', '.join(near)}" if near else f"; known: {', '.join(known)}"
+    return f"unknown key {key}{hint}"
+
+
+def _missing_file(path: Path) -> str:
+    folder = path.parent if path.parent.is_dir() else Path("launch/runs")
+    known = sorted(str(item) for item in folder.glob("*.yaml")) if folder.is_dir() else []
+    return f"{path}: no such file" + (f"; there are: {', '.join(known)}" if known else "")
+
+
+def _flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            flat |= _flatten(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat

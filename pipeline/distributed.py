@@ -1,0 +1,129 @@
+"""Ranks: start, agreement, the wish to stop, shutdown."""
+
+import os
+import signal
+import socket
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from types import FrameType
+from typing import Any
+
+import deepspeed
+import torch
+import torch.distributed as dist
+from deepspeed.accelerator import get_accelerator
+
+from data_prep.errors import UserError
+
+PREEMPTED_EXIT_CODE = 75
+"""EX_TEMPFAIL of sysexits.h: everything is saved, start me again."""
+
+
+@dataclass(frozen=True)
+class World:
+    """This process among all others. `control` is a gloo group for flags and small objects on the CPU."""
+
+    rank: int
+    local_rank: int
+    size: int
+    device: torch.device
+    control: dist.ProcessGroup | None
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    def gather(self, item: Any) -> list[Any]:
+        """Every rank's item, in order of rank, on every rank."""
+        items: list[Any] = [None] * self.size
+        dist.all_gather_object(items, item, group=self.control)
+        return items
+
+    def broadcast(self, item: Any) -> Any:
+        """Rank 0's item, on every rank."""
+        items = [item]
+        dist.broadcast_object_list(items, src=0, group=self.control)
+        return items[0]
+
+    def any(self, flag: bool) -> bool:
+        """True on every rank if it is on one."""
+        flags = torch.tensor([int(flag)])
+        dist.all_reduce(flags, op=dist.ReduceOp.MAX, group=self.control)
+        return bool(flags.item())
+
+    def barrier(self) -> None:
+        dist.barrier(group=self.control)
+
+    def raise_together(self, problems: Sequence[str]) -> None:
+        """Raises on every rank, with the problems of all.
+
+        Raises:
+            UserError: where one rank or more passed a problem; those not seen by all name their rank.
+        """
+        by_rank = self.gather(list(problems))
+        merged: dict[str, list[int]] = {}
+        for rank, lines in enumerate(by_rank):
+            for line in lines:
+                merged.setdefault(line, []).append(rank)
+        if merged:
+            raise UserError(
+                [
+                    line if len(ranks) == self.size else f"{line} [rank {', '.join(map(str, ranks))}]"
+                    for line, ranks in merged.items()
+                ]
+            )
+
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        """A UserError inside, on any rank, is raised on every rank. No collective may stand inside."""
+        problems: list[str] = []
+        try:
+            yield
+        except UserError as error:
+            problems = error.problems
+        self.raise_together(problems)
+
+
+def start() -> World:
+    """Join the process group. Without a launcher's environment this is a world of one."""
+    if "WORLD_SIZE" not in os.environ:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        os.environ.update(
+            RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
+        )
+    deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False)
+    accelerator = get_accelerator()
+    local_rank = int(os.environ.get("LOCAL_RANK", 0))
+    name = accelerator.device_name()
+    if name != "cpu":
+        accelerator.set_device(local_rank)
+    return World(
+        rank=dist.get_rank(),
+        local_rank=local_rank,
+        size=dist.get_world_size(),
+        device=torch.device(name if name == "cpu" else f"{name}:{local_rank}"),
+        control=None if dist.get_backend() == "gloo" else dist.new_group(backend="gloo"),
+    )
+
+
+def shutdown() -> None:
+    """Leave the process group; a ZeRO-3 process that does not may abort after its work is done."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+class StopRequest:
+    """SIGTERM, SIGUSR1 and Ctrl-C set a flag, nothing more; the training loop looks at it."""
+
+    SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+
+    def __init__(self) -> None:
+        self.received: signal.Signals | None = None
+        for number in self.SIGNALS:
+            signal.signal(number, self._note)
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        self.received = signal.Signals(number)

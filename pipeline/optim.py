@@ -1,0 +1,60 @@
+"""Parameter groups, the optimizer, and the learning rate as a pure function of the step."""
+
+import math
+from typing import Any
+
+import torch
+from torch import nn
+
+from pipeline.config import OptimizerSection
+
+
+def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """Matrices decay; norms, biases and scalars (fewer than two dimensions) do not."""
+    named = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
+    decay = [parameter for _, parameter in named if parameter.ndim >= 2]
+    no_decay = [parameter for _, parameter in named if parameter.ndim < 2]
+    groups = [
+        {"name": "decay", "params": decay, "weight_decay": weight_decay},
+        {"name": "no_decay", "params": no_decay, "weight_decay": 0.0},
+    ]
+    return [group for group in groups if group["params"]]
+
+
+def describe_groups(groups: list[dict[str, Any]]) -> list[str]:
+    """One line a group, for the log."""
+    return [
+        f"{group['name']}: {len(group['params'])} tensors, "
+        f"{sum(parameter.numel() for parameter in group['params']):,} parameters, "
+        f"weight_decay {group['weight_decay']:g}"
+        for group in groups
+    ]
+
+
+def build_optimizer(
+    groups: list[dict[str, Any]], settings: OptimizerSection, offload: bool
+) -> torch.optim.Optimizer:
+    """AdamW; DeepSpeed's CPU version where optimizer states live in host memory."""
+    shared = {"lr": settings.learning_rate, "betas": settings.betas, "eps": settings.epsilon}
+    if offload:
+        from deepspeed.ops.adam import DeepSpeedCPUAdam
+
+        return DeepSpeedCPUAdam(groups, adamw_mode=True, **shared)
+    fused = all(parameter.is_cuda for group in groups for parameter in group["params"])
+    return torch.optim.AdamW(groups, fused=fused, **shared)
+
+
+def learning_rate(step: int, max_steps: int, settings: OptimizerSection) -> float:
+    """Learning rate of optimizer step `step` (the first is 0): linear warm-up, then a half cosine
+    (arXiv:1608.03983, without restarts) down to `min_learning_rate_ratio` at the last step."""
+    if step < settings.warmup_steps:
+        return settings.learning_rate * (step + 1) / settings.warmup_steps
+    span = max(1, max_steps - 1 - settings.warmup_steps)
+    progress = min(1.0, (step - settings.warmup_steps) / span)
+    low = settings.min_learning_rate_ratio
+    return settings.learning_rate * (low + (1 - low) * 0.5 * (1 + math.cos(math.pi * progress)))
+
+
+def set_learning_rate(optimizer: Any, value: float) -> None:
+    for group in optimizer.param_groups:
+        group["lr"] = value
