@@ -1,0 +1,269 @@
+"""From a dataset to batches: the only state is a count of consumed samples.
+
+Legend: T tokens of the split; S sequence_length; N = (T - 1) // S samples an epoch; G global_batch_size;
+M micro_batch_size; W world_size. Sample i is stream[i·S : i·S + S + 1]: inputs and, shifted by one, targets.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+
+from data_prep.errors import UserError
+from data_prep.manifest import Dataset
+from pipeline.order import SampleOrder, WindowedOrder, permute
+from pipeline.stream import TokenStream
+
+__all__ = [
+    "BatchLayout",
+    "BatchLoader",
+    "SampleOrder",
+    "SampleSource",
+    "Source",
+    "TokenStream",
+    "WindowedOrder",
+    "batch_hash",
+    "evaluation_batches",
+    "permute",
+]
+
+_PLANNED_SAMPLES = 4096  # indices computed at once: numpy's cost per call disappears in so many
+_BATCHES_AHEAD = 3
+
+
+@dataclass(frozen=True)
+class BatchLayout:
+    """How the G samples of a step are shared out: G = M × W × gradient_accumulation_steps.
+
+    Position p = step·G + micro_step·(M·W) + rank·M + sample, so every W that divides reads the same global
+    batches. Raises UserError, with the world sizes and micro-batches that fit, if one does not.
+    """
+
+    global_batch_size: int
+    micro_batch_size: int
+    world_size: int
+
+    def __post_init__(self) -> None:
+        sizes = vars(self)
+        if problems := [f"{name} ({size}) must be at least 1" for name, size in sizes.items() if size < 1]:
+            raise UserError(problems)
+        if self.global_batch_size % (self.micro_batch_size * self.world_size):
+            raise UserError(self._does_not_divide())
+
+    @property
+    def gradient_accumulation_steps(self) -> int:
+        return self.global_batch_size // (self.micro_batch_size * self.world_size)
+
+    def position(self, step: int, micro_step: int, rank: int, sample: int) -> int:
+        """Position in the order of all samples of one sample of a rank's micro-batch."""
+        micro_step_samples = self.micro_batch_size * self.world_size
+        return (
+            step * self.global_batch_size
+            + micro_step * micro_step_samples
+            + rank * self.micro_batch_size
+            + sample
+        )
+
+    def first_step(self, consumed_samples: int) -> int:
+        """The step after `consumed_samples`. Raises UserError if that is not a whole number of steps."""
+        step, rest = divmod(consumed_samples, self.global_batch_size)
+        if rest or consumed_samples < 0:
+            fitting = ", ".join(map(str, _divisors(abs(consumed_samples))[-12:]))
+            raise UserError(
+                f"consumed_samples ({consumed_samples}) must be a multiple of global_batch_size "
+                f"({self.global_batch_size}): samples would be skipped or repeated; "
+                f"go on with a global_batch_size that divides it: {fitting}"
+            )
+        return step
+
+    def _does_not_divide(self) -> str:
+        total, micro, world = self.global_batch_size, self.micro_batch_size, self.world_size
+        worlds = ", ".join(map(str, _divisors(total // micro))) if total % micro == 0 else "none"
+        micros = ", ".join(map(str, _divisors(total // world))) if total % world == 0 else "none"
+        return (
+            f"global_batch_size ({total}) must be divisible by micro_batch_size ({micro}) × "
+            f"world_size ({world}); valid world sizes for this micro-batch: {worlds}; "
+            f"valid micro-batches for this world size: {micros}"
+        )
+
+
+def _divisors(number: int) -> list[int]:
+    low = [d for d in range(1, int(number**0.5) + 1) if number % d == 0]
+    return sorted({*low, *(number // d for d in low)})
+
+
+class Source(Protocol):
+    """Samples in an endless, fixed order."""
+
+    num_samples: int
+    sequence_length: int
+
+    def sample_indices(self, positions: np.ndarray) -> np.ndarray:
+        """int64 [n]: the sample, in [0, num_samples), at each position."""
+
+    def read(self, indices: np.ndarray) -> np.ndarray:
+        """int64 [n, S + 1]: the tokens of each sample."""
+
+
+class SampleSource:
+    """One split of a dataset, cut into samples and put in order.
+
+    Args:
+        dataset: an opened dataset.
+        split: its name.
+        sequence_length: S.
+        seed: of the order.
+        stream: the split's tokens, when they do not come from the dataset's folder.
+        order: another order of the N samples than the global permutation.
+
+    Raises UserError if the split is unknown or holds no whole sample.
+    """
+
+    def __init__(
+        self,
+        dataset: Dataset,
+        split: str,
+        sequence_length: int,
+        seed: int,
+        stream: TokenStream | None = None,
+        order: SampleOrder | WindowedOrder | None = None,
+    ) -> None:
+        if sequence_length < 1:
+            raise UserError(f"sequence_length ({sequence_length}) must be at least 1")
+        self.stream = stream if stream is not None else TokenStream(dataset, split)
+        self.sequence_length = sequence_length
+        self.num_samples = (self.stream.tokens - 1) // sequence_length
+        if self.num_samples < 1:
+            raise UserError(
+                f"{dataset.folder}: split '{split}' has {self.stream.tokens:,} tokens, one sample needs "
+                f"sequence_length + 1 = {sequence_length + 1:,}; lower sequence_length or prepare more text"
+            )
+        self.order = order if order is not None else SampleOrder(self.num_samples, seed)
+
+    def sample_indices(self, positions: np.ndarray) -> np.ndarray:
+        """int64 [n]: the sample at each position; positions run on across epochs."""
+        return self.order.sample_index(positions)
+
+    def read(self, indices: np.ndarray) -> np.ndarray:
+        """int64 [n, S + 1]: the tokens of each sample. Raises UserError naming a shard that fails."""
+        starts = np.asarray(indices, dtype=np.int64) * self.sequence_length
+        return self.stream.read_rows(starts, self.sequence_length + 1).astype(np.int64)
+
+    def samples(self, positions: np.ndarray) -> np.ndarray:
+        """int64 [n, S + 1]: the tokens of the sample at each position."""
+        return self.read(self.sample_indices(positions))
+
+
+class BatchLoader:
+    """The micro-batches of one rank, from any whole step on, without end: iterates int64 [M, S + 1].
+
+    One thread reads ahead. What it raises is raised by `next`; `close` (or leaving a `with`) ends it.
+
+    Args:
+        source: samples in order.
+        layout: how a step is shared out.
+        rank: of this process.
+        consumed_samples: how many samples the job has consumed before; a multiple of G, else UserError.
+    """
+
+    def __init__(self, source: Source, layout: BatchLayout, rank: int, consumed_samples: int) -> None:
+        if not 0 <= rank < layout.world_size:
+            raise ValueError(f"rank ({rank}) must be in [0, world_size = {layout.world_size})")
+        self._batches = _micro_batches(source, layout, rank, layout.first_step(consumed_samples))
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="batch-loader")
+        self._ahead: list[Future[np.ndarray]] = [self._submit() for _ in range(_BATCHES_AHEAD)]
+
+    def _submit(self) -> Future[np.ndarray]:
+        return self._thread.submit(next, self._batches)
+
+    def __iter__(self) -> BatchLoader:
+        return self
+
+    def __next__(self) -> np.ndarray:
+        if not self._ahead:
+            raise RuntimeError("the batch loader is closed")
+        try:
+            batch = self._ahead.pop(0).result()
+        except BaseException:
+            self.close()
+            raise
+        self._ahead.append(self._submit())
+        return batch
+
+    def close(self) -> None:
+        """Ends the thread; returns when it is gone. May be called again."""
+        self._ahead = []
+        self._thread.shutdown(wait=True, cancel_futures=True)
+
+    def __enter__(self) -> BatchLoader:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def _micro_batches(source: Source, layout: BatchLayout, rank: int, step: int) -> Iterator[np.ndarray]:
+    """Every micro-batch of a rank from `step` on; indices are computed for many of them at once."""
+    size, stride = layout.micro_batch_size, layout.micro_batch_size * layout.world_size
+    planned = max(1, _PLANNED_SAMPLES // size)
+    start = layout.position(step, 0, rank, 0)
+    while True:
+        firsts = start + stride * np.arange(planned, dtype=np.int64)
+        indices = source.sample_indices((firsts[:, None] + np.arange(size)).ravel()).reshape(planned, size)
+        for batch in indices:
+            yield source.read(batch)
+        start += stride * planned
+
+
+def batch_hash(source: Source, layout: BatchLayout, step: int) -> str:
+    """Hex sha256 of the tokens (little-endian int64) of a step's whole global batch, in order of position.
+
+    The same for every micro-batch and world size: it names what the next step trains on.
+    """
+    digest = hashlib.sha256()
+    first, last = step * layout.global_batch_size, (step + 1) * layout.global_batch_size
+    for start in range(first, last, 256):
+        indices = source.sample_indices(np.arange(start, min(start + 256, last)))
+        digest.update(source.read(indices).astype("<i8").tobytes())
+    return digest.hexdigest()
+
+
+def evaluation_batches(
+    stream: TokenStream,
+    sequence_length: int,
+    batch_size: int,
+    rank: int,
+    world_size: int,
+    max_samples: int | None = None,
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """The split in its own order, every target once over all ranks, the same number of batches on each rank.
+
+    A stream of T tokens has T - 1 targets; the last sample is shorter than S where S does not divide that,
+    and the batches at the end may hold rows of padding. Nothing is dropped, and no rank runs dry first.
+
+    Args:
+        max_samples: only the first so many samples.
+
+    Yields:
+        tokens int64 [B, S + 1], zero where padded, and valid bool [B, S]: which targets tokens[:, 1:] count.
+    """
+    targets = max(0, stream.tokens - 1)
+    num_samples = -(-targets // sequence_length)
+    if max_samples is not None:
+        num_samples = min(num_samples, max_samples)
+    stride = batch_size * world_size
+    for start_of_stride in range(0, num_samples, stride):
+        first = start_of_stride + rank * batch_size
+        tokens = np.zeros((batch_size, sequence_length + 1), np.int64)
+        valid = np.zeros((batch_size, sequence_length), bool)
+        for row, sample in enumerate(range(first, min(first + batch_size, num_samples))):
+            start = sample * sequence_length
+            count = min(sequence_length, targets - start)
+            tokens[row, : count + 1] = stream.read(start, count + 1)
+            valid[row, :count] = True
+        yield tokens, valid

@@ -1,0 +1,176 @@
+"""A split read as one flat array of tokens, straight from the shards.
+
+`os.pread` rather than `mmap`: when a file shrinks under a reader, the first returns fewer bytes, which is an
+error that can be named, and the second kills the process.
+"""
+
+from __future__ import annotations
+
+import os
+import resource
+import threading
+from collections import OrderedDict
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+
+from data_prep.errors import UserError
+from data_prep.manifest import Dataset, SplitIndex
+
+_MAX_OPEN_SHARDS = 256
+
+
+class ShardOpener(Protocol):
+    """Where shards come from."""
+
+    def open(self, shard: int) -> int:
+        """A new file descriptor, for the caller to close. Raises UserError naming the shard."""
+
+    def where(self, shard: int) -> str:
+        """The shard's path or URL, for messages."""
+
+
+class FolderShards:
+    """Shards that lie in the dataset's folder."""
+
+    def __init__(self, folder: str | Path, index: SplitIndex) -> None:
+        self._folder = Path(folder)
+        self._index = index
+
+    def where(self, shard: int) -> str:
+        return str(self._folder / self._index.shard_name(shard))
+
+    def open(self, shard: int) -> int:
+        try:
+            return os.open(self.where(shard), os.O_RDONLY | os.O_CLOEXEC)
+        except FileNotFoundError:
+            raise UserError(
+                f"{self.where(shard)}: missing; restore the file, or prepare the dataset again"
+            ) from None
+        except OSError as error:
+            raise UserError(f"{self.where(shard)}: cannot be opened ({error.strerror})") from None
+
+
+class TokenStream:
+    """One split's tokens: document, eos, document, eos, … addressed by their place in the stream.
+
+    Safe to use from several threads. Holds a bounded number of open shards, the least recently used out.
+
+    Args:
+        dataset: an opened dataset.
+        split: its name. Raises UserError, with the known ones, if there is no such split.
+        shards: where to get shards from; the dataset's folder when absent.
+    """
+
+    def __init__(self, dataset: Dataset, split: str, shards: ShardOpener | None = None) -> None:
+        self._open_shards: OrderedDict[int, int] = OrderedDict()
+        self._lock = threading.Lock()
+        self.index = dataset.split(split)
+        # Plain views of the memory-mapped index: the memmap type makes each access several times slower.
+        self._token_start, self._chunk_shard, self._chunk_data_offset = (
+            np.asarray(column)
+            for column in (self.index.token_start, self.index.chunk_shard, self.index.chunk_data_offset)
+        )
+        self.shards = shards if shards is not None else FolderShards(dataset.folder, self.index)
+        soft_limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+        self._max_open = max(1, min(_MAX_OPEN_SHARDS, soft_limit // 4))
+
+    @property
+    def tokens(self) -> int:
+        return self.index.tokens
+
+    def read(self, start: int, count: int) -> np.ndarray:
+        """Tokens [start, start + count) as an array [count] of the dtype on disk.
+
+        Raises UserError if a shard is missing, shorter than recorded, or cannot be read.
+        """
+        return self.read_rows(np.array([start]), count)[0]
+
+    def read_rows(self, starts: np.ndarray, count: int) -> np.ndarray:
+        """Tokens [start, start + count) of each start, as an array [len(starts), count]; raises as `read`."""
+        starts = np.asarray(starts, dtype=np.int64)
+        if count < 0 or (starts.size and not 0 <= starts.min() <= starts.max() <= self.tokens - count):
+            raise ValueError(f"tokens outside the stream of {self.tokens:,}: starts {starts}, count {count}")
+        rows = np.empty((len(starts), count), self.index.dtype)
+        if not rows.size:
+            return rows
+        width = self.index.dtype.itemsize
+        row_bytes = count * width
+        first, last = self._chunk_of(starts), self._chunk_of(starts + (count - 1))
+        skip = starts - self._token_start[first].astype(np.int64)
+        offsets = self._chunk_data_offset[first].astype(np.int64) + skip * width
+        shards = self._chunk_shard[first].tolist()
+        crosses = (first != last).tolist()
+        buffer = rows.reshape(-1).data.cast("B")
+        with self._lock:
+            for row, (shard, offset) in enumerate(zip(shards, offsets.tolist(), strict=True)):
+                target = buffer[row * row_bytes : (row + 1) * row_bytes]
+                if crosses[row]:
+                    self._read_across(int(starts[row]), int(first[row]), target)
+                else:
+                    self._read_into(shard, offset, target)
+        return rows
+
+    def close(self) -> None:
+        with self._lock:
+            while self._open_shards:
+                os.close(self._open_shards.popitem()[1])
+
+    def __del__(self) -> None:
+        self.close()
+
+    def _chunk_of(self, tokens: np.ndarray) -> np.ndarray:
+        """int64 [n]: the chunk of each token. Any other dtype, and numpy would convert the whole index."""
+        return np.searchsorted(self._token_start, tokens.astype(self._token_start.dtype), side="right") - 1
+
+    def _read_across(self, start: int, chunk: int, target: memoryview) -> None:
+        """Fills `target` with the tokens from `start` on, over as many chunks as it takes."""
+        width = self.index.dtype.itemsize
+        while len(target):
+            skip = start - int(self._token_start[chunk])
+            available = int(self._token_start[chunk + 1]) - start
+            taken = min(available, len(target) // width)
+            offset = int(self._chunk_data_offset[chunk]) + skip * width
+            self._read_into(int(self._chunk_shard[chunk]), offset, target[: taken * width])
+            target, start, chunk = target[taken * width :], start + taken, chunk + 1
+
+    def _read_into(self, shard: int, offset: int, target: memoryview) -> None:
+        descriptor = self._descriptor(shard)
+        try:
+            count = os.preadv(descriptor, [target], offset)
+            while 0 < count < len(target):  # a signal or a network file system may split a read
+                more = os.preadv(descriptor, [target[count:]], offset + count)
+                if more == 0:
+                    break
+                count += more
+            actual_bytes = os.fstat(descriptor).st_size if count != len(target) else 0
+        except OSError as error:
+            raise UserError(
+                f"{self.shards.where(shard)}: cannot be read at byte {offset:,} ({error.strerror})"
+            ) from None
+        if count != len(target):
+            raise UserError(self._size_problem(shard, actual_bytes))
+
+    def _descriptor(self, shard: int) -> int:
+        descriptor = self._open_shards.get(shard)
+        if descriptor is not None:
+            self._open_shards.move_to_end(shard)
+            return descriptor
+        descriptor = self.shards.open(shard)
+        actual_bytes = os.fstat(descriptor).st_size
+        if actual_bytes != self.index.shard_bytes(shard):
+            os.close(descriptor)
+            raise UserError(self._size_problem(shard, actual_bytes))
+        self._open_shards[shard] = descriptor
+        if len(self._open_shards) > self._max_open:
+            os.close(self._open_shards.popitem(last=False)[1])
+        return descriptor
+
+    def _size_problem(self, shard: int, actual_bytes: int) -> str:
+        expected_bytes = self.index.shard_bytes(shard)
+        kind = "truncated" if actual_bytes < expected_bytes else "changed"
+        return (
+            f"{self.shards.where(shard)}: {actual_bytes:,} bytes, expected {expected_bytes:,} ({kind}); "
+            "restore the file, or prepare the dataset again"
+        )
