@@ -1,0 +1,307 @@
+"""The GlobalLocal language model: causal dilated convolutions, and routers over a frozen tensor pool.
+
+Shapes and symbols as in `configuration_globallocal.py`; the equations are written out in `reference.py`.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
+from transformers import GenerationMixin, PreTrainedModel
+from transformers import initialization as init
+from transformers.utils import ModelOutput
+
+from .configuration_globallocal import ROUTERS_PER_LAYER, GlobalLocalConfig, checkpointed_blocks
+from .layers_globallocal import (
+    CausalConvolution,
+    FeedForward,
+    GlobalLocalBlock,
+    GlobalLocalCache,
+    TensorRouter,
+)
+from .ops_globallocal import vocabulary_loss
+
+# The seed scales each router's diversity loss by diversity_loss_scale, and their sum by this once more.
+DIVERSITY_LOSS_TOTAL_SCALE = 0.01
+
+
+@dataclass
+class GlobalLocalModelOutput(ModelOutput):
+    """What `GlobalLocalModel` returns.
+
+    Attributes:
+        last_hidden_state: [B, S, h], behind the final norm.
+        diversity_loss: float32 scalar, summed over all routers and scaled.
+        router_statistics: see `GlobalLocalCausalLMOutput`.
+        cache: state for the next tokens, if asked for.
+        hidden_states: the embedding and every block's output, if asked for.
+    """
+
+    last_hidden_state: Tensor | None = None
+    diversity_loss: Tensor | None = None
+    router_statistics: dict[str, Tensor] | None = None
+    cache: "GlobalLocalCache | None" = None
+    hidden_states: tuple[Tensor, ...] | None = None
+
+
+@dataclass
+class GlobalLocalCausalLMOutput(ModelOutput):
+    """What `GlobalLocalForCausalLM` returns.
+
+    Attributes:
+        loss: language_loss + diversity_loss; only with labels.
+        logits: [B, S, V]; None on the training path (`shift_labels`).
+        language_loss: mean cross entropy in nats over the valid targets, float32.
+        diversity_loss: float32 scalar, summed over all routers and scaled.
+        router_statistics: float32 tensors without gradient: `gate_mean` [L] (1 is local, 0 global), and per
+            layer and router [L, 2]: `pool_entropy_nats` of the usage and `pool_hit_rate`, the fraction of
+            rows that this batch used.
+        cache: state for the next tokens, if asked for.
+        hidden_states: the embedding and every block's output, if asked for.
+    """
+
+    loss: Tensor | None = None
+    logits: Tensor | None = None
+    language_loss: Tensor | None = None
+    diversity_loss: Tensor | None = None
+    router_statistics: dict[str, Tensor] | None = None
+    cache: "GlobalLocalCache | None" = None
+    hidden_states: tuple[Tensor, ...] | None = None
+
+    @property
+    def past_key_values(self) -> "GlobalLocalCache | None":
+        """The cache under its older name."""
+        return self.cache
+
+
+def make_pool(seed: int, pool_size: int, pool_dim: int) -> Tensor:
+    """Random unit rows, float32 [N, D]: a pure function of its arguments, on every machine."""
+    generator = torch.Generator("cpu").manual_seed(seed)
+    rows = torch.randn(pool_size, pool_dim, generator=generator, dtype=torch.float32, device="cpu")
+    return rows / rows.norm(dim=-1, keepdim=True)
+
+
+class GlobalLocalPreTrainedModel(PreTrainedModel):
+    """Initialisation and loading, shared by the model with and without a head."""
+
+    config_class = GlobalLocalConfig
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["GlobalLocalBlock"]
+    _is_stateful = True  # the cache cannot be cut back to an earlier position
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        """Weights of deviation 1/√fan_in, those that write to the residual stream less by its depth."""
+        residual = 1.0 / math.sqrt((1 + ROUTERS_PER_LAYER) * self.config.num_hidden_layers)
+        if isinstance(module, nn.Embedding):
+            init.normal_(module.weight, std=self.config.initializer_range)
+        elif isinstance(module, nn.LayerNorm):
+            init.ones_(module.weight)
+            init.zeros_(module.bias)
+        elif isinstance(module, nn.Linear):
+            head = isinstance(module, LanguageModelHead)
+            init.normal_(
+                module.weight, std=self.config.initializer_range if head else module.in_features**-0.5
+            )
+            init.zeros_(module.bias)
+        elif isinstance(module, TensorRouter):
+            self._init_router(module, residual)
+        elif isinstance(module, GlobalLocalModel):
+            pool = make_pool(self.config.pool_seed, self.config.pool_size, self.config.pool_dim)
+            init.copy_(module.pool, pool)
+        if isinstance(module, CausalConvolution | FeedForward):  # their children were initialised before them
+            last = module.projection if isinstance(module, CausalConvolution) else module[3]
+            init.normal_(last.weight, std=residual * last.in_features**-0.5)
+
+    def _init_router(self, router: TensorRouter, residual: float) -> None:
+        for name, parameter in router.named_parameters(recurse=False):
+            if name.endswith("weight") and parameter.dim() == 2:
+                gain = residual if name == "output_weight" else 1.0
+                init.normal_(parameter, std=gain * parameter.shape[1] ** -0.5)
+            elif name == "input_norm_weight":
+                init.ones_(parameter)
+            elif name == "temperature":
+                init.constant_(parameter, self.config.router_temperature)
+            else:
+                init.zeros_(parameter)
+
+
+class GlobalLocalModel(GlobalLocalPreTrainedModel):
+    """Embedding, blocks and final norm; owns the pool that all blocks read."""
+
+    def __init__(self, config: GlobalLocalConfig) -> None:
+        super().__init__(config)
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.register_buffer("pool", torch.empty(config.pool_size, config.pool_dim))
+        self.layers = nn.ModuleList(GlobalLocalBlock(config, i) for i in range(config.num_hidden_layers))
+        self.norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.gradient_checkpointing = config.activation_checkpointing != "none"
+        self._gradient_checkpointing_func = _checkpoint_function(config.activation_checkpointing)
+        self.post_init()
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        cache: GlobalLocalCache | None = None,
+        use_cache: bool | None = None,
+        output_hidden_states: bool = False,
+    ) -> GlobalLocalModelOutput:
+        """Runs the blocks.
+
+        Args:
+            input_ids: int64 [B, S], or `inputs_embeds` [B, S, h].
+            attention_mask: [B, ≥ S], 0 at padding; its last S columns belong to `input_ids`.
+            cache: what an earlier call returned; these tokens then continue that sequence.
+            use_cache: return a cache. The default is the config's in evaluation, and no in training.
+        """
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("give either input_ids or inputs_embeds")
+        x = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+        mask = None
+        if attention_mask is not None:
+            mask = attention_mask[:, -x.shape[1] :].unsqueeze(-1).to(x.dtype)
+        if use_cache if use_cache is not None else (self.config.use_cache and not self.training):
+            cache = cache if cache is not None else GlobalLocalCache(len(self.layers))
+        recompute = self._recomputed_blocks(cache)
+        all_states, diversity_losses, statistics = (x,), [], []
+        for layer, recomputed in zip(self.layers, recompute, strict=True):
+            if recomputed:
+                x, diversity, numbers = self._gradient_checkpointing_func(layer.__call__, x, self.pool, mask)
+            else:
+                x, diversity, numbers = layer(x, self.pool, mask, cache)
+            diversity_losses.append(diversity)
+            statistics.append(numbers)
+            all_states += (x,) if output_hidden_states else ()
+        if cache is not None:
+            cache.seen_tokens += x.shape[1]
+        numbers = torch.stack(statistics).detach()
+        return GlobalLocalModelOutput(
+            last_hidden_state=self.norm(x),
+            diversity_loss=torch.stack(diversity_losses).sum() * DIVERSITY_LOSS_TOTAL_SCALE,
+            router_statistics={
+                "gate_mean": numbers[:, 0],
+                "pool_entropy_nats": numbers[:, 1::2],
+                "pool_hit_rate": numbers[:, 2::2],
+            },
+            cache=cache,
+            hidden_states=all_states if output_hidden_states else None,
+        )
+
+    def _recomputed_blocks(self, cache: GlobalLocalCache | None) -> list[bool]:
+        on = self.gradient_checkpointing and self.training and torch.is_grad_enabled() and cache is None
+        policy = self.config.activation_checkpointing
+        # Switched on by gradient_checkpointing_enable() alone: every block.
+        blocks = checkpointed_blocks(policy if policy != "none" else "full", len(self.layers))
+        return [on and chosen for chosen in blocks or []]
+
+
+def _checkpoint_function(policy: str) -> Callable[..., Any]:
+    """torch.utils.checkpoint as the policy wants it; "selective" keeps the results of matrix products."""
+    if policy != "selective":
+        return partial(checkpoint, use_reentrant=False)
+    aten = torch.ops.aten
+    kept = [aten.mm.default, aten.addmm.default, aten.bmm.default]
+    return partial(
+        checkpoint, use_reentrant=False, context_fn=partial(create_selective_checkpoint_contexts, kept)
+    )
+
+
+class LanguageModelHead(nn.Linear):
+    """Linear [h] → [V]; with targets it returns the loss instead, without ever holding the logits."""
+
+    def forward(self, hidden: Tensor, targets: Tensor | None = None) -> Tensor:
+        """hidden [B, S, h] → logits [B, S, V], or with targets int64 [B, S] the mean loss, a scalar."""
+        if targets is None:
+            return super().forward(hidden)
+        return vocabulary_loss(hidden.flatten(0, -2), self.weight, self.bias, targets.flatten())
+
+
+class GlobalLocalForCausalLM(GlobalLocalPreTrainedModel, GenerationMixin):
+    """GlobalLocal with a vocabulary head: trains, scores and generates."""
+
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
+
+    def __init__(self, config: GlobalLocalConfig) -> None:
+        super().__init__(config)
+        self.model = GlobalLocalModel(config)
+        self.lm_head = LanguageModelHead(config.hidden_size, config.vocab_size)
+        self.post_init()
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        shift_labels: Tensor | None = None,
+        cache: GlobalLocalCache | None = None,
+        past_key_values: GlobalLocalCache | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int = 0,
+        output_hidden_states: bool = False,
+        return_dict: bool = True,
+    ) -> GlobalLocalCausalLMOutput | tuple[Any, ...]:
+        """Logits, or a loss, or both.
+
+        Args:
+            input_ids: int64 [B, S], or `inputs_embeds` [B, S, h].
+            attention_mask: [B, S], 0 at padding, on whichever side.
+            labels: int64 [B, S], the Hugging Face way: equal to `input_ids`, shifted inside, −100 ignored.
+            shift_labels: int64 [B, S], already shifted: the target of position t stands at t, −100 ignored.
+                The training path: the loss is computed in blocks and no logits are returned.
+            cache: what an earlier call returned (`past_key_values` is its older name).
+            use_cache: return a cache. The default is the config's in evaluation, and no in training.
+            logits_to_keep: logits of that many last positions only; 0 keeps all.
+
+        Raises:
+            ValueError: if both kinds of labels are given, or neither or both of ids and embeddings.
+        """
+        if labels is not None and shift_labels is not None:
+            raise ValueError("give labels (shifted inside) or shift_labels (already shifted), not both")
+        cache = cache if cache is not None else past_key_values
+        has_labels = labels is not None or shift_labels is not None
+        base = self.model(
+            input_ids,
+            attention_mask,
+            inputs_embeds,
+            cache,
+            False if use_cache is None and has_labels else use_cache,
+            output_hidden_states,
+        )
+        hidden, logits, language_loss, loss = base.last_hidden_state, None, None, None
+        if shift_labels is not None:
+            language_loss = self.lm_head(hidden, shift_labels)
+        else:
+            logits = self.lm_head(hidden[:, -logits_to_keep:])
+        if labels is not None:
+            language_loss = self.lm_head(hidden[:, :-1], labels[:, 1:])
+        if language_loss is not None:
+            loss = language_loss + base.diversity_loss
+        output = GlobalLocalCausalLMOutput(
+            loss=loss,
+            logits=logits,
+            language_loss=language_loss,
+            diversity_loss=base.diversity_loss,
+            router_statistics=base.router_statistics,
+            cache=base.cache,
+            hidden_states=base.hidden_states,
+        )
+        return output if return_dict else output.to_tuple()
+
+    @classmethod
+    def _supports_default_dynamic_cache(cls) -> bool:
+        """No: the model brings its own cache."""
+        return False
+
+
+GlobalLocalConfig.register_for_auto_class()
+GlobalLocalModel.register_for_auto_class("AutoModel")
+GlobalLocalForCausalLM.register_for_auto_class("AutoModelForCausalLM")

@@ -1,0 +1,197 @@
+"""Operations with their own backward: what autograd would do exactly, but with less work or memory.
+
+All of them are deterministic on the CPU for any number of threads, and on the GPU: sums over tokens that
+chose the same row are taken in the order of the tokens (a stable sort), never by atomic additions.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd import Function
+
+# Largest temporary, in elements: a block of pool scores or of vocabulary logits.
+SCORE_BLOCK_ELEMENTS = 2**22
+LOGIT_BLOCK_ELEMENTS = 2**24
+
+
+class RowChoice:
+    """Which k rows of a table of N every one of T tokens chose, and the same thing grouped by row.
+
+    Args:
+        indices: int64 [T, k], values in [0, N).
+        num_rows: N.
+    """
+
+    def __init__(self, indices: Tensor, num_rows: int) -> None:
+        self.indices = indices
+        ordered, self.order = indices.reshape(-1).sort(stable=True)
+        self.offsets = torch.searchsorted(ordered, torch.arange(num_rows, device=indices.device))
+
+    def sum_by_row(self, values: Tensor, tokens: Tensor | None = None) -> Tensor:
+        """Σ over the choices of row n of `values` [T, k], each times its token's row of `tokens` [T, c].
+
+        Returns [N], or [N, c] with `tokens`.
+        """
+        ordered = values.reshape(-1)[self.order]
+        if tokens is None:
+            positions = torch.arange(ordered.numel(), device=ordered.device)
+            return F.embedding_bag(positions, ordered.unsqueeze(1), self.offsets, mode="sum").squeeze(1)
+        token_of_choice = self.order // self.indices.shape[1]
+        return F.embedding_bag(token_of_choice, tokens, self.offsets, mode="sum", per_sample_weights=ordered)
+
+
+def _dot(table: Tensor, indices: Tensor, tokens: Tensor) -> Tensor:
+    """tokens[t] · table[indices[t, j]] for every t, j: [T, k]."""
+    return torch.bmm(table[indices], tokens.unsqueeze(2)).squeeze(2)
+
+
+def _mix(table: Tensor, indices: Tensor, weights: Tensor) -> Tensor:
+    """Σ_j weights[t, j] · table[indices[t, j]] for every t: [T, c]."""
+    return F.embedding_bag(indices, table, mode="sum", per_sample_weights=weights)
+
+
+class _DotRows(Function):
+    @staticmethod
+    def forward(ctx, tokens, table, bias, choice):
+        ctx.save_for_backward(tokens, table)
+        ctx.choice = choice
+        return _dot(table, choice.indices, tokens) + bias[choice.indices]
+
+    @staticmethod
+    def backward(ctx, grad):
+        tokens, table = ctx.saved_tensors
+        grad = grad.contiguous()
+        return (
+            _mix(table, ctx.choice.indices, grad),
+            ctx.choice.sum_by_row(grad, tokens),
+            ctx.choice.sum_by_row(grad),
+            None,
+        )
+
+
+class _MixRows(Function):
+    @staticmethod
+    def forward(ctx, weights, table, choice):
+        ctx.save_for_backward(weights, table)
+        ctx.choice = choice
+        return _mix(table, choice.indices, weights)
+
+    @staticmethod
+    def backward(ctx, grad):
+        weights, table = ctx.saved_tensors
+        grad = grad.contiguous()
+        grad_table = ctx.choice.sum_by_row(weights, grad) if ctx.needs_input_grad[1] else None
+        return _dot(table, ctx.choice.indices, grad), grad_table, None
+
+
+class _SumByRow(Function):
+    @staticmethod
+    def forward(ctx, values, choice):
+        ctx.choice = choice
+        return choice.sum_by_row(values)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad[ctx.choice.indices], None
+
+
+def dot_rows(tokens: Tensor, table: Tensor, bias: Tensor, choice: RowChoice) -> Tensor:
+    """Scores of the chosen rows alone: tokens [T, c], table [N, c], bias [N] → [T, k].
+
+    Equal to gathering from `tokens @ table.T + bias`, whose dense gradient would be zero elsewhere.
+    """
+    return _DotRows.apply(tokens, table, bias, choice)
+
+
+def mix_rows(weights: Tensor, table: Tensor, choice: RowChoice) -> Tensor:
+    """Weighted sum of each token's rows: weights [T, k], table [N, c] → [T, c]."""
+    return _MixRows.apply(weights, table, choice)
+
+
+def sum_by_row(values: Tensor, choice: RowChoice) -> Tensor:
+    """How much each row received: values [T, k] → [N]."""
+    return _SumByRow.apply(values, choice)
+
+
+@torch.no_grad()
+def top_rows(tokens: Tensor, table: Tensor, bias: Tensor, k: int) -> Tensor:
+    """Indices of the k largest of `tokens @ table.T + bias`: int64 [T, k].
+
+    Works in blocks of tokens, so that the [T, N] scores never exist.
+    """
+    block = max(1, SCORE_BLOCK_ELEMENTS // table.shape[0])
+    return torch.cat([F.linear(part, table, bias).topk(k, dim=-1).indices for part in tokens.split(block)])
+
+
+def causal_taps(padded: Tensor, length: int, kernel_size: int, dilation: int) -> Tensor:
+    """The inputs of a causal dilated convolution, side by side: [B, P + S, h] → [B, S, K·h].
+
+    Tap K − 1 is the current position, tap j lies (K − 1 − j) · dilation positions before it.
+
+    Args:
+        padded: the sequence behind at least (K − 1) · dilation earlier positions.
+        length: S.
+    """
+    start = padded.shape[1] - length - (kernel_size - 1) * dilation
+    taps = [padded[:, start + j * dilation :][:, :length] for j in range(kernel_size)]
+    return torch.cat(taps, dim=-1)
+
+
+class _VocabularyLoss(Function):
+    """Sum of cross entropies; its gradient is computed block by block along with the loss."""
+
+    @staticmethod
+    def forward(ctx, hidden, weight, bias, targets):
+        need = ctx.needs_input_grad
+        grad_hidden = torch.zeros_like(hidden) if need[0] else None
+        grad_weight = (
+            torch.zeros_like(weight, dtype=torch.promote_types(weight.dtype, torch.float32))
+            if need[1]
+            else None
+        )
+        grad_bias = (
+            torch.zeros_like(bias, dtype=torch.promote_types(bias.dtype, torch.float32)) if need[2] else None
+        )
+        total = hidden.new_zeros((), dtype=torch.promote_types(hidden.dtype, torch.float32))
+        block = max(1, LOGIT_BLOCK_ELEMENTS // weight.shape[0])
+        for start in range(0, hidden.shape[0], block):
+            part, goal = hidden[start : start + block], targets[start : start + block].unsqueeze(1)
+            valid = goal >= 0
+            logits = F.linear(part, weight, bias).to(total.dtype)
+            log_norm = logits.logsumexp(dim=1, keepdim=True)
+            total += ((log_norm - logits.gather(1, goal.clamp_min(0))) * valid).sum()
+            if not any(need):
+                continue
+            error = logits.sub_(log_norm).exp_()  # softmax
+            error.scatter_add_(1, goal.clamp_min(0), torch.full_like(log_norm, -1.0)).mul_(valid)
+            if need[2]:
+                grad_bias += error.sum(dim=0)
+            error = error.to(part.dtype)
+            if need[0]:
+                grad_hidden[start : start + block] = error @ weight
+            if need[1]:
+                grad_weight += error.T @ part
+        ctx.save_for_backward(grad_hidden, grad_weight, grad_bias)
+        ctx.dtypes = (hidden.dtype, weight.dtype, bias.dtype)
+        return total
+
+    @staticmethod
+    def backward(ctx, grad):
+        scaled = [
+            None if part is None else (part * grad).to(dtype)
+            for part, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
+        ]
+        return *scaled, None
+
+
+def vocabulary_loss(hidden: Tensor, weight: Tensor, bias: Tensor, targets: Tensor) -> Tensor:
+    """Mean cross entropy of `hidden @ weight.T + bias` against `targets`, in blocks of tokens.
+
+    The [T, V] logits never exist; the loss and its reductions are float32 (float64 for float64 inputs).
+
+    Args:
+        hidden: [T, h]. weight: [V, h]. bias: [V].
+        targets: int64 [T]; negative values (−100) do not count. Without any valid target the loss is 0.
+    """
+    valid_tokens = (targets >= 0).sum().clamp_min(1)
+    return _VocabularyLoss.apply(hidden, weight, bias, targets) / valid_tokens

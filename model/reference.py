@@ -1,0 +1,137 @@
+"""The model's equations, written slowly: what the fast path is compared with, in outputs and gradients.
+
+Functions of a dictionary of tensors with the names of `GlobalLocalForCausalLM.state_dict()`, in their dtype
+(float64 for tests). No dropout, no cache. Every matrix of pool scores, mixtures and logits is really there.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .configuration_globallocal import GlobalLocalConfig
+
+Weights = dict[str, Tensor]
+
+
+def part(weights: Weights, name: str) -> Weights:
+    """The tensors below `name`, with the rest of their names."""
+    return {
+        key.removeprefix(name + "."): value for key, value in weights.items() if key.startswith(name + ".")
+    }
+
+
+def linear(weights: Weights, x: Tensor) -> Tensor:
+    """x Wᵀ + b."""
+    return x @ weights["weight"].T + weights["bias"]
+
+
+def layer_norm(weights: Weights, x: Tensor, eps: float) -> Tensor:
+    """(x − mean) / √(variance + eps) · weight + bias over the last dimension."""
+    return F.layer_norm(x, x.shape[-1:], weights["weight"], weights["bias"], eps)
+
+
+def local_branch(weights: Weights, config: GlobalLocalConfig, layer: int, x: Tensor, mask: Tensor) -> Tensor:
+    """projection(concat_i GELU(conv_i(x))), each convolution padded on the left only. x [B, S, h]."""
+    h, kernel_size = config.hidden_size, config.conv_kernel_size
+    channels_first = (x * mask).transpose(1, 2)
+    outputs = []
+    for i, dilation in enumerate(config.dilations_of_layer(layer)):
+        branch = part(weights, f"branches.{i}")
+        kernel = branch["weight"].view(h, kernel_size, h).transpose(1, 2)  # [out, in, K]
+        padded = F.pad(channels_first, ((kernel_size - 1) * dilation, 0))
+        outputs.append(F.gelu(F.conv1d(padded, kernel, branch["bias"], dilation=dilation)).transpose(1, 2))
+    return linear(part(weights, "projection"), torch.cat(outputs, dim=-1))
+
+
+def router(
+    weights: Weights, config: GlobalLocalConfig, x: Tensor, pool: Tensor, mask: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Output projection of mapping([LayerNorm(input(x)), Σ_j w_j pool[i_j]]), and the diversity loss."""
+    hidden = F.relu(x @ weights["score_hidden_weight"].T + weights["score_hidden_bias"])
+    scores = hidden @ weights["score_weight"].T + weights["score_bias"]
+    # Clamping only creates ties; among those the larger plain score wins.
+    chosen = scores.topk(config.router_top_k, dim=-1).indices
+    scaled = (scores / weights["temperature"].clamp(0.1, 5.0)).clamp(-10.0, 10.0)
+    chosen_weights = scaled.gather(-1, chosen).softmax(dim=-1)
+    mixture = torch.einsum("bsk,bskd->bsd", chosen_weights, pool[chosen])
+
+    norm = {"weight": weights["input_norm_weight"], "bias": weights["input_norm_bias"]}
+    projected = layer_norm(norm, x @ weights["input_weight"].T + weights["input_bias"], config.layer_norm_eps)
+    combined = torch.cat([projected, mixture], dim=-1)
+    transformation = combined @ weights["mapping_weight"].T + weights["mapping_bias"]
+    output = transformation @ weights["output_weight"].T + weights["output_bias"]
+
+    counted = (chosen_weights * mask).flatten()
+    usage = torch.zeros_like(pool[:, 0]).scatter_add(0, chosen.flatten(), counted)
+    uniform = torch.full_like(usage, 1.0 / config.pool_size)
+    coverage = mask.sum().item() * config.hidden_size / (config.pool_size * config.router_top_k)
+    diversity = F.mse_loss(usage / (usage.sum() + 1e-8), uniform) * min(1.0, coverage)
+    return output, diversity * config.diversity_loss_scale
+
+
+def attention(
+    weights: Weights, config: GlobalLocalConfig, layer: int, x: Tensor, pool: Tensor, mask: Tensor
+) -> tuple[Tensor, Tensor]:
+    """gate · local + (1 − gate) · global, and the diversity loss."""
+    local = local_branch(part(weights, "local"), config, layer, x, mask)
+    routed, diversity = router(part(weights, "router"), config, x, pool, mask)
+    gate = torch.sigmoid(linear(part(weights, "gate"), x))
+    return gate * local + (1 - gate) * routed, diversity
+
+
+def block(
+    weights: Weights, config: GlobalLocalConfig, layer: int, x: Tensor, pool: Tensor, mask: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Three residual sublayers; the norm stands before each of them, or behind each sum."""
+    diversity_losses = []
+
+    def attend(y: Tensor) -> Tensor:
+        output, diversity = attention(part(weights, "attention"), config, layer, y, pool, mask)
+        diversity_losses.append(diversity)
+        return output
+
+    def route(y: Tensor) -> Tensor:
+        output, diversity = router(part(weights, "router"), config, y, pool, mask)
+        diversity_losses.append(diversity)
+        return output
+
+    def feed(y: Tensor) -> Tensor:
+        return linear(part(weights, "feed_forward.3"), F.gelu(linear(part(weights, "feed_forward.0"), y)))
+
+    for name, sublayer in (("attention", attend), ("router", route), ("feed_forward", feed)):
+        norm = part(weights, f"{name}_norm")
+        if config.norm_placement == "pre":
+            x = x + sublayer(layer_norm(norm, x, config.layer_norm_eps))
+        else:
+            x = layer_norm(norm, x + sublayer(x), config.layer_norm_eps)
+    return x, diversity_losses[0] + diversity_losses[1]
+
+
+def forward(
+    weights: Weights, config: GlobalLocalConfig, input_ids: Tensor, attention_mask: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Logits [B, S, V] and the diversity loss of the whole model.
+
+    Args:
+        weights: the model's state dict, `model.pool` included.
+        input_ids: int64 [B, S].
+        attention_mask: [B, S], 0 at padding.
+    """
+    x = F.embedding(input_ids, weights["model.embed_tokens.weight"])
+    mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+    mask = mask.unsqueeze(-1).to(x.dtype)
+    diversity = x.new_zeros(())
+    for layer in range(config.num_hidden_layers):
+        x, more = block(part(weights, f"model.layers.{layer}"), config, layer, x, weights["model.pool"], mask)
+        diversity = diversity + more
+    x = layer_norm(part(weights, "model.norm"), x, config.layer_norm_eps)
+    head = part(weights, "lm_head")
+    if config.tie_word_embeddings:
+        head["weight"] = weights["model.embed_tokens.weight"]
+    return linear(head, x), diversity * 0.01
+
+
+def loss(weights: Weights, config: GlobalLocalConfig, input_ids: Tensor, shift_labels: Tensor) -> Tensor:
+    """Mean cross entropy of the targets (−100 ignored), and the diversity loss on top."""
+    logits, diversity = forward(weights, config, input_ids)
+    return F.cross_entropy(logits.flatten(0, 1), shift_labels.flatten(), ignore_index=-100) + diversity
