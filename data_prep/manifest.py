@@ -83,9 +83,7 @@ class SplitInfo(BaseModel, extra="forbid"):
     dtype: Literal["<u2", "<u4"]
     dropped: dict[str, int] = Field(description="documents a filter left out, by reason")
     changed: dict[str, int] = Field(description="characters that a stated policy replaced, by reason")
-    round_trip_documents: int = Field(
-        description="documents for which decode(encode(text)) == text was checked"
-    )
+    round_trip_documents: int = Field(description="documents for which decode(encode(text)) == text was checked")
     shards_index_sha256: str
     chunks_index_sha256: str
 
@@ -224,9 +222,7 @@ def parse_manifest(content: bytes, where: str) -> Manifest:
         version = fields["format_version"]
         recorded_id = fields.pop("dataset_id")
     except (ValueError, KeyError, TypeError, AttributeError):
-        raise UserError(
-            f"{where}: not a dataset manifest (damaged, or of something else); prepare it again"
-        ) from None
+        raise UserError(f"{where}: not a dataset manifest (damaged, or of something else); prepare it again") from None
     if version != FORMAT_VERSION:
         raise UserError(
             f"{where}: format version {version}, this program reads {FORMAT_VERSION}; "
@@ -272,9 +268,7 @@ def check_shards(dataset: Dataset, split: str, shards: Iterable[int], hashes: bo
     problems: list[str] = []
     for shard in shards:
         sha256 = index.shard_sha256(shard) if hashes else None
-        problems += check_file(
-            Path(dataset.folder) / index.shard_name(shard), index.shard_bytes(shard), sha256
-        )
+        problems += check_file(Path(dataset.folder) / index.shard_name(shard), index.shard_bytes(shard), sha256)
     return problems
 
 

@@ -1,0 +1,257 @@
+"""Train, load and fingerprint a sentencepiece model, so that decode(encode(text)) == text.
+
+The flags that make it lossless: identity normalisation, extra white space kept, no dummy prefix, and bytes
+for characters outside the vocabulary. Text is trained on line by line, so no piece holds a newline.
+"""
+
+from __future__ import annotations
+
+import array
+import hashlib
+import io
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from importlib import metadata
+from itertools import chain
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import sentencepiece
+from sentencepiece import sentencepiece_model_pb2
+
+from data_prep.errors import UserError
+from data_prep.manifest import TokenizerInfo
+
+MODEL_NAME = "tokenizer.model"
+SPACE_MARK = "\u2581"  # what sentencepiece writes for a space: such a character in the text becomes a space
+UNK_ID, BOS_ID, EOS_ID, PAD_ID = 0, 1, 2, 3
+MODEL_TYPES = {1: "unigram", 2: "bpe", 3: "word", 4: "char"}
+PIECE_NORMAL, PIECE_USER_DEFINED = 1, 4
+
+SELF_TEST_TEXTS = [
+    "", " ", "  ", " a", "a ", "a  b   c", "\n", "\n\n", "a\n\n  b ", "\ta\r\nb\r", " = Title = \n \n text \n",
+    "</s>", "<s>a</s>b<unk><pad>", "a </s> b", "<0x41>", "½ ﬁ … Å Å", "日本語の文 العربية עברית हिन्दी",
+    "👩\u200d👩\u200d👧 🏳️\u200d🌈 e\u0301", "\u00a0nbsp\u3000wide\u200bzero", "\x00\x01\x7f\ufeff\ufffd",
+    "aaaaaaaaaaaaaaaaaaaaaaa ==== ---- ....", "1234567890 3.14159 1,000,000", "don't @-@ @,@ \"quoted\" <b>",
+]  # fmt: skip
+
+
+@dataclass(frozen=True)
+class TokenizerSettings:
+    """How to train a tokenizer.
+
+    Attributes:
+        vocab_size: pieces, the four special ones and the 256 bytes included.
+        model_type: "bpe" trains in seconds, and its ids do not depend on how text is cut; "unigram" may
+            compress a little better.
+        training_bytes: how much text to learn from, at most; the first of the source's train split.
+    """
+
+    vocab_size: int = 8192
+    model_type: Literal["bpe", "unigram"] = "bpe"
+    training_bytes: int = 100_000_000
+
+
+def train_tokenizer(texts: Iterable[str], settings: TokenizerSettings) -> Tokenizer:
+    """Trains on documents; the same texts and settings give the same model.
+
+    Raises UserError, with the largest possible vocabulary, if the text is too small for `vocab_size`.
+    """
+    smallest = 256 + 4 + 1
+    if settings.vocab_size < smallest:
+        raise UserError(f"vocab_size is {settings.vocab_size}; the least is {smallest} (256 bytes, 4 special pieces)")
+    model = io.BytesIO()
+    lines = _training_lines(texts, settings.training_bytes)
+    try:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=lines,
+            model_writer=model,
+            model_type=settings.model_type,
+            vocab_size=settings.vocab_size,
+            normalization_rule_name="identity",
+            remove_extra_whitespaces=False,
+            add_dummy_prefix=False,
+            byte_fallback=True,
+            max_sentence_length=1 << 30,
+            shuffle_input_sentence=False,
+            unk_id=UNK_ID,
+            bos_id=BOS_ID,
+            eos_id=EOS_ID,
+            pad_id=PAD_ID,
+            num_threads=1 if settings.model_type == "unigram" else 16,  # unigram's pieces depend on it
+            minloglevel=2,
+        )
+    except RuntimeError as error:
+        raise UserError(_training_advice(str(error), settings)) from None
+    return Tokenizer(model.getvalue(), "the tokenizer just trained")
+
+
+def _training_lines(texts: Iterable[str], limit_bytes: int) -> Iterator[str]:
+    seen_bytes = 0
+    for text in texts:
+        for line in text.split("\n"):
+            if line.strip():
+                seen_bytes += len(line.encode("utf-8", "replace"))
+                yield line
+            if seen_bytes >= limit_bytes:
+                return
+
+
+def _training_advice(error: str, settings: TokenizerSettings) -> str:
+    if limit := re.search(r"set it to a value <= (\d+)", error):
+        return (
+            f"vocab_size is {settings.vocab_size:,}, but this text has pieces for at most {int(limit[1]):,}; "
+            f"set vocab_size to {int(limit[1]):,} or less, or give more text"
+        )
+    if least := re.search(r"smaller than required_chars\.? *(\d+) vs (\d+)", error):
+        return (
+            f"vocab_size is {settings.vocab_size:,}, but the characters of this text alone need "
+            f"{int(least[2]):,}; set vocab_size to more than {int(least[2]):,}"
+        )
+    if "sentences_.empty" in error or "Input is empty" in error:
+        return "the source has no text to train a tokenizer on; check its path and its text column"
+    return f"sentencepiece could not train: {error.strip()}"
+
+
+def vocabulary_advice(vocab_size: int, training_bytes: int) -> str | None:
+    """A line of advice if the text is small for the vocabulary, else None.
+
+    The rarest pieces of a vocabulary of V follow Zipf's law: over n pieces of text the last one is met
+    about n / (V ln V) times. Under some 20 meetings its embedding learns little.
+    """
+    pieces = training_bytes / 4
+    meetings = pieces / (vocab_size * float(np.log(vocab_size)))
+    if meetings >= 20:
+        return None
+    size = 512
+    while pieces / (2 * size * float(np.log(2 * size))) >= 20:
+        size *= 2
+    return (
+        f"vocab_size {vocab_size:,} is large for {training_bytes / 1e6:,.1f} MB of text: its rarest pieces are "
+        f"met about {meetings:.1f} times; {size:,} would suit it (advice only: the tokenizer is complete)"
+    )
+
+
+def load_tokenizer(path: str | Path) -> Tokenizer:
+    """Loads a tokenizer folder or a `.model` file.
+
+    Raises UserError if there is none, or it is not a sentencepiece model, or it has no eos piece.
+    """
+    path = Path(path)
+    model = path / MODEL_NAME if path.is_dir() else path
+    if not model.is_file():
+        raise UserError(f"{model}: no such tokenizer; train one with `globallocal tokenizer --output FOLDER`")
+    return Tokenizer(model.read_bytes(), str(model))
+
+
+class Tokenizer:
+    """A sentencepiece model in memory; `where` names it in errors. Pickles as its bytes."""
+
+    def __init__(self, model: bytes, where: str) -> None:
+        self.model = model
+        self.where = where
+        self.proto = sentencepiece_model_pb2.ModelProto()
+        try:
+            self.proto.ParseFromString(model)
+            self.processor = sentencepiece.SentencePieceProcessor(model_proto=model)
+        except Exception:
+            raise UserError(f"{where}: not a sentencepiece model; give the .model file itself") from None
+        if self.processor.eos_id() < 0:
+            raise UserError(f"{where}: the model has no eos piece, which ends every document; train one that has it")
+        self._word_ids = _WordIds(self.processor)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Tokenizer, (self.model, self.where)
+
+    @cached_property
+    def sha256(self) -> str:
+        """Hex sha256 of the model file."""
+        return hashlib.sha256(self.model).hexdigest()
+
+    @property
+    def vocab_size(self) -> int:
+        return self.processor.vocab_size()
+
+    @property
+    def eos_id(self) -> int:
+        return self.processor.eos_id()
+
+    @cached_property
+    def dtype(self) -> np.dtype:
+        """The smallest type that holds every id."""
+        return np.dtype("<u2" if self.vocab_size <= 1 << 16 else "<u4")
+
+    @cached_property
+    def info(self) -> TokenizerInfo:
+        processor = self.processor
+        return TokenizerInfo(
+            sha256=self.sha256,
+            sentencepiece_version=metadata.version("sentencepiece"),
+            model_type=MODEL_TYPES[self.proto.trainer_spec.model_type],  # type: ignore[arg-type]
+            vocab_size=self.vocab_size,
+            eos_token_id=processor.eos_id(),
+            bos_token_id=processor.bos_id(),
+            pad_token_id=processor.pad_id(),
+            unk_token_id=processor.unk_id(),
+        )
+
+    @cached_property
+    def splits_at_spaces(self) -> bool:
+        """Whether a text's ids are the ids of its space-led words, one after another.
+
+        True of BPE when no piece reaches across a space, and nothing is done to the text as a whole: a
+        merge across the cut would need a piece that holds a space mark after its first character.
+        """
+        spec = self.proto.normalizer_spec
+        return (
+            self.proto.trainer_spec.model_type == 2
+            and spec.name == "identity"
+            and not spec.add_dummy_prefix
+            and not spec.remove_extra_whitespaces
+            and not any(SPACE_MARK in piece.piece[1:] for piece in self.proto.pieces)
+        )
+
+    def encode(self, text: str) -> np.ndarray:
+        """Ids of a text, [n] of `dtype`, without eos: exactly those of `SentencePieceProcessor.encode`.
+
+        Words recur: where the model allows it, each is encoded once and looked up from then on, which is
+        several times as fast as encoding the whole text.
+        """
+        if not self.splits_at_spaces:
+            return np.array(self.processor.encode(text), self.dtype)
+        head, *words = text.split(" ")
+        ids = array.array("H" if self.dtype.itemsize == 2 else "I", self.processor.encode(head))
+        ids.extend(chain.from_iterable(map(self._word_ids.__getitem__, words)))
+        self._word_ids.trim()
+        return np.frombuffer(ids, self.dtype)
+
+    def decode(self, ids: np.ndarray | Sequence[int]) -> str:
+        """The text of ids."""
+        return self.processor.decode(ids.tolist() if isinstance(ids, np.ndarray) else list(ids))
+
+    def lossy_texts(self, texts: Iterable[str] = SELF_TEST_TEXTS) -> list[str]:
+        """Those of `texts` that encode and decode do not give back."""
+        return [text for text in texts if self.decode(self.encode(text)) != text]
+
+
+class _WordIds(dict[str, Sequence[int]]):
+    """Ids of " " + word for every word met; forgets all when it has grown large."""
+
+    LIMIT = 1 << 20
+
+    def __init__(self, processor: sentencepiece.SentencePieceProcessor) -> None:
+        super().__init__()
+        self._encode = processor.encode
+
+    def __missing__(self, word: str) -> Sequence[int]:
+        ids = self._encode(" " + word)
+        if len(word) <= 64:
+            self[word] = ids
+        return ids
+
+    def trim(self) -> None:
+        if len(self) > self.LIMIT:
+            self.clear()

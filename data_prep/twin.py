@@ -1,0 +1,144 @@
+"""The tokenizer's Hugging Face twin: the same ids from `AutoTokenizer`, without sentencepiece.
+
+`tokenizer.json` is built from the model's pieces; before it is written, its ids are compared with
+sentencepiece's on texts that commonly tell the two apart.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+
+import tokenizers
+from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers
+
+from data_prep.errors import UserError
+from data_prep.shards import publish
+from data_prep.tokenizer import (
+    MODEL_NAME,
+    PIECE_NORMAL,
+    PIECE_USER_DEFINED,
+    SELF_TEST_TEXTS,
+    SPACE_MARK,
+    Tokenizer,
+)
+
+
+def write_tokenizer(folder: Path, tokenizer: Tokenizer) -> None:
+    """Writes a tokenizer folder that both this project and `AutoTokenizer.from_pretrained` load."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, content in tokenizer_files(tokenizer).items():
+        publish(folder / name, content)
+
+
+def tokenizer_files(tokenizer: Tokenizer) -> dict[str, bytes]:
+    """The files of a tokenizer folder, by name.
+
+    Raises UserError if the twin's ids would differ from sentencepiece's.
+    """
+    twin = build_twin(tokenizer)
+    if different := differing_texts(tokenizer, twin, SELF_TEST_TEXTS):
+        shown = ", ".join(map(repr, different[:3]))
+        raise UserError(
+            f"{tokenizer.where}: its Hugging Face twin would give other ids for {shown}; "
+            "use a tokenizer made by `globallocal tokenizer`"
+        )
+    config = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "clean_up_tokenization_spaces": False,
+        "split_special_tokens": True,  # a literal "</s>" in a text is text
+        "model_max_length": 10**30,
+        **special_tokens(tokenizer),
+    }
+    return {
+        MODEL_NAME: tokenizer.model,
+        "tokenizer.json": twin.to_str(pretty=False).encode(),
+        "tokenizer_config.json": json.dumps(config, indent=2, ensure_ascii=False).encode() + b"\n",
+    }
+
+
+def special_tokens(tokenizer: Tokenizer) -> dict[str, str]:
+    """The special pieces that the model has, under the names that transformers uses."""
+    info, pieces = tokenizer.info, tokenizer.proto.pieces
+    ids = {
+        "unk_token": info.unk_token_id,
+        "bos_token": info.bos_token_id,
+        "eos_token": info.eos_token_id,
+        "pad_token": info.pad_token_id,
+    }
+    return {name: pieces[id].piece for name, id in ids.items() if id >= 0}
+
+
+def build_twin(tokenizer: Tokenizer) -> tokenizers.Tokenizer:
+    """A `tokenizers` pipeline with the model's pieces, merges, white space and bytes.
+
+    Raises UserError for models that normalise text, or are neither BPE nor unigram.
+    """
+    proto = tokenizer.proto
+    spec = proto.normalizer_spec
+    if spec.name != "identity" or spec.add_dummy_prefix or spec.remove_extra_whitespaces:
+        raise UserError(
+            f"{tokenizer.where}: the model changes text (normalisation '{spec.name}', dummy prefix "
+            f"{spec.add_dummy_prefix}, extra white space removed {spec.remove_extra_whitespaces}), so no exact "
+            "Hugging Face twin can be made; use a tokenizer made by `globallocal tokenizer`"
+        )
+    twin = tokenizers.Tokenizer(_model(tokenizer))
+    twin.normalizer = normalizers.Replace(" ", SPACE_MARK)
+    if tokenizer.splits_at_spaces:  # cuts where no merge reaches across, which lets words be cached
+        twin.pre_tokenizer = pre_tokenizers.Split(SPACE_MARK, "merged_with_next")
+    twin.decoder = decoders.Sequence([decoders.Replace(SPACE_MARK, " "), decoders.ByteFallback(), decoders.Fuse()])
+    user_defined = [p.piece for p in proto.pieces if p.type == PIECE_USER_DEFINED]
+    twin.add_tokens([AddedToken(piece, normalized=True) for piece in user_defined])
+    twin.add_special_tokens([AddedToken(piece, special=True) for piece in special_tokens(tokenizer).values()])
+    twin.encode_special_tokens = True
+    return twin
+
+
+def _model(tokenizer: Tokenizer) -> models.BPE | models.Unigram:
+    proto = tokenizer.proto
+    kind = tokenizer.info.model_type
+    byte_fallback = proto.trainer_spec.byte_fallback
+    if kind == "unigram":
+        pieces = [(piece.piece, piece.score) for piece in proto.pieces]
+        return models.Unigram(pieces, tokenizer.info.unk_token_id, byte_fallback)
+    if kind != "bpe":
+        raise UserError(
+            f"{tokenizer.where}: a sentencepiece model of type '{kind}' has no Hugging Face twin; use bpe or unigram"
+        )
+    vocabulary = {piece.piece: id for id, piece in enumerate(proto.pieces)}
+    return models.BPE(
+        vocab=vocabulary,
+        merges=merges(tokenizer),
+        unk_token=proto.pieces[tokenizer.info.unk_token_id].piece,
+        fuse_unk=True,
+        byte_fallback=byte_fallback,
+    )
+
+
+def merges(tokenizer: Tokenizer) -> list[tuple[str, str]]:
+    """Merge rules in the order in which sentencepiece would apply them: best score of the result first.
+
+    sentencepiece merges any two neighbours whose concatenation is a piece; every way to cut a piece in
+    two is therefore a rule.
+    """
+    scores = {piece.piece: piece.score for piece in tokenizer.proto.pieces if piece.type == PIECE_NORMAL}
+    rules = [
+        (-score, len(left), left, piece[len(left) :])
+        for piece, score in scores.items()
+        for left in (piece[:cut] for cut in range(1, len(piece)))
+        if left in scores and piece[len(left) :] in scores
+    ]
+    rules.sort(key=lambda rule: (rule[0], -rule[1]))
+    return [(left, right) for _, _, left, right in rules]
+
+
+def differing_texts(tokenizer: Tokenizer, twin: tokenizers.Tokenizer, texts: Iterable[str]) -> list[str]:
+    """Those of `texts` for which ids or decoded text differ between sentencepiece and the twin."""
+    different = []
+    for text in texts:
+        expected = tokenizer.processor.encode(text)
+        ids = twin.encode(text, add_special_tokens=False).ids
+        if ids != expected or twin.decode(ids, skip_special_tokens=False) != tokenizer.decode(expected):
+            different.append(text)
+    return different
