@@ -6,10 +6,13 @@ M micro_batch_size; W world_size. Sample i is stream[i·S : i·S + S + 1]: input
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+import weakref
 from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from queue import Empty, SimpleQueue
+from threading import Thread
 from typing import Protocol
 
 import numpy as np
@@ -162,7 +165,8 @@ class SampleSource:
 class BatchLoader:
     """The micro-batches of one rank, from any whole step on, without end: iterates int64 [M, S + 1].
 
-    One thread reads ahead. What it raises is raised by `next`; `close` (or leaving a `with`) ends it.
+    One thread reads a few batches ahead. What it raises is raised by `next`. `close`, leaving a `with`, or
+    letting go of the loader ends the thread.
 
     Args:
         source: samples in order.
@@ -174,37 +178,59 @@ class BatchLoader:
     def __init__(self, source: Source, layout: BatchLayout, rank: int, consumed_samples: int) -> None:
         if not 0 <= rank < layout.world_size:
             raise ValueError(f"rank ({rank}) must be in [0, world_size = {layout.world_size})")
-        self._batches = _micro_batches(source, layout, rank, layout.first_step(consumed_samples))
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="batch-loader")
-        self._ahead: list[Future[np.ndarray]] = [self._submit() for _ in range(_BATCHES_AHEAD)]
-
-    def _submit(self) -> Future[np.ndarray]:
-        return self._thread.submit(next, self._batches)
+        batches = _micro_batches(source, layout, rank, layout.first_step(consumed_samples))
+        self._requests: SimpleQueue[bool] = SimpleQueue()
+        self._results: SimpleQueue[np.ndarray | BaseException] = SimpleQueue()
+        self._closed = False
+        # The thread must not hold the loader, or a loader that is let go of would never end it.
+        self._thread = Thread(
+            target=_answer, args=(batches, self._requests, self._results), name="batch-loader", daemon=True
+        )
+        self._stop = weakref.finalize(self, self._requests.put, False)
+        self._thread.start()
+        for _ in range(_BATCHES_AHEAD):
+            self._requests.put(True)
 
     def __iter__(self) -> BatchLoader:
         return self
 
     def __next__(self) -> np.ndarray:
-        if not self._ahead:
+        if self._closed:
             raise RuntimeError("the batch loader is closed")
-        try:
-            batch = self._ahead.pop(0).result()
-        except BaseException:
+        batch = self._results.get()
+        if isinstance(batch, BaseException):
             self.close()
-            raise
-        self._ahead.append(self._submit())
+            raise batch
+        self._requests.put(True)
         return batch
 
     def close(self) -> None:
-        """Ends the thread; returns when it is gone. May be called again."""
-        self._ahead = []
-        self._thread.shutdown(wait=True, cancel_futures=True)
+        """Ends the thread after the read it is in, and waits for it. May be called again."""
+        self._closed = True
+        while not self._requests.empty():  # forget what was asked for, so that the stop comes next
+            with contextlib.suppress(Empty):
+                self._requests.get_nowait()
+        self._stop()
+        self._thread.join()
 
     def __enter__(self) -> BatchLoader:
         return self
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def _answer(
+    batches: Iterator[np.ndarray],
+    requests: SimpleQueue[bool],
+    results: SimpleQueue[np.ndarray | BaseException],
+) -> None:
+    """The reading thread: one batch for each True, the end at the first False or exception."""
+    try:
+        while requests.get():
+            results.put(next(batches))
+    except BaseException as error:
+        results.put(error)
 
 
 def _micro_batches(source: Source, layout: BatchLayout, rank: int, step: int) -> Iterator[np.ndarray]:

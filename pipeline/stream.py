@@ -88,29 +88,24 @@ class TokenStream:
         return self.read_rows(np.array([start]), count)[0]
 
     def read_rows(self, starts: np.ndarray, count: int) -> np.ndarray:
-        """Tokens [start, start + count) of each start, as an array [len(starts), count]; raises as `read`."""
+        """Tokens [start, start + count) of each start, read-only [len(starts), count]; raises as `read`."""
         starts = np.asarray(starts, dtype=np.int64)
-        if count < 0 or (starts.size and not 0 <= starts.min() <= starts.max() <= self.tokens - count):
+        if count < 1 or (starts.size and not 0 <= starts.min() <= starts.max() <= self.tokens - count):
             raise ValueError(f"tokens outside the stream of {self.tokens:,}: starts {starts}, count {count}")
-        rows = np.empty((len(starts), count), self.index.dtype)
-        if not rows.size:
-            return rows
         width = self.index.dtype.itemsize
-        row_bytes = count * width
         first, last = self._chunk_of(starts), self._chunk_of(starts + (count - 1))
         skip = starts - self._token_start[first].astype(np.int64)
-        offsets = self._chunk_data_offset[first].astype(np.int64) + skip * width
+        offsets = (self._chunk_data_offset[first].astype(np.int64) + skip * width).tolist()
         shards = self._chunk_shard[first].tolist()
         crosses = (first != last).tolist()
-        buffer = rows.reshape(-1).data.cast("B")
+        parts = []
         with self._lock:
-            for row, (shard, offset) in enumerate(zip(shards, offsets.tolist(), strict=True)):
-                target = buffer[row * row_bytes : (row + 1) * row_bytes]
+            for row, (shard, offset) in enumerate(zip(shards, offsets, strict=True)):
                 if crosses[row]:
-                    self._read_across(int(starts[row]), int(first[row]), target)
+                    parts += self._read_across(int(starts[row]), count, int(first[row]))
                 else:
-                    self._read_into(shard, offset, target)
-        return rows
+                    parts.append(self._read_bytes(shard, offset, count * width))
+        return np.frombuffer(b"".join(parts), self.index.dtype).reshape(len(starts), count)
 
     def close(self) -> None:
         with self._lock:
@@ -124,33 +119,32 @@ class TokenStream:
         """int64 [n]: the chunk of each token. Any other dtype, and numpy would convert the whole index."""
         return np.searchsorted(self._token_start, tokens.astype(self._token_start.dtype), side="right") - 1
 
-    def _read_across(self, start: int, chunk: int, target: memoryview) -> None:
-        """Fills `target` with the tokens from `start` on, over as many chunks as it takes."""
+    def _read_across(self, start: int, count: int, chunk: int) -> list[bytes]:
+        """The tokens [start, start + count), which begin in `chunk`, over as many chunks as it takes."""
         width = self.index.dtype.itemsize
-        while len(target):
+        parts = []
+        while count:
             skip = start - int(self._token_start[chunk])
-            available = int(self._token_start[chunk + 1]) - start
-            taken = min(available, len(target) // width)
+            taken = min(int(self._token_start[chunk + 1]) - start, count)
             offset = int(self._chunk_data_offset[chunk]) + skip * width
-            self._read_into(int(self._chunk_shard[chunk]), offset, target[: taken * width])
-            target, start, chunk = target[taken * width :], start + taken, chunk + 1
+            parts.append(self._read_bytes(int(self._chunk_shard[chunk]), offset, taken * width))
+            start, count, chunk = start + taken, count - taken, chunk + 1
+        return parts
 
-    def _read_into(self, shard: int, offset: int, target: memoryview) -> None:
+    def _read_bytes(self, shard: int, offset: int, count: int) -> bytes:
         descriptor = self._descriptor(shard)
         try:
-            count = os.preadv(descriptor, [target], offset)
-            while 0 < count < len(target):  # a signal or a network file system may split a read
-                more = os.preadv(descriptor, [target[count:]], offset + count)
-                if more == 0:
-                    break
-                count += more
-            actual_bytes = os.fstat(descriptor).st_size if count != len(target) else 0
+            data = os.pread(descriptor, count, offset)
+            while len(data) < count:  # a signal or a network file system may split a read
+                more = os.pread(descriptor, count - len(data), offset + len(data))
+                if not more:
+                    raise UserError(self._size_problem(shard, os.fstat(descriptor).st_size))
+                data += more
         except OSError as error:
             raise UserError(
                 f"{self.shards.where(shard)}: cannot be read at byte {offset:,} ({error.strerror})"
             ) from None
-        if count != len(target):
-            raise UserError(self._size_problem(shard, actual_bytes))
+        return data
 
     def _descriptor(self, shard: int) -> int:
         descriptor = self._open_shards.get(shard)
