@@ -1,0 +1,75 @@
+"""Secrets out of everything that is written down: configs, tracking, messages.
+
+Pure functions. A value is taken for a secret by the name it stands under, or because it is the user
+information or a query secret inside a URL.
+"""
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+REDACTED = "***"
+
+_ALWAYS_SECRET = {"password", "passwords", "passwd", "passphrase", "pwd", "secret", "secrets", "credentials"}
+# Secret only as the last word of a name: `hf_token`, not `tokens_per_second`; `api_key`, not `key_size`.
+_SECRET_AT_THE_END = {"token", "key", "apikey", "credential", "auth"}
+# `pad_token: <pad>` is vocabulary.
+_SPECIAL_TOKENS = {"bos", "eos", "pad", "unk", "sep", "cls", "mask"}
+
+_WORDS = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+|\d+")
+_URL_USER = re.compile(r"(?P<scheme>[A-Za-z][A-Za-z0-9+.-]*://)[^/?#\s'\"]*@")
+_URL_QUERY = re.compile(r"(?P<name>[?&][^=&\s]*(?:password|passwd|token|secret|key)[^=&\s]*=)[^&\s'\"]+", re.I)
+_ASSIGNMENT = re.compile(r"^(?P<name>[^=\s]+)=(?P<value>.*)$", re.S)
+
+
+def is_secret_name(name: str) -> bool:
+    """Whether a value under this name must not be shown: `api_key`, `hfToken`, `db.password`."""
+    words = [word.lower() for word in _WORDS.findall(name)]
+    if not words:
+        return False
+    if _ALWAYS_SECRET.intersection(words):
+        return True
+    if words[-1] not in _SECRET_AT_THE_END:
+        return False
+    return not (words[-1] == "token" and len(words) > 1 and words[-2] in _SPECIAL_TOKENS)
+
+
+def redact_text(text: str) -> str:
+    """`text` with user information and secret query values in URLs replaced by `***`."""
+    return _URL_QUERY.sub(rf"\g<name>{REDACTED}", _URL_USER.sub(rf"\g<scheme>{REDACTED}@", text))
+
+
+def redact(value: Any) -> Any:
+    """A copy of nested mappings and sequences without secrets; the input is left alone.
+
+    Whatever stands under a secret name becomes `***` (None and booleans stay: they hold no secret), and
+    every string loses the passwords in its URLs. Other values come back as they are.
+    """
+    if isinstance(value, str):
+        return redact_text(value)
+    if isinstance(value, Mapping):
+        return {
+            name: REDACTED
+            if is_secret_name(str(name)) and not (item is None or isinstance(item, bool))
+            else redact(item)
+            for name, item in value.items()
+        }
+    if isinstance(value, list | tuple):
+        return type(value)(map(redact, value)) if type(value) in (list, tuple) else [redact(v) for v in value]
+    return value
+
+
+def redact_arguments(arguments: Sequence[str]) -> list[str]:
+    """A command line without secrets: `api_key=…`, `--password=…` and `--password …` are covered."""
+    result: list[str] = []
+    hide_next = False
+    for argument in arguments:
+        assignment = _ASSIGNMENT.match(argument)
+        if hide_next and not argument.startswith("-"):
+            result.append(REDACTED)
+        elif assignment and is_secret_name(assignment["name"]):
+            result.append(f"{assignment['name']}={REDACTED}")
+        else:
+            result.append(redact_text(argument))
+        hide_next = argument.startswith("-") and not assignment and is_secret_name(argument)
+    return result

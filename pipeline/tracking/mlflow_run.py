@@ -1,0 +1,160 @@
+"""One run in one MLflow store: finding, creating, and what each record of the spool becomes there."""
+
+import logging
+import math
+import os
+from collections.abc import Iterator
+from typing import Any
+
+from pipeline.tracking.spool import Record
+
+RUN_KEY_TAG = "globallocal.run_key"
+METRICS_PER_BATCH = 1_000  # MLflow's own bounds
+NAMES_PER_BATCH = 100
+PARAM_VALUE_LENGTH = 6_000
+TAG_VALUE_LENGTH = 8_000
+REQUEST_TIMEOUT_SECONDS = 10
+# What only a person can change; anything else may heal by itself.
+_REFUSALS = {"INVALID_PARAMETER_VALUE", "BAD_REQUEST", "MALFORMED_REQUEST", "RESOURCE_ALREADY_EXISTS"}
+_DENIALS = {"UNAUTHENTICATED", "PERMISSION_DENIED", "CUSTOMER_UNAUTHORIZED"}
+
+
+def is_refusal(error: BaseException) -> bool:
+    """Whether the store will never take this request."""
+    return getattr(error, "error_code", None) in _REFUSALS or isinstance(error, TypeError | ValueError)
+
+
+def needs_a_person(error: BaseException) -> bool:
+    """Whether an error will not heal by waiting: refused, denied, a missing driver, an old schema."""
+    return (
+        getattr(error, "error_code", None) in _REFUSALS | _DENIALS
+        or isinstance(error, ImportError)
+        or "out-of-date database schema" in str(error)
+    )
+
+
+def short(value: str, length: int, note: str) -> str:
+    """`value`, cut to `length` characters with a note when it is longer."""
+    if len(value) <= length:
+        return value
+    note = f" … [{len(value)} characters; {note}]"
+    return value[: length - len(note)] + note
+
+
+class MlflowRun:
+    """One run in one store, by MlflowClient alone: no global state of the fluent interface.
+
+    Args:
+        uri: tracking URI, secrets included; it is never written or printed.
+        run_key: our own name for the run, found again as a tag whatever happens to an answer.
+    """
+
+    def __init__(self, uri: str, experiment: str, run_key: str, run_name: str) -> None:
+        self._uri, self._experiment, self._run_key, self._run_name = uri, experiment, run_key, run_name
+        self._client: Any = None
+
+    def client(self) -> Any:
+        if self._client is None:
+            # The retries are ours: MLflow's own would repeat a creation and block for minutes.
+            os.environ["MLFLOW_HTTP_REQUEST_MAX_RETRIES"] = "0"
+            os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", str(REQUEST_TIMEOUT_SECONDS))
+            os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+            from mlflow import MlflowClient
+
+            for noisy in ("alembic", "mlflow.store.db.utils", "urllib3.connectionpool"):
+                logging.getLogger(noisy).setLevel(logging.ERROR)
+            self._client = MlflowClient(self._uri)
+        return self._client
+
+    def _experiment_id(self) -> str:
+        client = self.client()
+        experiment = client.get_experiment_by_name(self._experiment)
+        if experiment is None:
+            return client.create_experiment(self._experiment)
+        if experiment.lifecycle_stage != "active":
+            from mlflow.exceptions import MlflowException
+
+            raise MlflowException.invalid_parameter_value(
+                f"experiment {self._experiment!r} is deleted: restore it with `mlflow experiments restore "
+                f"--experiment-id {experiment.experiment_id}`, or set tracking.experiment to another name"
+            )
+        return experiment.experiment_id
+
+    def find(self) -> list[str]:
+        """Ids of the runs that carry our key, oldest first."""
+        runs = self.client().search_runs(
+            [self._experiment_id()],
+            f"tags.`{RUN_KEY_TAG}` = '{self._run_key}'",
+            order_by=["attributes.start_time ASC"],
+        )
+        return [run.info.run_id for run in runs]
+
+    def exists(self, run_id: str) -> bool:
+        """False when the run is unknown or deleted; raises when the store does not answer."""
+        try:
+            return self.client().get_run(run_id).info.lifecycle_stage == "active"
+        except Exception as error:
+            if getattr(error, "error_code", None) == "RESOURCE_DOES_NOT_EXIST":
+                return False
+            raise
+
+    def create(self) -> str:
+        tags = {RUN_KEY_TAG: self._run_key}
+        return self.client().create_run(self._experiment_id(), run_name=self._run_name, tags=tags).info.run_id
+
+    def adopt(self, run_id: str) -> dict[str, int]:
+        """Puts our key on a run made elsewhere; returns the highest step per metric it holds."""
+        client = self.client()
+        keys = client.get_run(run_id).data.metrics
+        steps = {key: max(point.step for point in client.get_metric_history(run_id, key)) for key in keys}
+        client.set_tag(run_id, RUN_KEY_TAG, self._run_key)
+        return steps
+
+    def delete_others(self, run_id: str) -> None:
+        """Removes the empty runs that unanswered creations left behind."""
+        for other in self.find():
+            if other != run_id:
+                self.client().delete_run(other)
+
+    def send(self, run_id: str, batch: list[Record]) -> None:
+        """Either any number of metrics records, or one record of another kind."""
+        from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param, RunTag
+
+        client, record = self.client(), batch[0]
+        values = record.get("values", {}).items()
+        match record["kind"]:
+            case "metrics":
+                metrics = [
+                    Metric(key, _finite_or_nan(value), one["time"], one["step"])
+                    for one in batch
+                    for key, value in one["values"].items()
+                ]
+                for part in _parts(metrics, METRICS_PER_BATCH):
+                    client.log_batch(run_id, metrics=part, synchronous=True)
+            case "params":
+                params = [Param(k, short(v, PARAM_VALUE_LENGTH, f"whole: config/{k}.txt")) for k, v in values]
+                for part in _parts(params, NAMES_PER_BATCH):
+                    client.log_batch(run_id, params=part, synchronous=True)
+            case "tags":
+                tags = [RunTag(k, short(v, TAG_VALUE_LENGTH, "cut")) for k, v in values]
+                for part in _parts(tags, NAMES_PER_BATCH):
+                    client.log_batch(run_id, tags=part, synchronous=True)
+            case "text":
+                client.log_text(run_id, record["text"], record["path"])
+            case "dataset":
+                dataset = Dataset(record["name"], record["digest"], record["source_type"], record["source"])
+                inputs = [DatasetInput(dataset, [InputTag("mlflow.data.context", "training")])]
+                client.log_inputs(run_id, datasets=inputs)
+            case "status" if record["status"] == "RUNNING":
+                client.update_run(run_id, status="RUNNING")
+            case "status":
+                client.set_terminated(run_id, status=record["status"], end_time=record["time"])
+
+
+def _finite_or_nan(value: float | str) -> float:
+    """MLflow would store inf as 1.8e308; the tracker's tag says what it was."""
+    return float(value) if math.isfinite(float(value)) else math.nan
+
+
+def _parts(items: list[Any], length: int) -> Iterator[list[Any]]:
+    return (items[start : start + length] for start in range(0, len(items), length))

@@ -1,0 +1,226 @@
+"""The tracker that training holds: it writes records to the spool and never waits for a network."""
+
+import math
+import threading
+import time
+from collections.abc import Mapping
+from types import TracebackType
+from typing import IO, Any
+
+from pipeline.redact import redact, redact_text
+from pipeline.tracking.history import History, clean_name
+from pipeline.tracking.mlflow_run import PARAM_VALUE_LENGTH
+from pipeline.tracking.shipping import Say, Shipper
+from pipeline.tracking.spool import Record, Spool
+
+STATUSES = ("FINISHED", "FAILED", "KILLED")
+# Changes of these between two attempts are worth a line; the command line and the process are not.
+_WATCHED_TAGS = ("mlflow.source.git.commit", "dataset_id")
+_NOT_SET = "(not set)"
+
+
+class NullTracker:
+    """Takes everything, records nothing: the ranks above 0, and `tracking.enabled: false`."""
+
+    run_id: str | None = None
+
+    def log_metrics(self, values: Mapping[str, float], step: int) -> None: ...
+    def log_text(self, text: str, artifact_path: str) -> None: ...
+    def set_tags(self, tags: Mapping[str, Any]) -> None: ...
+
+    def close(self, status: str = "FINISHED", deadline_seconds: float = 20.0, reason: str | None = None) -> bool:
+        return True
+
+    def __enter__(self) -> "NullTracker":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: Any, trace: TracebackType | None) -> None:
+        """Closes as FINISHED, as KILLED after an interrupt or a non-zero exit, as FAILED after an error."""
+        if error is None or (isinstance(error, SystemExit) and not error.code):
+            self.close("FINISHED")
+        elif isinstance(error, KeyboardInterrupt | SystemExit):
+            self.close("KILLED", reason="interrupted")
+        else:
+            self.close("FAILED")
+
+
+class Tracker(NullTracker):
+    """Records one run. Its methods write to a local file and return; none of them waits for a network.
+
+    Made by `open_tracker`. Steps of one metric must not fall: points at or below its highest are replays.
+    """
+
+    def __init__(self, spool: Spool, history: History, shipper: Shipper, lock: IO[str], say: Say) -> None:
+        self._spool, self._history, self._shipper, self._lock_file = spool, history, shipper, lock
+        self._say = say
+        self._lock = threading.RLock()
+        self._closed = False
+        self._delivered = False
+        self._replay_said = False
+        self._disk_full_said = False
+
+    @property
+    def run_id(self) -> str | None:  # type: ignore[override]
+        """MLflow's id of the run; None until the store could be reached for the first time."""
+        return self._shipper.run_id
+
+    def log_metrics(self, values: Mapping[str, float], step: int) -> None:
+        """Records scalars at a step (>= 0). inf and NaN reach MLflow as NaN, and a tag says which, where."""
+        step = int(step)
+        points = {clean_name(name): float(value) for name, value in values.items()}
+        with self._lock:
+            highest = self._history.highest_step
+            new = {name: value for name, value in points.items() if step > highest.get(name, -1)}
+            if len(new) < len(points) and not self._replay_said:
+                self._replay_said = True
+                name = next(name for name in points if name not in new)
+                self._say(
+                    f"tracking: {name} is recorded up to step {highest[name]}; points up to there are not "
+                    "logged again, the first values stand"
+                )
+            odd = {name: value for name, value in new.items() if not math.isfinite(value)}
+            first = {
+                f"globallocal.nonfinite.{name}": f"{value} at step {step}, the first"
+                for name, value in odd.items()
+                if name not in self._history.nonfinite
+            }
+            if new:
+                texts = {name: str(value) for name, value in odd.items()}
+                self._append({"kind": "metrics", "time": now_ms(), "step": step, "values": new | texts})
+            if first:
+                self.set_tags(first)
+
+    def log_text(self, text: str, artifact_path: str) -> None:
+        """Records a text file of the run; the same path again replaces it. URLs lose their passwords."""
+        self._append({"kind": "text", "path": artifact_path, "text": _plain(redact_text(text))})
+
+    def set_tags(self, tags: Mapping[str, Any]) -> None:
+        """Records tags, secrets redacted; a value longer than 8,000 characters is cut, and says so."""
+        self._append({"kind": "tags", "values": _strings(tags)})
+
+    def close(self, status: str = "FINISHED", deadline_seconds: float = 20.0, reason: str | None = None) -> bool:
+        """Ends the run and delivers what is left, within the deadline.
+
+        Args:
+            status: MLflow's FINISHED, FAILED or KILLED.
+            deadline_seconds: the longest this call may take.
+            reason: the tag `globallocal.status`, such as "preempted"; the status in lower case by default.
+
+        Returns:
+            Whether everything arrived. What did not stays in the spool for the next start of the run.
+        """
+        if status not in STATUSES:
+            raise ValueError(f"status is {status!r}, must be one of {', '.join(STATUSES)}")
+        with self._lock:
+            if self._closed:
+                return self._delivered
+            self._record_status(status, reason or status.lower())
+            self._closed = True
+        self._delivered = self._shipper.finish(deadline_seconds)
+        if not self._delivered:
+            self._say(
+                f"tracking: {self._shipper.undelivered_bytes:,} bytes of {self._spool.path} have not reached "
+                f"MLflow within {deadline_seconds:g} s (run closed as {status}); they are kept, and sent at "
+                "the next start of this run"
+            )
+        self._lock_file.close()
+        return self._delivered
+
+    def _append(self, record: Record) -> None:
+        with self._lock:
+            if self._closed:
+                self._say(f"tracking: {record['kind']} logged after the run was closed is not recorded")
+                return
+            self._spool.append(record)
+            self._history.apply(record)
+            full = self._spool.write_error
+            if full and not self._disk_full_said:
+                self._say(f"tracking: cannot write {self._spool.path} ({full.strerror}); records wait in memory")
+            elif self._disk_full_said and not full:
+                self._say(f"tracking: {self._spool.path} can be written again; nothing was lost")
+            self._disk_full_said = full is not None
+        self._shipper.wake()
+
+    def _record_status(self, status: str, reason: str, time_ms: int | None = None) -> None:
+        self._append({"kind": "status", "status": status, "reason": reason, "time": time_ms or now_ms()})
+        attempts = ", ".join(f"{i} {how}" for i, how in enumerate(self._history.attempts, start=1))
+        self.set_tags({"globallocal.status": reason, "globallocal.attempts": attempts})
+
+    def _begin_attempt(
+        self, params: Mapping[str, Any], tags: Mapping[str, Any], dataset: Mapping[str, str] | None
+    ) -> None:
+        """What every start records: how the last attempt ended, the status, what changed since."""
+        history = self._history
+        if history.is_open:
+            self._record_status("KILLED", "lost", history.last_time)
+            self._say("tracking: the process before this one was killed without closing the run")
+        resumed = bool(history.attempts)
+        self._record_status("RUNNING", "running")
+        all_tags = _strings(tags)
+        if dataset:
+            all_tags["dataset_id"] = dataset["dataset_id"]
+        lines = [
+            f"{name}: {history.tags[name]} → {all_tags[name]}"
+            for name in _WATCHED_TAGS
+            if name in history.tags and all_tags.get(name, history.tags[name]) != history.tags[name]
+        ]
+        self.set_tags(all_tags)
+        if dataset:
+            self._append(_dataset_record(dataset))
+        self._record_params(_strings(params), lines, resumed)
+
+    def _record_params(self, params: dict[str, str], lines: list[str], resumed: bool) -> None:
+        """New ones as parameters; MLflow refuses changed ones, so they become a tag, an artifact, a line."""
+        known = self._history.params
+        new = {name: value for name, value in params.items() if name not in known}
+        changed = {name: value for name, value in params.items() if known.get(name, value) != value}
+        changed |= {name: _NOT_SET for name in known if name not in params and known[name] != _NOT_SET}
+        for name, value in (new | changed).items():
+            if len(value) > PARAM_VALUE_LENGTH:
+                self.log_text(value, f"config/{name}.txt")
+        lines += [f"{name}: {_brief(known[name])} → {_brief(value)}" for name, value in changed.items()]
+        if resumed:
+            lines += [f"{name}: {_NOT_SET} → {_brief(value)}" for name, value in new.items()]
+        if new:
+            self._append({"kind": "params", "values": new})
+        if lines:
+            attempt = len(self._history.attempts)
+            self._append(
+                {
+                    "kind": "changes",
+                    "params": changed,
+                    "lines": [f"attempt {attempt}: {line}" for line in lines],
+                }
+            )
+            self.log_text("\n".join(self._history.changes) + "\n", "config/changes.txt")
+            self.set_tags({"config.changes": "\n".join(self._history.changes[::-1])})
+            for line in lines:
+                self._say(f"tracking: changed since the last attempt: {line}")
+
+
+def _dataset_record(dataset: Mapping[str, str]) -> Record:
+    source = redact_text(dataset["source"])
+    return {
+        "kind": "dataset",
+        "name": dataset["name"],
+        "digest": dataset["dataset_id"][:36],  # MLflow's bound; the tag dataset_id is whole
+        "source_type": "local",
+        "source": source,
+    }
+
+
+def _strings(values: Mapping[str, Any]) -> dict[str, str]:
+    return {clean_name(name): _plain(str(value)) for name, value in redact(dict(values)).items()}
+
+
+def _plain(text: str) -> str:
+    """Lone surrogates (bytes of a broken encoding) cannot be sent: `?` stands for each."""
+    return text.encode("utf-8", "replace").decode()
+
+
+def _brief(value: str, length: int = 200) -> str:
+    return value if len(value) <= length else f"{value[:length]}… ({len(value)} characters)"
+
+
+def now_ms() -> int:
+    return int(time.time() * 1000)
