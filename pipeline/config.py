@@ -158,7 +158,7 @@ class RunConfig(Section):
 
     def flat(self) -> dict[str, Any]:
         """Dotted keys, as given on the command line: {"training.max_steps": 100, …}."""
-        return _flatten(self.model_dump(mode="json"))
+        return flatten(self.model_dump(mode="json"))
 
     def save(self, path: Path) -> None:
         OmegaConf.save(OmegaConf.create(self.model_dump(mode="json")), path)
@@ -207,7 +207,8 @@ def known_keys() -> list[str]:
     keys = []
     for section, field in RunConfig.model_fields.items():
         annotation = field.annotation
-        assert isinstance(annotation, type) and issubclass(annotation, BaseModel)
+        assert isinstance(annotation, type)
+        assert issubclass(annotation, BaseModel)
         keys += [f"{section}.{key}" for key in annotation.model_fields]
     return keys + [f"model.{key}" for key in _model_keys()]
 
@@ -255,11 +256,11 @@ def _missing_file(path: Path) -> str:
     return f"{path}: no such file" + (f"; there are: {', '.join(known)}" if known else "")
 
 
-def _flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     flat: dict[str, Any] = {}
     for key, value in values.items():
         if isinstance(value, Mapping):
-            flat |= _flatten(value, f"{prefix}{key}.")
+            flat |= flatten(value, f"{prefix}{key}.")
         else:
             flat[f"{prefix}{key}"] = value
     return flat

@@ -20,6 +20,10 @@ PREEMPTED_EXIT_CODE = 75
 """EX_TEMPFAIL of sysexits.h: everything is saved, start me again."""
 
 
+class SharedUserError(UserError):
+    """Raised on every rank with the same lines, so that one rank prints them."""
+
+
 @dataclass(frozen=True)
 class World:
     """This process among all others. `control` is a gloo group for flags and small objects on the CPU."""
@@ -67,7 +71,7 @@ class World:
             for line in lines:
                 merged.setdefault(line, []).append(rank)
         if merged:
-            raise UserError(
+            raise SharedUserError(
                 [
                     line if len(ranks) == self.size else f"{line} [rank {', '.join(map(str, ranks))}]"
                     for line, ranks in merged.items()
@@ -91,9 +95,7 @@ def start() -> World:
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
-        os.environ.update(
-            RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
-        )
+        os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False)
     accelerator = get_accelerator()
     local_rank = int(os.environ.get("LOCAL_RANK", 0))

@@ -17,15 +17,15 @@ from pipeline.distributed import World
 from pipeline.optim import build_optimizer, parameter_groups
 
 # DeepSpeed ignores a misspelt key at the top level, so the ones it knows are listed here (0.19 documentation).
-KNOWN_KEYS = frozenset(
-    """train_batch_size train_micro_batch_size_per_gpu gradient_accumulation_steps optimizer scheduler
-    communication_data_type prescale_gradients gradient_predivide_factor sparse_gradients fp16 bf16
-    torch_autocast amp gradient_clipping zero_optimization zero_allow_untested_optimizer
-    zero_force_ds_cpu_optimizer steps_per_print wall_clock_breakdown dump_state flops_profiler
-    activation_checkpointing comms_logger data_types compile aio checkpoint seq_parallel_communication_data_type
-    disable_allgather memory_breakdown nebula hybrid_engine use_data_before_expert_parallelism
-    timers""".split()
-)
+_KEYS = """
+train_batch_size train_micro_batch_size_per_gpu gradient_accumulation_steps optimizer scheduler
+communication_data_type seq_parallel_communication_data_type prescale_gradients gradient_predivide_factor
+sparse_gradients fp16 bf16 torch_autocast amp data_types gradient_clipping zero_optimization
+zero_allow_untested_optimizer zero_force_ds_cpu_optimizer disable_allgather steps_per_print
+wall_clock_breakdown memory_breakdown dump_state flops_profiler activation_checkpointing comms_logger
+compile aio checkpoint timers use_data_before_expert_parallelism
+"""
+KNOWN_KEYS = frozenset(_KEYS.split())
 
 
 def resolve_precision(wanted: str, world: World) -> str:
@@ -47,7 +47,9 @@ def read_deepspeed_json(path: Path) -> dict[str, Any]:
         values = json.loads(path.read_text())
     except FileNotFoundError:
         known = ", ".join(sorted(str(item) for item in Path("ds_configs").glob("*.json")))
-        raise UserError(f"deepspeed.config: {path}: no such file" + (f"; there are: {known}" if known else "")) from None
+        raise UserError(
+            f"deepspeed.config: {path}: no such file" + (f"; there are: {known}" if known else "")
+        ) from None
     except (OSError, ValueError) as error:
         raise UserError(f"deepspeed.config: {path}: {error}") from None
     if not isinstance(values, dict):
@@ -100,7 +102,9 @@ def deepspeed_config(config: RunConfig, layout: BatchLayout, precision: str) -> 
             given, value = f"enabled: {enabled}", f"enabled: {value['enabled']}"
         elif given == value:
             continue
-        problems.append(f"{path}: {key} = {given}, but {setting} gives {value}; remove it from the JSON, or write \"auto\"")
+        problems.append(
+            f'{path}: {key} = {given}, but {setting} gives {value}; remove it from the JSON, or write "auto"'
+        )
     problems += [f'{path}: {key} = "auto" cannot be filled in by the run; give a value' for key in _autos(knobs)]
     if problems:
         raise UserError(problems)

@@ -31,11 +31,9 @@ def describe_groups(groups: list[dict[str, Any]]) -> list[str]:
     ]
 
 
-def build_optimizer(
-    groups: list[dict[str, Any]], settings: OptimizerSection, offload: bool
-) -> torch.optim.Optimizer:
+def build_optimizer(groups: list[dict[str, Any]], settings: OptimizerSection, offload: bool) -> torch.optim.Optimizer:
     """AdamW; DeepSpeed's CPU version where optimizer states live in host memory."""
-    shared = {"lr": settings.learning_rate, "betas": settings.betas, "eps": settings.epsilon}
+    shared: dict[str, Any] = {"lr": settings.learning_rate, "betas": settings.betas, "eps": settings.epsilon}
     if offload:
         from deepspeed.ops.adam import DeepSpeedCPUAdam
 

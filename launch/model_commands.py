@@ -1,0 +1,113 @@
+"""`globallocal evaluate | generate | export`: what is done with a trained model."""
+
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+ModelPath = Annotated[
+    Path,
+    typer.Argument(help="A run folder (its newest verified checkpoint is taken), a checkpoint, or an exported folder."),
+]
+
+
+class Dtype(StrEnum):
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+
+
+def register(app: typer.Typer) -> None:
+    app.command()(evaluate)
+    app.command()(generate)
+    app.command()(export)
+
+
+def evaluate(
+    path: ModelPath,
+    dataset: Annotated[Path | None, typer.Option(help="A prepared dataset; the one of training when absent.")] = None,
+    split: Annotated[str, typer.Option(help="Which of its splits.")] = "valid",
+    sequence_length: Annotated[int | None, typer.Option(help="Tokens a sample; that of training when absent.")] = None,
+    batch_size: Annotated[int, typer.Option(help="Samples at once.")] = 8,
+    max_samples: Annotated[int | None, typer.Option(help="Only the first so many samples.")] = None,
+) -> None:
+    """Measure held-out loss, token and word perplexity and bits per byte.
+
+    Examples:
+
+        globallocal evaluate runs/quickstart
+
+        globallocal evaluate runs/quickstart/export --dataset data/quickstart --split test
+    """
+    from data_prep.errors import UserError
+    from data_prep.manifest import open_dataset
+    from pipeline.data import TokenStream, evaluation_batches
+    from pipeline.evaluate import perplexities, summed_loss
+    from pipeline.weights import best_device, load_model
+
+    loaded = load_model(path)
+    if dataset is None:
+        if loaded.state is None:
+            raise UserError(f"{path}: an exported model does not name its dataset; give --dataset")
+        dataset = Path(loaded.state.config["data"]["dataset"])
+    opened = open_dataset(dataset)
+    opened.split(split)
+    ids = opened.manifest.tokenizer.vocab_size
+    if ids > loaded.model.config.vocab_size:
+        raise UserError(
+            f"{dataset}: its tokenizer has {ids:,} ids, the model knows {loaded.model.config.vocab_size:,}; "
+            "evaluate on a dataset of the model's tokenizer"
+        )
+    length = sequence_length or loaded.model.config.max_position_embeddings
+    device = best_device()
+    batches = evaluation_batches(TokenStream(opened, split), length, batch_size, 0, 1, max_samples)
+    nats, targets = summed_loss(loaded.model.to(device), batches, device)
+    info = opened.manifest.splits[split]
+    result = perplexities(nats, targets, info)
+    typer.echo(f"{dataset}, split {split}, {targets:,} target tokens, sequence length {length}")
+    typer.echo(f"loss              {result['loss']:.4f} nats per token")
+    typer.echo(f"token perplexity  {result['token_perplexity']:.2f}")
+    typer.echo(
+        f"word perplexity   {result['word_perplexity']:.2f}  "
+        f"({info.words + info.lines:,} words and line ends in the split)"
+    )
+    typer.echo(f"bits per byte     {result['bits_per_byte']:.4f}  ({info.source_bytes:,} bytes in the split)")
+
+
+def generate(
+    path: ModelPath,
+    prompt: Annotated[list[str], typer.Option(help="Text to continue; may be given several times.")],
+    max_new_tokens: Annotated[int, typer.Option(help="Tokens added to each prompt.")] = 64,
+    seed: Annotated[int, typer.Option(help="Same seed, same text.")] = 0,
+) -> None:
+    """Continue prompts by sampling (temperature 0.8, the 50 likeliest tokens).
+
+    Example:
+
+        globallocal generate runs/quickstart/export --prompt "The history of"
+    """
+    from pipeline.evaluate import continuations
+    from pipeline.weights import best_device, load_model
+
+    loaded, device = load_model(path), best_device()
+    for text in continuations(loaded.model.to(device), loaded.tokenizer, prompt, max_new_tokens, device, seed):
+        typer.echo(text)
+
+
+def export(
+    path: ModelPath,
+    output: Annotated[Path, typer.Option(help="The folder to make; it must not exist.")],
+    dtype: Annotated[Dtype, typer.Option(help="Type of the weights written.")] = Dtype.float32,
+) -> None:
+    """Write a Hugging Face folder, reload it in a fresh process, and publish it only if it is the same model.
+
+    Example:
+
+        globallocal export runs/quickstart --output runs/quickstart/export
+    """
+    import torch
+
+    from pipeline.export import export as write_export
+
+    loaded = write_export(path, output, getattr(torch, dtype.value))
+    typer.echo(f"{output}: step {loaded.state.step:,} of {path}, reloaded and verified")  # type: ignore[union-attr]

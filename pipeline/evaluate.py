@@ -1,0 +1,92 @@
+"""Held-out loss and perplexities, globally reduced; continuations of prompts."""
+
+import math
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from data_prep.manifest import SplitInfo
+
+IGNORED = -100
+"""Target that adds no loss, by the convention of PyTorch and transformers."""
+
+
+@torch.no_grad()
+def summed_loss(
+    model: Any, batches: Iterable[tuple[np.ndarray, np.ndarray]], device: torch.device
+) -> tuple[float, int]:
+    """Sum of the language loss in nats, and the number of targets, over all ranks.
+
+    Args:
+        model: a DeepSpeed engine or a plain model.
+        batches: int64 tokens [B, S+1] and a boolean mask [B] of samples that count; the same number on every
+            rank, since under ZeRO-3 each forward is a collective.
+    """
+    training = model.training
+    model.eval()
+    sums = torch.zeros(2, dtype=torch.float64, device=device)
+    for tokens, counts in batches:
+        ids = torch.from_numpy(tokens).to(device)
+        targets = ids[:, 1:].masked_fill(~torch.from_numpy(counts).to(device)[:, None], IGNORED)
+        valid = (targets != IGNORED).sum()
+        loss = model(input_ids=ids[:, :-1], shift_labels=targets).language_loss.double()
+        sums += torch.stack([torch.where(valid > 0, loss * valid, 0.0), valid.double()])
+    model.train(training)
+    if dist.is_initialized():
+        dist.all_reduce(sums)
+    return sums[0].item(), round(sums[1].item())
+
+
+def perplexities(nats: float, targets: int, split: SplitInfo) -> dict[str, float]:
+    """The loss and what follows from it, each with its denominator.
+
+    Loss and token perplexity are per target token. Bits per byte and word perplexity divide by the split's source
+    bytes and by its words plus one end of line a line (the convention of WikiText, arXiv:1609.07843); where only
+    a part of the split was measured, the split's own ratio of tokens to bytes and words stands in for the part's.
+    Both can be compared across tokenizers, the token perplexity cannot.
+    """
+    loss = nats / targets
+    word_ends = split.words + split.lines
+    return {
+        "loss": loss,
+        "token_perplexity": _exp(loss),
+        "word_perplexity": _exp(loss * split.tokens / word_ends) if word_ends else math.nan,
+        "bits_per_byte": loss / math.log(2) * split.tokens / split.source_bytes,
+        "tokens": float(targets),
+    }
+
+
+def _exp(value: float) -> float:
+    return math.exp(value) if value < 700 else math.inf
+
+
+@torch.no_grad()
+def continuations(
+    model: Any, tokenizer: Any, prompts: Sequence[str], max_new_tokens: int, device: torch.device, seed: int
+) -> list[str]:
+    """Sampled continuations, each with its prompt in front. The caller's random state is left as it was.
+
+    Every rank must call it: under ZeRO-3 each forward is a collective, and the same seed keeps ranks in step.
+    """
+    training = model.training
+    model.eval()
+    texts = []
+    devices = [device] if device.type == "cuda" else []
+    with torch.random.fork_rng(devices):
+        torch.manual_seed(seed)
+        for prompt in prompts:
+            ids = tokenizer(prompt, add_special_tokens=False, return_tensors="pt").input_ids.to(device)
+            output = model.generate(
+                input_ids=ids,
+                attention_mask=torch.ones_like(ids),
+                max_new_tokens=max_new_tokens,
+                do_sample=True,
+                temperature=0.8,
+                top_k=50,
+            )
+            texts.append(tokenizer.decode(output[0], skip_special_tokens=True))
+    model.train(training)
+    return texts

@@ -1,0 +1,155 @@
+"""Going on where a run was: which checkpoint, whether it fits, and the proof that it was restored."""
+
+import logging
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from data_prep.errors import UserError
+from data_prep.manifest import Dataset
+from pipeline import checkpoint
+from pipeline.config import RunConfig, flatten
+from pipeline.data import BatchLayout, SampleSource, batch_hash
+from pipeline.distributed import World
+
+log = logging.getLogger("globallocal")
+
+FIXED = (
+    "run.seed",
+    "model.",
+    "data.sequence_length",
+    "data.train_split",
+    "data.order_seed",
+    "training.global_batch_size",
+)
+"""Settings that a resumed run may not change: they decide what the model is and which samples come next."""
+
+
+@dataclass(frozen=True)
+class Resumed:
+    """Where the run stands; the defaults are a fresh start."""
+
+    folder: Path | None = None
+    step: int = 0
+    mlflow_run_id: str | None = None
+    evaluation: dict[str, float] | None = None
+    seconds: dict[str, float] = field(default_factory=dict)
+
+
+def resume(
+    config: RunConfig,
+    world: World,
+    engine: Any,
+    source: SampleSource,
+    layout: BatchLayout,
+    dataset: Dataset,
+    precision: str,
+    stage: int,
+    model_config: Any,
+) -> Resumed:
+    """Restore the run as `checkpoint.resume` says, and prove it.
+
+    Raises:
+        UserError: checkpoints stand but none can be used; the run no longer fits the checkpoint; the restored
+            model or data position is not the saved one.
+    """
+    folder = find(config, world)
+    if folder is None:
+        return Resumed()
+    with world.together():
+        state = checkpoint.read_state(folder)
+        problems, changes = compare(state, config, world, dataset, precision, stage)
+        if problems:
+            raise UserError([f"{folder}: {problem}" for problem in problems])
+    for change in changes:
+        log.info(f"changed since the checkpoint: {change}")
+    checkpoint.load(engine, folder, world)
+    prove(folder, state, engine, source, layout, world, model_config.vocab_size)
+    return Resumed(folder, state.step, state.mlflow_run_id, state.evaluation, state.seconds)
+
+
+def find(config: RunConfig, world: World) -> Path | None:
+    """The checkpoint to go on from, agreed by all ranks; None is a fresh start."""
+    root, wanted = config.run_folder / "checkpoints", config.checkpoint.resume
+    standing = world.broadcast(checkpoint.list_checkpoints(root) if world.is_main else None)
+    if wanted == "none":
+        if standing:
+            raise UserError(
+                f"{root}: holds {len(standing)} checkpoints, and checkpoint.resume=none would start over; choose "
+                "another run.name, or delete the folder"
+            )
+        return None
+    if wanted != "auto":
+        problems = checkpoint.verify_together(Path(wanted), world)
+        world.raise_together([f"checkpoint.resume: {problem}" for problem in problems])
+        return Path(wanted)
+    folder, passed_over = checkpoint.newest_verified(root, world)
+    for problem in passed_over:
+        log.warning(f"passed over: {problem}")
+    if folder is None and standing:
+        raise UserError(
+            [
+                *passed_over,
+                f"{root}: none of {len(standing)} checkpoints verifies; restore one, or start over with another "
+                "run.name",
+            ]
+        )
+    log.info(f"resuming from {folder}" if folder else f"no checkpoint in {root}: starting at step 0")
+    return folder
+
+
+def compare(
+    state: checkpoint.CheckpointState,
+    config: RunConfig,
+    world: World,
+    dataset: Dataset,
+    precision: str,
+    stage: int,
+) -> tuple[list[str], list[str]]:
+    """(What forbids the resume, what merely changed), one line each."""
+    problems = [
+        f"was written with {name} {then}, this run has {now}; {remedy}"
+        for name, then, now, remedy in (
+            ("dataset", state.dataset_id, dataset.manifest.dataset_id, "give data.dataset the same folder"),
+            ("world size", state.world_size, world.size, f"start {state.world_size} ranks"),
+            ("ZeRO stage", state.zero_stage, stage, "choose the DeepSpeed JSON of that stage"),
+            ("precision", state.precision, precision, f"set training.precision={state.precision}"),
+        )
+        if then != now
+    ]
+    then, now = flatten(state.config), config.flat()
+    changes = []
+    for key in sorted(then.keys() | now.keys()):
+        if then.get(key) == now.get(key):
+            continue
+        line = f"{key} {then.get(key)} → {now.get(key)}"
+        if key.startswith(FIXED):
+            problems.append(f"{line}: a resumed run may not change it; set it back, or choose another run.name")
+        elif not key.startswith("checkpoint.resume"):
+            changes.append(line)
+    return problems, changes
+
+
+def prove(
+    folder: Path,
+    state: checkpoint.CheckpointState,
+    engine: Any,
+    source: SampleSource,
+    layout: BatchLayout,
+    world: World,
+    vocab_size: int,
+) -> None:
+    """Recompute the next batch's hash and the probe's logits; say how near they are, or refuse."""
+    problems = []
+    if batch_hash(source, layout, state.step) != state.next_batch_hash:
+        problems.append(f"{folder}: the next batch is not the one the checkpoint recorded; the data has changed")
+    now = checkpoint.logit_fingerprint(engine, vocab_size)
+    distance = checkpoint.compare_fingerprints(state.logit_fingerprint, now)
+    bound = 1e-4 if state.precision == "fp32" else 5e-2
+    if not distance <= bound:
+        problems.append(
+            f"{folder}: the restored model's logits differ from the saved ones by {distance:.2g} > {bound:g}"
+        )
+    world.raise_together(problems)
+    nearness = "bitwise" if distance == 0 else f"within {distance:.1g}"
+    log.info(f"resume verified: {nearness} (step {state.step:,}, {state.consumed_samples:,} samples consumed)")
