@@ -13,13 +13,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from queue import Empty, SimpleQueue
 from threading import Thread
-from typing import Protocol
 
 import numpy as np
 
 from data_prep.errors import UserError
-from data_prep.manifest import Dataset
 from pipeline.order import SampleOrder, WindowedOrder, permute
+from pipeline.source import SampleSource, Source
 from pipeline.stream import TokenStream
 
 __all__ = [
@@ -37,6 +36,7 @@ __all__ = [
 
 _PLANNED_SAMPLES = 4096  # indices computed at once: numpy's cost per call disappears in so many
 _BATCHES_AHEAD = 3
+_CLOSE_SECONDS = 5.0
 
 
 @dataclass(frozen=True)
@@ -65,12 +65,7 @@ class BatchLayout:
     def position(self, step: int, micro_step: int, rank: int, sample: int) -> int:
         """Position in the order of all samples of one sample of a rank's micro-batch."""
         micro_step_samples = self.micro_batch_size * self.world_size
-        return (
-            step * self.global_batch_size
-            + micro_step * micro_step_samples
-            + rank * self.micro_batch_size
-            + sample
-        )
+        return step * self.global_batch_size + micro_step * micro_step_samples + rank * self.micro_batch_size + sample
 
     def first_step(self, consumed_samples: int) -> int:
         """The step after `consumed_samples`. Raises UserError if that is not a whole number of steps."""
@@ -98,68 +93,6 @@ class BatchLayout:
 def _divisors(number: int) -> list[int]:
     low = [d for d in range(1, int(number**0.5) + 1) if number % d == 0]
     return sorted({*low, *(number // d for d in low)})
-
-
-class Source(Protocol):
-    """Samples in an endless, fixed order."""
-
-    num_samples: int
-    sequence_length: int
-
-    def sample_indices(self, positions: np.ndarray) -> np.ndarray:
-        """int64 [n]: the sample, in [0, num_samples), at each position."""
-
-    def read(self, indices: np.ndarray) -> np.ndarray:
-        """int64 [n, S + 1]: the tokens of each sample."""
-
-
-class SampleSource:
-    """One split of a dataset, cut into samples and put in order.
-
-    Args:
-        dataset: an opened dataset.
-        split: its name.
-        sequence_length: S.
-        seed: of the order.
-        stream: the split's tokens, when they do not come from the dataset's folder.
-        order: another order of the N samples than the global permutation.
-
-    Raises UserError if the split is unknown or holds no whole sample.
-    """
-
-    def __init__(
-        self,
-        dataset: Dataset,
-        split: str,
-        sequence_length: int,
-        seed: int,
-        stream: TokenStream | None = None,
-        order: SampleOrder | WindowedOrder | None = None,
-    ) -> None:
-        if sequence_length < 1:
-            raise UserError(f"sequence_length ({sequence_length}) must be at least 1")
-        self.stream = stream if stream is not None else TokenStream(dataset, split)
-        self.sequence_length = sequence_length
-        self.num_samples = (self.stream.tokens - 1) // sequence_length
-        if self.num_samples < 1:
-            raise UserError(
-                f"{dataset.folder}: split '{split}' has {self.stream.tokens:,} tokens, one sample needs "
-                f"sequence_length + 1 = {sequence_length + 1:,}; lower sequence_length or prepare more text"
-            )
-        self.order = order if order is not None else SampleOrder(self.num_samples, seed)
-
-    def sample_indices(self, positions: np.ndarray) -> np.ndarray:
-        """int64 [n]: the sample at each position; positions run on across epochs."""
-        return self.order.sample_index(positions)
-
-    def read(self, indices: np.ndarray) -> np.ndarray:
-        """int64 [n, S + 1]: the tokens of each sample. Raises UserError naming a shard that fails."""
-        starts = np.asarray(indices, dtype=np.int64) * self.sequence_length
-        return self.stream.read_rows(starts, self.sequence_length + 1).astype(np.int64)
-
-    def samples(self, positions: np.ndarray) -> np.ndarray:
-        """int64 [n, S + 1]: the tokens of the sample at each position."""
-        return self.read(self.sample_indices(positions))
 
 
 class BatchLoader:
@@ -205,13 +138,13 @@ class BatchLoader:
         return batch
 
     def close(self) -> None:
-        """Ends the thread after the read it is in, and waits for it. May be called again."""
+        """Ends the thread after the read it is in; waits for it, but not long for a slow network."""
         self._closed = True
         while not self._requests.empty():  # forget what was asked for, so that the stop comes next
             with contextlib.suppress(Empty):
                 self._requests.get_nowait()
         self._stop()
-        self._thread.join()
+        self._thread.join(timeout=_CLOSE_SECONDS)
 
     def __enter__(self) -> BatchLoader:
         return self
@@ -241,7 +174,8 @@ def _micro_batches(source: Source, layout: BatchLayout, rank: int, step: int) ->
     while True:
         firsts = start + stride * np.arange(planned, dtype=np.int64)
         indices = source.sample_indices((firsts[:, None] + np.arange(size)).ravel()).reshape(planned, size)
-        for batch in indices:
+        for number, batch in enumerate(indices):
+            source.ahead(start + stride * number)
             yield source.read(batch)
         start += stride * planned
 

@@ -112,6 +112,14 @@ class SampleOrder:
         epoch, place = np.divmod(np.atleast_1d(np.asarray(position, dtype=np.int64)), self.num_samples)
         return permute(place, self.num_samples, order_key(self.seed, epoch))
 
+    def window(self, position: int) -> int:
+        """All samples are one window, in every epoch."""
+        return 0
+
+    def window_ranges(self, window: int) -> np.ndarray:
+        """int64 [1, 2]: first and one-past-last sample."""
+        return np.array([[0, self.num_samples]])
+
 
 @dataclass(frozen=True)
 class WindowedOrder:
@@ -119,8 +127,8 @@ class WindowedOrder:
 
     The samples are cut into blocks of consecutive ones, the blocks are permuted, and each run of
     `blocks_per_window` blocks in that new order is a window, whose samples are permuted among themselves.
-    Reading touches one window of the data at a time, so a cache that holds two windows fetches every byte
-    once an epoch. The last N % block_samples samples have no block of their own and join the last window.
+    Reading touches one window of the data at a time. The last window of an epoch may hold fewer blocks, and
+    takes the N % block_samples samples that do not fill one.
 
     Attributes:
         num_samples: N, at least 1.
@@ -140,8 +148,7 @@ class WindowedOrder:
 
     @cached_property
     def windows_per_epoch(self) -> int:
-        """The last window also takes the blocks and samples that do not fill one."""
-        return max(1, self.num_blocks // self.blocks_per_window)
+        return max(1, -(-self.num_blocks // self.blocks_per_window))
 
     def sample_index(self, position: int | np.ndarray) -> np.ndarray:
         """int64 [n]: which sample is read at each position."""
@@ -172,7 +179,7 @@ class WindowedOrder:
         epoch, inside = divmod(window, self.windows_per_epoch)
         first = inside * self.blocks_per_window
         is_last = inside == self.windows_per_epoch - 1
-        blocks = np.arange(first, self.num_blocks if is_last else first + self.blocks_per_window)
+        blocks = np.arange(first, min(first + self.blocks_per_window, self.num_blocks))
         starts = permute(blocks, max(1, self.num_blocks), order_key(~self.seed, epoch)) * self.block_samples
         ranges = np.stack([starts, starts + self.block_samples], axis=1)
         tail = self.num_blocks * self.block_samples

@@ -17,12 +17,14 @@ import numpy as np
 
 from data_prep.errors import UserError
 from data_prep.manifest import Dataset, SplitIndex
-
-_MAX_OPEN_SHARDS = 256
+from pipeline.remote_dataset import RemoteDataset
 
 
 class ShardOpener(Protocol):
-    """Where shards come from."""
+    """Where shards come from; `max_open` bounds how many of them are held open."""
+
+    @property
+    def max_open(self) -> int: ...
 
     def open(self, shard: int) -> int:
         """A new file descriptor, for the caller to close. Raises UserError naming the shard."""
@@ -33,6 +35,8 @@ class ShardOpener(Protocol):
 
 class FolderShards:
     """Shards that lie in the dataset's folder."""
+
+    max_open = 256
 
     def __init__(self, folder: str | Path, index: SplitIndex) -> None:
         self._folder = Path(folder)
@@ -45,9 +49,7 @@ class FolderShards:
         try:
             return os.open(self.where(shard), os.O_RDONLY | os.O_CLOEXEC)
         except FileNotFoundError:
-            raise UserError(
-                f"{self.where(shard)}: missing; restore the file, or prepare the dataset again"
-            ) from None
+            raise UserError(f"{self.where(shard)}: missing; restore the file, or prepare the dataset again") from None
         except OSError as error:
             raise UserError(f"{self.where(shard)}: cannot be opened ({error.strerror})") from None
 
@@ -60,10 +62,9 @@ class TokenStream:
     Args:
         dataset: an opened dataset.
         split: its name. Raises UserError, with the known ones, if there is no such split.
-        shards: where to get shards from; the dataset's folder when absent.
     """
 
-    def __init__(self, dataset: Dataset, split: str, shards: ShardOpener | None = None) -> None:
+    def __init__(self, dataset: Dataset, split: str) -> None:
         self._open_shards: OrderedDict[int, int] = OrderedDict()
         self._lock = threading.Lock()
         self.index = dataset.split(split)
@@ -72,9 +73,11 @@ class TokenStream:
             np.asarray(column)
             for column in (self.index.token_start, self.index.chunk_shard, self.index.chunk_data_offset)
         )
-        self.shards = shards if shards is not None else FolderShards(dataset.folder, self.index)
+        self.shards: ShardOpener = (
+            dataset.shards(split) if isinstance(dataset, RemoteDataset) else FolderShards(dataset.folder, self.index)
+        )
         soft_limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
-        self._max_open = max(1, min(_MAX_OPEN_SHARDS, soft_limit // 4))
+        self._max_open = max(1, min(self.shards.max_open, soft_limit // 4))
 
     @property
     def tokens(self) -> int:
@@ -106,6 +109,11 @@ class TokenStream:
                 else:
                     parts.append(self._read_bytes(shard, offset, count * width))
         return np.frombuffer(b"".join(parts), self.index.dtype).reshape(len(starts), count)
+
+    def shards_of(self, start: int, stop: int) -> range:
+        """The shards that hold tokens [start, stop), which must not be empty."""
+        first, last = self._chunk_of(np.array([start, stop - 1]))
+        return range(int(self._chunk_shard[first]), int(self._chunk_shard[last]) + 1)
 
     def close(self) -> None:
         with self._lock:

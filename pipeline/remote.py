@@ -1,0 +1,126 @@
+"""Reading a file at a URL (http, https, s3, …) to the end, through faults that pass.
+
+Credentials and endpoints are found where the storage's own clients look (AWS_ENDPOINT_URL, ~/.aws, …).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+import random
+import time
+from typing import Any
+
+from data_prep.errors import UserError
+
+_log = logging.getLogger(__name__)
+
+PIECE_BYTES = 8 << 20  # asked for in one request; a failed one costs no more than this again
+_ATTEMPTS = 8  # in a row without a byte of progress: with the delays below, about a minute
+_FIRST_DELAY_SECONDS = 0.5
+_LONGEST_DELAY_SECONDS = 30.0
+_TIMEOUT_SECONDS = 30  # to connect, and between two bytes of an answer
+
+
+def download(url: str, descriptor: int, num_bytes: int, sha256: str) -> None:
+    """Writes a file of known size and hash to a descriptor.
+
+    Raises UserError if it is missing, still unreachable after about a minute, or not the one recorded.
+    """
+    actual = ""
+    for _ in range(2):  # a second time, in case a proxy garbled the first
+        digest = hashlib.sha256()
+        offset = 0
+        while offset < num_bytes:
+            stop = min(offset + PIECE_BYTES, num_bytes)
+            piece = _retried(url, offset, stop, num_bytes)
+            digest.update(piece)
+            _write(url, descriptor, piece, offset)
+            offset += len(piece)
+        actual = digest.hexdigest()
+        if actual == sha256:
+            return
+    raise UserError(
+        f"{url}: sha256 {actual[:16]}…, expected {sha256[:16]}… (changed or damaged); "
+        "restore the file, or prepare the dataset again"
+    )
+
+
+def read_whole(url: str, sha256: str | None = None) -> bytes:
+    """A whole file of unknown size, in memory; raises as `download`."""
+    content = _retried(url, None, None, None)
+    actual = hashlib.sha256(content).hexdigest()
+    if sha256 is not None and actual != sha256:
+        raise UserError(
+            f"{url}: sha256 {actual[:16]}…, expected {sha256[:16]}… (changed or damaged); "
+            "restore the file, or prepare the dataset again"
+        )
+    return content
+
+
+def _write(url: str, descriptor: int, piece: bytes, offset: int) -> None:
+    view = memoryview(piece)
+    try:
+        while view:
+            written = os.pwrite(descriptor, view, offset)
+            view, offset = view[written:], offset + written
+    except OSError as error:
+        raise UserError(f"{url}: cannot be cached ({error.strerror}); free some space") from None
+
+
+def _retried(url: str, start: int | None, stop: int | None, num_bytes: int | None) -> bytes:
+    """Bytes [start, stop) of a file; all of them from a server that ignores ranges, or if asked for."""
+    fault = ""
+    for attempt in range(1, _ATTEMPTS + 1):
+        try:
+            piece = _request(url, start, stop)
+            if start is None or stop is None or num_bytes is None or len(piece) == stop - start:
+                return piece
+            if start == 0 and len(piece) == num_bytes:
+                return piece
+            fault = f"{start + len(piece):,} bytes, expected {num_bytes:,} (truncated or changed)"
+        except UserError:
+            raise
+        except Exception as error:  # every storage client has exceptions of its own
+            fault = _passing_fault(url, error)
+        if attempt < _ATTEMPTS:
+            delay = min(_LONGEST_DELAY_SECONDS, _FIRST_DELAY_SECONDS * 2 ** (attempt - 1))
+            delay *= random.uniform(0.75, 1.25)  # so that a thousand nodes do not come back at once
+            _log.warning("%s: %s; try %d of %d in %.1f s", url, fault, attempt + 1, _ATTEMPTS, delay)
+            time.sleep(delay)
+    raise UserError(f"{url}: {fault}, after {_ATTEMPTS} tries; check the server, or restore the file there")
+
+
+def _passing_fault(url: str, error: Exception) -> str:
+    """One line for an error that may pass; raises UserError for one that will not."""
+    status = getattr(error, "status", None)
+    if isinstance(error, FileNotFoundError) or status == 404:
+        raise UserError(f"{url}: missing; restore the file, or prepare the dataset again") from None
+    if isinstance(error, PermissionError) or status in (401, 403):
+        raise UserError(f"{url}: not allowed; check the credentials for it") from None
+    return f"{type(error).__name__} {error}".strip()
+
+
+def _request(url: str, start: int | None, stop: int | None) -> bytes:
+    from fsspec.core import url_to_fs
+
+    try:
+        system, path = url_to_fs(url, **_storage_options(url))
+    except (ImportError, ValueError) as error:
+        raise UserError(f"{url}: {error} (for s3:// run `pip install globallocal[s3]`)") from None
+    data: bytes = system.cat_file(path, start=start, end=stop)
+    return data
+
+
+def _storage_options(url: str) -> dict[str, Any]:
+    """Time limits in each client's own words: without them a silent server would be waited for, for ever."""
+    protocol = url.partition("://")[0]
+    if protocol in ("http", "https"):
+        import aiohttp
+
+        limits = aiohttp.ClientTimeout(total=None, sock_connect=_TIMEOUT_SECONDS, sock_read=_TIMEOUT_SECONDS)
+        return {"client_kwargs": {"timeout": limits}}
+    if protocol == "s3":
+        return {"config_kwargs": {"connect_timeout": _TIMEOUT_SECONDS, "read_timeout": _TIMEOUT_SECONDS}}
+    return {}

@@ -1,0 +1,162 @@
+"""Files from a URL in a folder that the ranks of a node share: downloaded once, checked, within a budget.
+
+A cached file is named by its sha256, so it can be neither stale nor mixed up. It is downloaded under a lock
+(once a node, however many ranks ask), checked, and only then given its name. When the budget is full, the
+least recently used go; a file that a rank still has open stays readable until it is closed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import logging
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+from data_prep.errors import UserError
+from pipeline.remote import download
+
+_log = logging.getLogger(__name__)
+_NAME_LENGTHS = (64, 69)  # a sha256, and the same with ".part"
+
+
+class ShardCache:
+    """Files by their sha256 in a folder of this node, together no larger than a budget.
+
+    Args:
+        folder: on a local disk; made if it is missing. Several jobs may share it.
+        budget_bytes: downloads under way included.
+    """
+
+    def __init__(self, folder: str | Path, budget_bytes: int) -> None:
+        self.folder = Path(folder)
+        self.budget_bytes = budget_bytes
+        self.downloads = 0  # by this process
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"cache folder {self.folder}: cannot be made ({error.strerror})") from None
+
+    def open(self, url: str, sha256: str, num_bytes: int) -> int:
+        """A read-only descriptor of the file at `url`, downloaded first if need be.
+
+        Raises UserError if it is missing there, still wrong after retries, or does not fit.
+        """
+        while (descriptor := self._open_cached(sha256, num_bytes)) is None:
+            self.fetch(url, sha256, num_bytes)
+        return descriptor
+
+    def fetch(self, url: str, sha256: str, num_bytes: int, wait: bool = True) -> None:
+        """Makes sure that the file is cached, and marks it as used now.
+
+        Args:
+            wait: whether to wait for another process that is downloading it.
+        """
+        part = self.folder / f"{sha256}.part"
+        while (cached := self._open_cached(sha256, num_bytes)) is None:
+            with locked(part, wait) as descriptor:
+                if descriptor is None:
+                    return  # another process is at it
+                if not _is_file(part, descriptor):
+                    continue  # it was finished, or given up, while this one waited for the lock
+                if (self.folder / sha256).exists():
+                    part.unlink()
+                    continue
+                try:
+                    self._reserve(descriptor, num_bytes)
+                    download(url, descriptor, num_bytes, sha256)
+                    self.downloads += 1
+                except BaseException:
+                    part.unlink(missing_ok=True)
+                    raise
+                part.replace(self.folder / sha256)
+        os.close(cached)
+
+    def _open_cached(self, sha256: str, num_bytes: int) -> int | None:
+        path = self.folder / sha256
+        try:
+            descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        except FileNotFoundError:
+            return None
+        if os.fstat(descriptor).st_size != num_bytes:  # a cache may heal itself: the truth is at the URL
+            _log.warning("%s: cached file has another size than recorded; it is downloaded again", path)
+            path.unlink(missing_ok=True)
+            os.close(descriptor)
+            return None
+        with contextlib.suppress(OSError):
+            os.utime(descriptor)  # what "recently used" means, to every process of the node
+        return descriptor
+
+    def _reserve(self, descriptor: int, num_bytes: int) -> None:
+        """Claims room for a download by giving its file the final size; removes the least recently used."""
+        with locked(self.folder / "budget.lock", wait=True):
+            try:
+                os.ftruncate(descriptor, 0)
+                os.posix_fallocate(descriptor, 0, num_bytes)
+            except OSError as error:
+                raise UserError(
+                    f"cache {self.folder}: no room for {num_bytes:,} bytes ({error.strerror}); "
+                    "free some space, or put the cache on another disk"
+                ) from None
+            files = self._files()
+            total_bytes = sum(size for _, size, _ in files)
+            for _, size, path in sorted(files):
+                if total_bytes <= self.budget_bytes:
+                    break
+                if _remove_idle(path):
+                    total_bytes -= size
+        if total_bytes > self.budget_bytes:
+            raise UserError(
+                f"cache {self.folder}: budget {self.budget_bytes:,} bytes, but the files in use and the next one "
+                f"({num_bytes:,} bytes) need {total_bytes:,}; raise the budget"
+            )
+
+    def _files(self) -> list[tuple[float, int, Path]]:
+        """(last use, bytes, path) of every file, those being downloaded included."""
+        files = []
+        for entry in os.scandir(self.folder):
+            if len(entry.name) in _NAME_LENGTHS:
+                with contextlib.suppress(FileNotFoundError):
+                    files.append((entry.stat().st_mtime, entry.stat().st_size, Path(entry.path)))
+        return files
+
+
+@contextlib.contextmanager
+def locked(path: Path, wait: bool) -> Iterator[int | None]:
+    """Holds a lock on a file, made if it is missing; None if another holds it. A dead process holds none."""
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        except BlockingIOError:
+            yield None
+        else:
+            yield descriptor
+    finally:
+        os.close(descriptor)
+
+
+def _is_file(path: Path, descriptor: int) -> bool:
+    """Whether the path still names the file that was opened."""
+    try:
+        return os.path.samestat(path.stat(), os.fstat(descriptor))
+    except FileNotFoundError:
+        return False
+
+
+def _remove_idle(path: Path) -> bool:
+    """Removes a cached file, unless it is being downloaded: what a dead process left half-way goes too."""
+    if path.suffix != ".part":
+        path.unlink(missing_ok=True)
+        return True
+    with contextlib.suppress(FileNotFoundError):
+        descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            path.unlink(missing_ok=True)
+        except BlockingIOError:
+            return False
+        finally:
+            os.close(descriptor)
+    return True
