@@ -21,18 +21,18 @@ class GlobalLocalConfig(PreTrainedConfig):
         vocab_size: number of token ids.
         hidden_size: width of the residual stream.
         num_hidden_layers: number of blocks.
-        intermediate_size: width of the feed-forward; 4 · hidden_size if not given.
+        intermediate_size: width of the feed-forward; 0 stands for 4 · hidden_size.
         max_position_embeddings: the longest sequence in tokens that training uses. There is no position
             table and no hard limit: longer inputs run at the same cost per token.
         pool_size: rows of the frozen tensor pool that all layers share.
-        pool_dim: width of a pool row; 4 · hidden_size if not given.
+        pool_dim: width of a pool row; 0 stands for 4 · hidden_size.
         pool_seed: the pool is a pure function of (pool_seed, pool_size, pool_dim).
         conv_kernel_size: taps of each causal convolution.
         conv_dilations: dilations of the parallel convolutions of a layer. One list serves all layers; a list
             of lists is cycled over the layers, for example [[1, 2, 4], [8, 16, 32]].
         router_top_k: pool rows that a token mixes.
         router_temperature: initial value of the learned temperature, held in 0.1 … 5.
-        router_hidden_size: width of the score network's hidden layer; min(1024, pool_size) if not given.
+        router_hidden_size: width of the score network's hidden layer; 0 stands for min(1024, pool_size).
         dropout: probability, applied where the seed applies it.
         diversity_loss_scale: factor of each router's loss; the sum over routers is scaled by a further 0.01.
         norm_placement: "pre" (norm in front of each sublayer) or "post" (norm after the residual sum).
@@ -50,16 +50,16 @@ class GlobalLocalConfig(PreTrainedConfig):
     vocab_size: int = 50257
     hidden_size: int = 512
     num_hidden_layers: int = 6
-    intermediate_size: int | None = None
+    intermediate_size: int = 0
     max_position_embeddings: int = 512
     pool_size: int = 10000
-    pool_dim: int | None = None
+    pool_dim: int = 0
     pool_seed: int = 0
     conv_kernel_size: int = 3
     conv_dilations: list[int] | list[list[int]] = field(default_factory=lambda: [1, 2, 4])
     router_top_k: int = 2
     router_temperature: float | int = 0.5
-    router_hidden_size: int | None = None
+    router_hidden_size: int = 0
     dropout: float | int = 0.0
     diversity_loss_scale: float | int = 0.01
     norm_placement: str = "pre"
@@ -73,11 +73,11 @@ class GlobalLocalConfig(PreTrainedConfig):
     pad_token_id: int | None = None
 
     def __post_init__(self, **kwargs: Any) -> None:
-        if self.intermediate_size is None:
+        if self.intermediate_size == 0:
             self.intermediate_size = 4 * self.hidden_size
-        if self.pool_dim is None:
+        if self.pool_dim == 0:
             self.pool_dim = 4 * self.hidden_size
-        if self.router_hidden_size is None:
+        if self.router_hidden_size == 0:
             self.router_hidden_size = min(1024, self.pool_size)
         problems = self._problems()
         if problems:
@@ -89,7 +89,7 @@ class GlobalLocalConfig(PreTrainedConfig):
         """The preset `name` with some settings replaced.
 
         Raises:
-            ValueError: if no preset has that name, or no setting that of an override; the known ones are listed.
+            ValueError: if no preset or setting has such a name; the message lists the known ones.
         """
         if name not in PRESETS:
             raise ValueError(f"unknown model preset {name!r}; known presets: {', '.join(PRESETS)}")
@@ -105,8 +105,12 @@ class GlobalLocalConfig(PreTrainedConfig):
 
     def dilations_of_layer(self, layer: int) -> list[int]:
         """Dilations of the parallel convolutions of block `layer`."""
-        schedule = self.conv_dilations
-        return schedule[layer % len(schedule)] if isinstance(schedule[0], list) else schedule  # type: ignore[return-value]
+        schedule: list = self.conv_dilations
+        return schedule[layer % len(schedule)] if self._cycles_dilations else schedule
+
+    @property
+    def _cycles_dilations(self) -> bool:
+        return bool(self.conv_dilations) and isinstance(self.conv_dilations[0], list)
 
     @property
     def receptive_field(self) -> int:
@@ -173,13 +177,10 @@ class GlobalLocalConfig(PreTrainedConfig):
                 f"router_top_k is {self.router_top_k}, but the pool has only {self.pool_size} rows; "
                 f"lower router_top_k or raise pool_size"
             )
-        lists = (
-            self.conv_dilations if self.conv_dilations and isinstance(self.conv_dilations[0], list) else None
-        )
-        dilations = [d for layer in lists or [self.conv_dilations] for d in layer]  # type: ignore[union-attr]
-        if not dilations or min(dilations) < 1 or any(not layer for layer in lists or []):
+        schedules: list = self.conv_dilations if self._cycles_dilations else [self.conv_dilations]
+        if not all(layer and min(layer) >= 1 for layer in schedules):
             problems.append(
-                f"conv_dilations is {self.conv_dilations}; every layer needs at least one dilation, each at least 1"
+                f"conv_dilations is {self.conv_dilations}; every layer needs one dilation or more, each at least 1"
             )
         if self.norm_placement not in ("pre", "post"):
             problems.append(f"norm_placement is {self.norm_placement!r}; it must be 'pre' or 'post'")

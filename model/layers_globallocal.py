@@ -116,14 +116,13 @@ class TensorRouter(nn.Module):
             variance_bias=centred_bias.square().mean(),
             mixture_weight=from_mixture,
             output_bias=from_input @ self.input_norm_bias
-            + self.output_weight @ self.mapping_bias
-            + self.output_bias,
+            + torch.addmv(self.output_bias, self.output_weight, self.mapping_bias),
         )
 
     def forward(
         self, x: Tensor, pool: Tensor, mask: Tensor | None, cache: GlobalLocalCache | None
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """x [B, S, h], pool [N, D], mask [B, S, 1] or None → output [B, S, h], diversity loss, statistics [2]."""
+        """x [B, S, h], pool [N, D], mask [B, S, 1] or None → [B, S, h], diversity loss, statistics [2]."""
         tokens = x.reshape(-1, x.shape[-1])
         folded = self._folded(cache)
         choice, weights = self._choose(tokens)
@@ -220,17 +219,18 @@ class GlobalLocalAttention(nn.Module):
         return self.dropout(torch.lerp(routed, local, gate)), diversity, statistics, mean_gate
 
 
-class FeedForward(nn.Sequential):
+class FeedForward(nn.Module):
     """Linear, GELU, dropout, Linear, dropout."""
 
     def __init__(self, config: GlobalLocalConfig) -> None:
-        super().__init__(
-            nn.Linear(config.hidden_size, config.intermediate_size),
-            nn.GELU(),
-            nn.Dropout(config.dropout),
-            nn.Linear(config.intermediate_size, config.hidden_size),
-            nn.Dropout(config.dropout),
-        )
+        super().__init__()
+        self.expansion = nn.Linear(config.hidden_size, config.intermediate_size)
+        self.projection = nn.Linear(config.intermediate_size, config.hidden_size)
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, S, h] → [B, S, h]."""
+        return self.dropout(self.projection(self.dropout(F.gelu(self.expansion(x)))))
 
 
 class GlobalLocalBlock(nn.Module):
@@ -250,7 +250,7 @@ class GlobalLocalBlock(nn.Module):
     def forward(
         self, x: Tensor, pool: Tensor, mask: Tensor | None = None, cache: GlobalLocalCache | None = None
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """x [B, S, h], pool [N, D], mask [B, S, 1] → x, diversity loss, statistics [gate, 2 · (entropy, hit)]."""
+        """x [B, S, h], pool [N, D], mask [B, S, 1] → x, diversity loss, statistics [5]: gate, then two routers."""
         before = self.attention_norm(x) if self.norm_first else x
         update, diversity, attention_statistics, gate = self.attention(before, pool, mask, cache)
         x = x + self.dropout(update)

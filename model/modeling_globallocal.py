@@ -92,7 +92,7 @@ class GlobalLocalPreTrainedModel(PreTrainedModel):
     config_class = GlobalLocalConfig
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
-    _no_split_modules = ["GlobalLocalBlock"]
+    _no_split_modules = ["GlobalLocalBlock"]  # noqa: RUF012
     _is_stateful = True  # the cache cannot be cut back to an earlier position
 
     @torch.no_grad()
@@ -105,10 +105,9 @@ class GlobalLocalPreTrainedModel(PreTrainedModel):
             init.ones_(module.weight)
             init.zeros_(module.bias)
         elif isinstance(module, nn.Linear):
-            head = isinstance(module, LanguageModelHead)
-            init.normal_(
-                module.weight, std=self.config.initializer_range if head else module.in_features**-0.5
-            )
+            is_head = isinstance(module, LanguageModelHead)
+            std = self.config.initializer_range if is_head else module.in_features**-0.5
+            init.normal_(module.weight, std=std)
             init.zeros_(module.bias)
         elif isinstance(module, TensorRouter):
             self._init_router(module, residual)
@@ -116,7 +115,7 @@ class GlobalLocalPreTrainedModel(PreTrainedModel):
             pool = make_pool(self.config.pool_seed, self.config.pool_size, self.config.pool_dim)
             init.copy_(module.pool, pool)
         if isinstance(module, CausalConvolution | FeedForward):  # their children were initialised before them
-            last = module.projection if isinstance(module, CausalConvolution) else module[3]
+            last = module.projection
             init.normal_(last.weight, std=residual * last.in_features**-0.5)
 
     def _init_router(self, router: TensorRouter, residual: float) -> None:
@@ -134,6 +133,8 @@ class GlobalLocalPreTrainedModel(PreTrainedModel):
 
 class GlobalLocalModel(GlobalLocalPreTrainedModel):
     """Embedding, blocks and final norm; owns the pool that all blocks read."""
+
+    pool: Tensor  # float32 [N, D] until the model is cast; a buffer, saved with the weights
 
     def __init__(self, config: GlobalLocalConfig) -> None:
         super().__init__(config)
@@ -171,7 +172,7 @@ class GlobalLocalModel(GlobalLocalPreTrainedModel):
         if use_cache if use_cache is not None else (self.config.use_cache and not self.training):
             cache = cache if cache is not None else GlobalLocalCache(len(self.layers))
         recompute = self._recomputed_blocks(cache)
-        all_states, diversity_losses, statistics = (x,), [], []
+        all_states, diversity_losses, statistics = [x], [], []
         for layer, recomputed in zip(self.layers, recompute, strict=True):
             if recomputed:
                 x, diversity, numbers = self._gradient_checkpointing_func(layer.__call__, x, self.pool, mask)
@@ -179,7 +180,7 @@ class GlobalLocalModel(GlobalLocalPreTrainedModel):
                 x, diversity, numbers = layer(x, self.pool, mask, cache)
             diversity_losses.append(diversity)
             statistics.append(numbers)
-            all_states += (x,) if output_hidden_states else ()
+            all_states.append(x)
         if cache is not None:
             cache.seen_tokens += x.shape[1]
         numbers = torch.stack(statistics).detach()
@@ -192,7 +193,7 @@ class GlobalLocalModel(GlobalLocalPreTrainedModel):
                 "pool_hit_rate": numbers[:, 2::2],
             },
             cache=cache,
-            hidden_states=all_states if output_hidden_states else None,
+            hidden_states=tuple(all_states) if output_hidden_states else None,
         )
 
     def _recomputed_blocks(self, cache: GlobalLocalCache | None) -> list[bool]:
@@ -209,9 +210,8 @@ def _checkpoint_function(policy: str) -> Callable[..., Any]:
         return partial(checkpoint, use_reentrant=False)
     aten = torch.ops.aten
     kept = [aten.mm.default, aten.addmm.default, aten.bmm.default]
-    return partial(
-        checkpoint, use_reentrant=False, context_fn=partial(create_selective_checkpoint_contexts, kept)
-    )
+    contexts = partial(create_selective_checkpoint_contexts, kept)
+    return partial(checkpoint, use_reentrant=False, context_fn=contexts)
 
 
 class LanguageModelHead(nn.Linear):
@@ -227,7 +227,7 @@ class LanguageModelHead(nn.Linear):
 class GlobalLocalForCausalLM(GlobalLocalPreTrainedModel, GenerationMixin):
     """GlobalLocal with a vocabulary head: trains, scores and generates."""
 
-    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}  # noqa: RUF012
 
     def __init__(self, config: GlobalLocalConfig) -> None:
         super().__init__(config)

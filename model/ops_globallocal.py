@@ -143,33 +143,28 @@ class _VocabularyLoss(Function):
     @staticmethod
     def forward(ctx, hidden, weight, bias, targets):
         need = ctx.needs_input_grad
-        grad_hidden = torch.zeros_like(hidden) if need[0] else None
-        grad_weight = (
-            torch.zeros_like(weight, dtype=torch.promote_types(weight.dtype, torch.float32))
-            if need[1]
-            else None
-        )
-        grad_bias = (
-            torch.zeros_like(bias, dtype=torch.promote_types(bias.dtype, torch.float32)) if need[2] else None
-        )
-        total = hidden.new_zeros((), dtype=torch.promote_types(hidden.dtype, torch.float32))
+        wide = torch.promote_types(hidden.dtype, torch.float32)
+        grad_hidden = torch.empty_like(hidden) if need[0] else None
+        grad_weight = torch.zeros_like(weight, dtype=wide) if need[1] else None
+        grad_bias = torch.zeros_like(bias, dtype=wide) if need[2] else None
+        total = hidden.new_zeros((), dtype=wide)
         block = max(1, LOGIT_BLOCK_ELEMENTS // weight.shape[0])
         for start in range(0, hidden.shape[0], block):
             part, goal = hidden[start : start + block], targets[start : start + block].unsqueeze(1)
             valid = goal >= 0
-            logits = F.linear(part, weight, bias).to(total.dtype)
+            logits = F.linear(part, weight, bias).to(wide)
             log_norm = logits.logsumexp(dim=1, keepdim=True)
             total += ((log_norm - logits.gather(1, goal.clamp_min(0))) * valid).sum()
             if not any(need):
                 continue
             error = logits.sub_(log_norm).exp_()  # softmax
             error.scatter_add_(1, goal.clamp_min(0), torch.full_like(log_norm, -1.0)).mul_(valid)
-            if need[2]:
+            if grad_bias is not None:
                 grad_bias += error.sum(dim=0)
             error = error.to(part.dtype)
-            if need[0]:
+            if grad_hidden is not None:
                 grad_hidden[start : start + block] = error @ weight
-            if need[1]:
+            if grad_weight is not None:
                 grad_weight += error.T @ part
         ctx.save_for_backward(grad_hidden, grad_weight, grad_bias)
         ctx.dtypes = (hidden.dtype, weight.dtype, bias.dtype)

@@ -15,9 +15,8 @@ Weights = dict[str, Tensor]
 
 def part(weights: Weights, name: str) -> Weights:
     """The tensors below `name`, with the rest of their names."""
-    return {
-        key.removeprefix(name + "."): value for key, value in weights.items() if key.startswith(name + ".")
-    }
+    prefix = name + "."
+    return {key.removeprefix(prefix): value for key, value in weights.items() if key.startswith(prefix)}
 
 
 def linear(weights: Weights, x: Tensor) -> Tensor:
@@ -43,9 +42,7 @@ def local_branch(weights: Weights, config: GlobalLocalConfig, layer: int, x: Ten
     return linear(part(weights, "projection"), torch.cat(outputs, dim=-1))
 
 
-def router(
-    weights: Weights, config: GlobalLocalConfig, x: Tensor, pool: Tensor, mask: Tensor
-) -> tuple[Tensor, Tensor]:
+def router(weights: Weights, config: GlobalLocalConfig, x: Tensor, pool: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
     """Output projection of mapping([LayerNorm(input(x)), Σ_j w_j pool[i_j]]), and the diversity loss."""
     hidden = F.relu(x @ weights["score_hidden_weight"].T + weights["score_hidden_bias"])
     scores = hidden @ weights["score_weight"].T + weights["score_bias"]
@@ -96,7 +93,8 @@ def block(
         return output
 
     def feed(y: Tensor) -> Tensor:
-        return linear(part(weights, "feed_forward.3"), F.gelu(linear(part(weights, "feed_forward.0"), y)))
+        layers = part(weights, "feed_forward")
+        return linear(part(layers, "projection"), F.gelu(linear(part(layers, "expansion"), y)))
 
     for name, sublayer in (("attention", attend), ("router", route), ("feed_forward", feed)):
         norm = part(weights, f"{name}_norm")
