@@ -232,7 +232,7 @@ class SampleSource:
 
         with bz2.open(self._path) as file:
             pages = wikicorpus.extract_pages(file, filter_namespaces=("0",))
-            return [(title, text) for title, text, _ in pages if not text.upper().startswith("#REDIRECT")]
+            return [(title, text) for title, text, _ in pages if text and not text.upper().startswith("#RED")]
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ import io
 import json
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import IO, Any, Literal
+from typing import IO, Any, Literal, cast
 
 import fsspec
 
@@ -70,12 +70,12 @@ class SourceFile:
         except (OSError, ValueError, ImportError) as error:
             raise UserError(f"{self.url}: cannot be read ({error}); check the path and your access to it") from error
         if self.compression == "gzip":
-            return gzip.open(raw)  # type: ignore[return-value]
+            return cast(IO[bytes], gzip.open(raw))
         if self.compression == "zstd":
             import zstandard
 
             reader = zstandard.ZstdDecompressor().stream_reader(raw, read_across_frames=True)
-            return io.BufferedReader(reader)  # type: ignore[arg-type]
+            return io.BufferedReader(reader)
         return raw
 
 

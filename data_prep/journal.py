@@ -96,11 +96,11 @@ class Journal:
             if len(lines) > 1:
                 raise UserError(_differences(self.folder, lines[0], subject))
             lines, whole_bytes = [], 0  # nothing was published yet
-        for line in lines[1:]:
-            if "finished_split" in line:
-                self.finished_splits[line["finished_split"]] = line["totals"]
+        for record in lines[1:]:
+            if "finished_split" in record:
+                self.finished_splits[record["finished_split"]] = record["totals"]
             else:
-                self.entries.append(ShardEntry(**line))
+                self.entries.append(ShardEntry(**record))
         self._file = open(path, "ab", buffering=0)  # noqa: SIM115  held until close()
         self._file.truncate(whole_bytes)
         if not lines:

@@ -153,7 +153,7 @@ class Tokenizer:
     def __init__(self, model: bytes, where: str) -> None:
         self.model = model
         self.where = where
-        self.proto = sentencepiece_model_pb2.ModelProto()
+        self.proto = sentencepiece_model_pb2.ModelProto()  # type: ignore[attr-defined]
         try:
             self.proto.ParseFromString(model)
             self.processor = sentencepiece.SentencePieceProcessor(model_proto=model)
@@ -190,7 +190,7 @@ class Tokenizer:
         return TokenizerInfo(
             sha256=self.sha256,
             sentencepiece_version=metadata.version("sentencepiece"),
-            model_type=MODEL_TYPES[self.proto.trainer_spec.model_type],  # type: ignore[arg-type]
+            model_type=MODEL_TYPES[self.proto.trainer_spec.model_type],
             vocab_size=self.vocab_size,
             eos_token_id=processor.eos_id(),
             bos_token_id=processor.bos_id(),

@@ -1,0 +1,308 @@
+"""`globallocal tokenizer | prepare | verify | inspect`: everything that is done with text and datasets."""
+
+from __future__ import annotations
+
+import os
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from data_prep.documents import Source
+
+
+class SourceName(StrEnum):
+    sample = "sample"
+    files = "files"
+    wikitext = "wikitext-103"
+    hub = "hub"
+
+
+class Separator(StrEnum):
+    file = "file"
+    blank_lines = "blank-lines"
+
+
+class ModelType(StrEnum):
+    bpe = "bpe"
+    unigram = "unigram"
+
+
+class EngineName(StrEnum):
+    processes = "processes"
+    ray = "ray"
+
+
+SourceOption = Annotated[
+    SourceName,
+    typer.Option(
+        help="sample: 106 Wikipedia articles that come with the installation. files: your own text (--path). "
+        "wikitext-103: from the Hugging Face hub. hub: any dataset there (--dataset)."
+    ),
+]
+PathOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        help="files: a file, folder, pattern or URL (http, s3) of .txt, .jsonl (.gz, .zst) or .parquet. Repeat it for "
+        "more; write valid=PATTERN or test=PATTERN for files that belong to a held-out split."
+    ),
+]
+DatasetOption = Annotated[str | None, typer.Option(help="hub: the dataset's id, such as Salesforce/wikitext.")]
+ConfigOption = Annotated[str | None, typer.Option(help="hub: the dataset's configuration, if it has several.")]
+RevisionOption = Annotated[str | None, typer.Option(help="hub: commit, tag or branch.")]
+TextColumnOption = Annotated[str, typer.Option(help="jsonl, parquet, hub: the column that holds the text.")]
+IdColumnOption = Annotated[
+    str | None, typer.Option(help="jsonl, parquet, hub: a column with ids; by default file and row.")
+]
+SeparatorOption = Annotated[
+    Separator, typer.Option(help="txt: a document is a whole file, or what stands between blank lines.")
+]
+ValidShareOption = Annotated[
+    float, typer.Option(help="Part of the training documents to hold out as 'valid', by the hash of their text: 0.01.")
+]
+TestShareOption = Annotated[float, typer.Option(help="The same for 'test'.")]
+
+
+def register(app: typer.Typer) -> None:
+    app.command()(tokenizer)
+    app.command()(prepare)
+    app.command()(verify)
+    app.command("inspect")(inspect_dataset)
+
+
+def tokenizer(
+    output: Annotated[Path, typer.Option(help="The tokenizer folder to write.")],
+    source: SourceOption = SourceName.sample,
+    vocab_size: Annotated[int, typer.Option(help="Pieces, 4 special ones and 256 bytes included.")] = 8192,
+    model_type: Annotated[ModelType, typer.Option(help="unigram trains some 20 times as long.")] = ModelType.bpe,
+    training_bytes: Annotated[
+        int, typer.Option(help="Bytes of text to learn from, at most; the first of the train split.")
+    ] = 100_000_000,
+    path: PathOption = None,
+    dataset: DatasetOption = None,
+    config: ConfigOption = None,
+    revision: RevisionOption = None,
+    text_column: TextColumnOption = "text",
+    id_column: IdColumnOption = None,
+    separator: SeparatorOption = Separator.file,
+    valid_share: ValidShareOption = 0.0,
+    test_share: TestShareOption = 0.0,
+) -> None:
+    """Train a lossless sentencepiece tokenizer, and write it with its Hugging Face twin.
+
+    Every text decodes to itself: white space is kept, nothing is normalised, and characters outside the
+    vocabulary become bytes. Only the train split is learned from. Special ids are unk 0, bos 1, eos 2, pad 3.
+    The folder loads with `AutoTokenizer.from_pretrained`. A folder that holds this very tokenizer is left
+    as it is.
+
+    Examples:
+
+        globallocal tokenizer --source sample --vocab-size 4096 --output data/tokenizer
+
+        globallocal tokenizer --source wikitext-103 --vocab-size 32000 --output data/tokenizer
+
+        globallocal tokenizer --source files --path 'corpus/*.jsonl.zst' --output data/tokenizer
+    """
+    from data_prep.tokenizer import TokenizerSettings
+    from data_prep.train_tokenizer import make_tokenizer
+
+    text = make_source(
+        source, path, dataset, config, revision, text_column, id_column, separator, valid_share, test_share
+    )
+    settings = TokenizerSettings(vocab_size, model_type.value, training_bytes)
+    for line in make_tokenizer(text, settings, output):
+        typer.echo(line)
+    typer.echo(f"next: globallocal prepare --source {source.value} --tokenizer {output} --output DATASET")
+
+
+def prepare(
+    tokenizer: Annotated[Path, typer.Option(help="A tokenizer folder, or a sentencepiece .model file.")],
+    output: Annotated[Path, typer.Option(help="The dataset folder to make.")],
+    source: SourceOption = SourceName.sample,
+    path: PathOption = None,
+    dataset: DatasetOption = None,
+    config: ConfigOption = None,
+    revision: RevisionOption = None,
+    text_column: TextColumnOption = "text",
+    id_column: IdColumnOption = None,
+    separator: SeparatorOption = Separator.file,
+    valid_share: ValidShareOption = 0.0,
+    test_share: TestShareOption = 0.0,
+    minimum_characters: Annotated[int, typer.Option(help="Drop shorter documents; they are counted.")] = 0,
+    drop_duplicates: Annotated[
+        bool, typer.Option(help="Keep the first of documents with equal text; the others are counted.")
+    ] = False,
+    allow_lossy: Annotated[
+        bool, typer.Option(help="Accept documents that decoding does not give back; they are counted.")
+    ] = False,
+    workers: Annotated[int | None, typer.Option(help="Processes that encode; all cores when absent.")] = None,
+) -> None:
+    """Turn text into a dataset folder: WebDataset shards, a manifest, the tokenizer.
+
+    Interrupt it as you like: the same command goes on where it stopped, and ends in the same bytes, on any
+    number of workers. A finished dataset is left as it is; another one is never overwritten. Text that is
+    not valid UTF-8 is kept with U+FFFD in the place of the bad bytes, and counted.
+
+    Examples:
+
+        globallocal prepare --source wikitext-103 --tokenizer data/tokenizer --output data/wikitext-103
+
+        globallocal prepare --source sample --tokenizer data/tokenizer --output data/sample
+
+        globallocal prepare --source files --path 'books/*.txt' --valid-share 0.01 --tokenizer T --output D
+
+        globallocal prepare --source files --path 's3://bucket/web-*.jsonl.zst' --path valid=held-out.jsonl \\
+            --text-column content --id-column url --tokenizer T --output D
+    """
+    from data_prep.encode import Filters
+    from data_prep.engines import ProcessEngine
+    from data_prep.prepare import PrepareSettings, finished
+    from data_prep.prepare import prepare as run
+    from data_prep.tokenizer import load_tokenizer
+    from data_prep.verify import summary
+    from launch.data_progress import PrepareReporter
+
+    text = make_source(
+        source, path, dataset, config, revision, text_column, id_column, separator, valid_share, test_share
+    )
+    settings = PrepareSettings(
+        source=text,
+        tokenizer=load_tokenizer(tokenizer),
+        output=output,
+        filters=Filters(minimum_characters, drop_duplicates, allow_lossy),
+        engine=ProcessEngine(workers or os.cpu_count() or 1),
+    )
+    there = finished(output, settings.subject())
+    if there:
+        typer.echo(f"{output}: already prepared from this text with these settings; left as it is")
+        manifest = there
+    else:
+        with PrepareReporter() as reporter:
+            manifest = run(settings, reporter)
+    for line in summary(manifest):
+        typer.echo(line)
+    if "valid" not in manifest.splits:
+        typer.echo("note: no 'valid' split to evaluate on; --path valid=PATTERN or --valid-share 0.01 makes one")
+    typer.echo(f"next: globallocal inspect {output}")
+
+
+def verify(
+    dataset: Annotated[Path, typer.Argument(help="A dataset folder.")],
+    quick: Annotated[bool, typer.Option("--quick", help="Sizes only: seconds, however large the dataset.")] = False,
+    deep: Annotated[
+        bool, typer.Option("--deep", help="Also decode every document and encode it anew: as long as preparing.")
+    ] = False,
+) -> None:
+    """Check a dataset folder; name every fault in one run.
+
+    By default: manifest and index files, missing and extra files, sizes and hashes of all shards, the
+    structure of each tar, counts of tokens and documents, the range of ids, eos after every document.
+
+    Exit code 0 if the dataset is whole, 2 if not.
+
+    Examples:
+
+        globallocal verify data/sample
+
+        globallocal verify data/sample --quick
+    """
+    from data_prep.errors import UserError
+    from data_prep.verify import verify_dataset
+
+    report = verify_dataset(dataset, "deep" if deep else "quick" if quick else "full")
+    if report.problems:
+        raise UserError(report.problems)
+    for line in report.lines:
+        typer.echo(line)
+
+
+def inspect_dataset(
+    dataset: Annotated[Path, typer.Argument(help="A dataset folder.")],
+    split: Annotated[str, typer.Option(help="Which split.")] = "train",
+    document: Annotated[int | None, typer.Option(help="Show this document, counted from 0.")] = None,
+    sample: Annotated[int | None, typer.Option(help="Show this training sample, counted from 0.")] = None,
+    sequence_length: Annotated[int, typer.Option(help="Tokens of a training sample.")] = 512,
+    html: Annotated[Path | None, typer.Option(help="Write a page with plots and examples here.")] = None,
+) -> None:
+    """Look at a dataset: its text and tokens, lengths, compression, and a page with plots.
+
+    Examples:
+
+        globallocal inspect data/sample
+
+        globallocal inspect data/sample --split valid --document 3
+
+        globallocal inspect data/sample --sample 900 --sequence-length 512
+
+        globallocal inspect data/sample --html data/sample.html
+    """
+    from data_prep.manifest import open_dataset
+    from data_prep.report import describe, show_document, show_sample, write_page
+
+    opened = open_dataset(dataset)
+    if document is not None:
+        lines = show_document(opened, split, document)
+    elif sample is not None:
+        lines = show_sample(opened, split, sample, sequence_length)
+    else:
+        lines = describe(opened, split)
+    for line in lines:
+        typer.echo(line)
+    if html:
+        write_page(opened, html)
+        typer.echo(f"page: {html}")
+
+
+def make_source(
+    source: SourceName,
+    path: list[str] | None,
+    dataset: str | None,
+    config: str | None,
+    revision: str | None,
+    text_column: str,
+    id_column: str | None,
+    separator: Separator,
+    valid_share: float,
+    test_share: float,
+) -> Source:
+    """The source that the options name. Raises UserError for options that do not go with it."""
+    from data_prep.documents import SampleSource
+    from data_prep.errors import UserError
+    from data_prep.files import FilesSettings, FilesSource
+    from data_prep.hub import HubSettings, HubSource, WikitextSource
+
+    problems = []
+    if path and source != SourceName.files:
+        problems.append(f"--path goes with --source files, not with {source.value}")
+    if (dataset or config or revision) and source != SourceName.hub:
+        problems.append(f"--dataset, --config and --revision go with --source hub, not with {source.value}")
+    if (valid_share or test_share) and source in (SourceName.sample, SourceName.wikitext):
+        problems.append(f"--valid-share and --test-share: {source.value} has held-out splits of its own")
+    if source == SourceName.hub and not dataset:
+        problems.append("--source hub needs --dataset ID, such as --dataset Salesforce/wikitext")
+    if problems:
+        raise UserError(problems)
+    if source == SourceName.sample:
+        return SampleSource()
+    if source == SourceName.wikitext:
+        return WikitextSource()
+    if source == SourceName.hub:
+        return HubSource(HubSettings(dataset or "", config, revision, text_column, id_column, valid_share, test_share))
+    settings = FilesSettings(
+        paths_by_split(path or []), text_column, id_column, separator.value, valid_share, test_share
+    )
+    return FilesSource(settings)
+
+
+def paths_by_split(paths: list[str]) -> dict[str, list[str]]:
+    """`valid=PATTERN` belongs to valid, `PATTERN` to train."""
+    splits: dict[str, list[str]] = {}
+    for path in paths:
+        split, equals, pattern = path.partition("=")
+        if equals and split in ("train", "valid", "test"):
+            splits.setdefault(split, []).append(pattern)
+        else:
+            splits.setdefault("train", []).append(path)
+    return splits
