@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .configuration_globallocal import GlobalLocalConfig
-from .ops_globallocal import RowChoice, causal_taps, dot_rows, mix_rows, sum_by_row, top_rows
+from .ops_globallocal import RowChoice, causal_convolutions, dot_rows, mix_rows, sum_by_row, top_rows
 
 
 class FoldedRouter(NamedTuple):
@@ -52,8 +52,10 @@ class CausalConvolution(nn.Module):
         h, self.kernel_size = config.hidden_size, config.conv_kernel_size
         self.layer, self.dilations = layer, config.dilations_of_layer(layer)
         self.reach = (self.kernel_size - 1) * max(self.dilations)
-        self.branches = nn.ModuleList(nn.Linear(self.kernel_size * h, h) for _ in self.dilations)
-        self.projection = nn.Linear(len(self.dilations) * h, h)
+        num_branches = len(self.dilations)
+        self.branch_weight = nn.Parameter(torch.empty(num_branches, h, self.kernel_size * h))
+        self.branch_bias = nn.Parameter(torch.empty(num_branches * h))
+        self.projection = nn.Linear(num_branches * h, h)
 
     def forward(self, x: Tensor, mask: Tensor | None, cache: GlobalLocalCache | None) -> Tensor:
         """x [B, S, h], mask [B, S, 1] or None → [B, S, h]."""
@@ -63,12 +65,9 @@ class CausalConvolution(nn.Module):
         padded = F.pad(x, (0, 0, self.reach, 0)) if history is None else torch.cat([history, x], dim=1)
         if cache is not None:
             cache.history[self.layer] = padded[:, padded.shape[1] - self.reach :].clone()
-        length = x.shape[1]
-        outputs = [
-            F.gelu(branch(causal_taps(padded, length, self.kernel_size, dilation)))
-            for branch, dilation in zip(self.branches, self.dilations, strict=True)
-        ]
-        return self.projection(torch.cat(outputs, dim=-1))
+        bias = self.branch_bias.view(len(self.dilations), -1)
+        branches = causal_convolutions(padded, self.branch_weight, bias, x.shape[1], self.dilations)
+        return self.projection(F.gelu(branches))
 
 
 class TensorRouter(nn.Module):

@@ -115,8 +115,10 @@ class GlobalLocalPreTrainedModel(PreTrainedModel):
             pool = make_pool(self.config.pool_seed, self.config.pool_size, self.config.pool_dim)
             init.copy_(module.pool, pool)
         if isinstance(module, CausalConvolution | FeedForward):  # their children were initialised before them
-            last = module.projection
-            init.normal_(last.weight, std=residual * last.in_features**-0.5)
+            init.normal_(module.projection.weight, std=residual * module.projection.in_features**-0.5)
+        if isinstance(module, CausalConvolution):
+            init.normal_(module.branch_weight, std=module.branch_weight.shape[-1] ** -0.5)
+            init.zeros_(module.branch_bias)
 
     def _init_router(self, router: TensorRouter, residual: float) -> None:
         for name, parameter in router.named_parameters(recurse=False):

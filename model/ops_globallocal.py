@@ -123,18 +123,56 @@ def top_rows(tokens: Tensor, table: Tensor, bias: Tensor, k: int) -> Tensor:
     return torch.cat([F.linear(part, table, bias).topk(k, dim=-1).indices for part in tokens.split(block)])
 
 
-def causal_taps(padded: Tensor, length: int, kernel_size: int, dilation: int) -> Tensor:
-    """The inputs of a causal dilated convolution, side by side: [B, P + S, h] → [B, S, K·h].
+def _taps(padded: Tensor, length: int, kernel_size: int, dilation: int) -> list[Tensor]:
+    """Views of the K inputs of a causal convolution, each [B, S, h]; the last is the current position."""
+    start = padded.shape[1] - length - (kernel_size - 1) * dilation
+    return [padded[:, start + j * dilation :][:, :length] for j in range(kernel_size)]
 
-    Tap K − 1 is the current position, tap j lies (K − 1 − j) · dilation positions before it.
+
+class _CausalConvolutions(Function):
+    """Keeps the input alone for the backward pass; the taps side by side, K times as large, are rebuilt."""
+
+    @staticmethod
+    def forward(ctx, padded, weight, bias, length, dilations):
+        ctx.save_for_backward(padded, weight)
+        ctx.length, ctx.dilations = length, dilations
+        kernel_size = weight.shape[2] // padded.shape[2]
+        outputs = [
+            F.linear(torch.cat(_taps(padded, length, kernel_size, dilation), dim=-1), matrix, offset)
+            for matrix, offset, dilation in zip(weight, bias, dilations, strict=True)
+        ]
+        return torch.cat(outputs, dim=-1)
+
+    @staticmethod
+    def backward(ctx, grad):
+        padded, weight = ctx.saved_tensors
+        kernel_size = weight.shape[2] // padded.shape[2]
+        grad_padded, grad_weight = torch.zeros_like(padded), torch.empty_like(weight)
+        for i, (part, dilation) in enumerate(zip(grad.chunk(len(weight), dim=-1), ctx.dilations, strict=True)):
+            rows = part.flatten(0, 1)
+            taps = torch.cat(_taps(padded, ctx.length, kernel_size, dilation), dim=-1)
+            torch.mm(rows.T, taps.flatten(0, 1), out=grad_weight[i])
+            grad_taps = (rows @ weight[i]).view_as(taps).chunk(kernel_size, dim=-1)
+            for target, source in zip(_taps(grad_padded, ctx.length, kernel_size, dilation), grad_taps, strict=True):
+                target += source
+        return grad_padded, grad_weight, grad.sum(dim=(0, 1)).view(len(weight), -1), None, None
+
+
+def causal_convolutions(padded: Tensor, weight: Tensor, bias: Tensor, length: int, dilations: list[int]) -> Tensor:
+    """Parallel dilated causal convolutions, each as one matrix product over shifted inputs.
 
     Args:
-        padded: the sequence behind at least (K − 1) · dilation earlier positions.
+        padded: [B, P + S, h], the sequence behind P ≥ (K − 1) · max dilation earlier positions.
+        weight: [n, h, K·h], one matrix a dilation; tap K − 1 is the current position, tap j lies
+            (K − 1 − j) · dilation before it.
+        bias: [n, h].
         length: S.
+        dilations: n of them.
+
+    Returns:
+        [B, S, n·h], the outputs side by side.
     """
-    start = padded.shape[1] - length - (kernel_size - 1) * dilation
-    taps = [padded[:, start + j * dilation :][:, :length] for j in range(kernel_size)]
-    return torch.cat(taps, dim=-1)
+    return _CausalConvolutions.apply(padded, weight, bias, length, dilations)
 
 
 class _VocabularyLoss(Function):
@@ -153,12 +191,16 @@ class _VocabularyLoss(Function):
             part, goal = hidden[start : start + block], targets[start : start + block].unsqueeze(1)
             valid = goal >= 0
             logits = F.linear(part, weight, bias).to(wide)
-            log_norm = logits.logsumexp(dim=1, keepdim=True)
-            total += ((log_norm - logits.gather(1, goal.clamp_min(0))) * valid).sum()
+            goal = goal.clamp_min(0)
+            logits -= logits.amax(dim=1, keepdim=True)
+            goal_logit = logits.gather(1, goal)
+            exponentials = logits.exp_()
+            normaliser = exponentials.sum(dim=1, keepdim=True)
+            total += ((normaliser.log() - goal_logit) * valid).sum()
             if not any(need):
                 continue
-            error = logits.sub_(log_norm).exp_()  # softmax
-            error.scatter_add_(1, goal.clamp_min(0), torch.full_like(log_norm, -1.0)).mul_(valid)
+            error = exponentials.mul_(valid / normaliser)  # softmax − one-hot, zero where nothing counts
+            error.scatter_add_(1, goal, -valid.to(wide))
             if grad_bias is not None:
                 grad_bias += error.sum(dim=0)
             error = error.to(part.dtype)

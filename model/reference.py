@@ -34,11 +34,11 @@ def local_branch(weights: Weights, config: GlobalLocalConfig, layer: int, x: Ten
     h, kernel_size = config.hidden_size, config.conv_kernel_size
     channels_first = (x * mask).transpose(1, 2)
     outputs = []
-    for i, dilation in enumerate(config.dilations_of_layer(layer)):
-        branch = part(weights, f"branches.{i}")
-        kernel = branch["weight"].view(h, kernel_size, h).transpose(1, 2)  # [out, in, K]
+    biases = weights["branch_bias"].view(-1, h)
+    for matrix, bias, dilation in zip(weights["branch_weight"], biases, config.dilations_of_layer(layer), strict=True):
+        kernel = matrix.view(h, kernel_size, h).transpose(1, 2)  # [out, in, K]
         padded = F.pad(channels_first, ((kernel_size - 1) * dilation, 0))
-        outputs.append(F.gelu(F.conv1d(padded, kernel, branch["bias"], dilation=dilation)).transpose(1, 2))
+        outputs.append(F.gelu(F.conv1d(padded, kernel, bias, dilation=dilation)).transpose(1, 2))
     return linear(part(weights, "projection"), torch.cat(outputs, dim=-1))
 
 
