@@ -86,7 +86,7 @@ class TensorRouter(nn.Module):
         self.score_hidden_bias = nn.Parameter(torch.empty(score))
         self.score_weight = nn.Parameter(torch.empty(config.pool_size, score))
         self.score_bias = nn.Parameter(torch.empty(config.pool_size))
-        self.temperature = nn.Parameter(torch.empty(()))
+        self.temperature = nn.Parameter(torch.empty(1))  # not 0-d: DeepSpeed broadcasts parameters as bytes
         self.input_weight = nn.Parameter(torch.empty(dim, h))
         self.input_bias = nn.Parameter(torch.empty(dim))
         self.input_norm_weight = nn.Parameter(torch.empty(dim))
