@@ -12,6 +12,7 @@ import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -191,9 +192,10 @@ class SampleSource:
     PERIOD, VALID, TEST = 18, 5, 14
 
     def __init__(self) -> None:
-        import gensim
-
-        self._path = Path(gensim.__file__).parent / "test" / "test_data" / self.FILE
+        package = find_spec("gensim")  # found, not imported: that takes seconds
+        if package is None or package.origin is None:
+            raise UserError("the sample text is not installed; `pip install gensim==4.4.0` brings it")
+        self._path = Path(package.origin).parent / "test" / "test_data" / self.FILE
 
     @property
     def settings(self) -> dict[str, Any]:

@@ -2,15 +2,29 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import hashlib
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
 
 from data_prep.documents import ReadCounts, Task
 from data_prep.errors import UserError
-from data_prep.packing import Piece
+from data_prep.packing import Piece, Position
 from data_prep.tokenizer import SPACE_MARK, Tokenizer
+
+# Per document: tokens (eos included); UTF-8 bytes, words and newlines of its text; whether decoding gave
+# the text back; the first 16 bytes of the text's sha256, where duplicates are to be dropped.
+DOCUMENT_RECORD = np.dtype(
+    [
+        ("tokens", "<i8"),
+        ("bytes", "<i8"),
+        ("words", "<i8"),
+        ("lines", "<i8"),
+        ("round_trip", "?"),
+        ("digest", "V16"),
+    ]
+)
 
 
 @dataclass(frozen=True)
@@ -19,9 +33,10 @@ class Filters:
 
     Attributes:
         minimum_characters: shorter documents are dropped ("too_short").
-        drop_duplicates: of documents with equal text the first is kept, the others dropped ("duplicate").
-        allow_lossy: keep documents that decoding does not give back, counting them ("lossy"), instead of
-            refusing: for tokenizers that normalise.
+        drop_duplicates: of documents with equal text in a split the first is kept, the others are dropped
+            ("duplicate"). Needs about 100 bytes of memory a document.
+        allow_lossy: keep documents that decoding does not give back, instead of refusing: for tokenizers
+            that normalise. They are those not counted in `round_trip_documents`.
     """
 
     minimum_characters: int = 0
@@ -29,22 +44,43 @@ class Filters:
     allow_lossy: bool = False
 
     def settings(self) -> dict[str, Any]:
-        return dict(self.__dict__)
+        """As JSON values."""
+        return asdict(self)
 
 
-@dataclass
+@dataclass(frozen=True)
 class Encoded:
-    """A task's piece of the stream, and what was counted on the way."""
+    """What became of a task.
 
-    piece: Piece
+    Attributes:
+        position, task_bytes: the task's.
+        tokens: [T], each document followed by eos.
+        documents: [D] records of `DOCUMENT_RECORD`; their tokens add up to T.
+        ids: [D].
+        counts: what reading and the worker's filters met.
+    """
+
+    position: Position
     task_bytes: int
-    rows: int = 0
-    source_bytes: int = 0
-    words: int = 0
-    lines: int = 0
-    round_trip_documents: int = 0
-    dropped: dict[str, int] = field(default_factory=dict)
-    changed: dict[str, int] = field(default_factory=dict)
+    tokens: np.ndarray
+    documents: np.ndarray
+    ids: list[str]
+    counts: ReadCounts
+
+    def piece(self) -> Piece:
+        ends = np.cumsum(self.documents["tokens"])
+        return Piece(self.position, self.tokens, ends - self.documents["tokens"], self.ids)
+
+    def without(self, dropped: np.ndarray, reason: str) -> Encoded:
+        """Leaves out the documents where `dropped` [D] is true, counting them."""
+        if not dropped.any():
+            return self
+        self.counts.drop(reason, int(dropped.sum()))
+        tokens = self.tokens[np.repeat(~dropped, self.documents["tokens"])]
+        ids = [id for id, drop in zip(self.ids, dropped, strict=True) if not drop]
+        return Encoded(
+            self.position, self.task_bytes, tokens, self.documents[~dropped], ids, self.counts
+        )  # fmt: skip
 
 
 class Encoder:
@@ -58,41 +94,38 @@ class Encoder:
         self.filters = filters
 
     def __call__(self, task: Task) -> Encoded:
-        tokenizer, counts = self.tokenizer, ReadCounts()
-        eos = np.array([tokenizer.eos_id], tokenizer.dtype)
-        parts: list[np.ndarray] = []
-        lengths: list[int] = []
+        counts = ReadCounts()
+        eos = np.array([self.tokenizer.eos_id], self.tokenizer.dtype)
+        parts = [eos[:0]]
+        records: list[tuple[int, int, int, int, bool, bytes]] = []
         ids: list[str] = []
-        result = Encoded(Piece(task.position, eos[:0], np.empty(0, np.int64), ids), task.source_bytes)
         for document in task.documents(counts):
             text = document.text
             if len(text) < self.filters.minimum_characters:
                 counts.drop("too_short")
                 continue
-            tokens = tokenizer.encode(text)
-            if marks := text.count(SPACE_MARK):
-                counts.change("u2581_to_space", marks)
-            self._check_round_trip(document.id, text, tokens, counts)
-            result.round_trip_documents += 1
-            result.source_bytes += len(text.encode())
-            result.words += len(text.split())
-            result.lines += text.count("\n")
+            tokens = self.tokenizer.encode(text)
+            whole = self._round_trip(document.id, text, tokens, counts)
+            content = text.encode()
+            digest = hashlib.sha256(content).digest()[:16] if self.filters.drop_duplicates else bytes(16)
+            records.append(
+                (len(tokens) + 1, len(content), len(text.split()), text.count("\n"), whole, digest)
+            )  # fmt: skip
             parts += [tokens, eos]
-            lengths.append(len(tokens) + 1)
             ids.append(document.id)
-        tokens = np.concatenate(parts) if parts else eos[:0]
-        result.piece = Piece(task.position, tokens, np.array(lengths, np.int64), ids)
-        result.rows, result.dropped, result.changed = counts.rows, counts.dropped, counts.changed
-        return result
+        documents = np.array(records, DOCUMENT_RECORD)
+        return Encoded(task.position, task.source_bytes, np.concatenate(parts), documents, ids, counts)
 
-    def _check_round_trip(self, id: str, text: str, tokens: np.ndarray, counts: ReadCounts) -> None:
-        expected = text.replace(SPACE_MARK, " ")
+    def _round_trip(self, id: str, text: str, tokens: np.ndarray, counts: ReadCounts) -> bool:
+        """Whether decoding gives the text back; sentencepiece has no way to write U+2581 but as a space."""
+        if marks := text.count(SPACE_MARK):
+            counts.change("u2581_to_space", marks)
+        expected = text.replace(SPACE_MARK, " ") if marks else text
         back = self.tokenizer.decode(tokens)
         if back == expected:
-            return
+            return True
         if self.filters.allow_lossy:
-            counts.change("lossy_documents", 1)
-            return
+            return False
         pairs = enumerate(zip(expected, back, strict=False))
         place = next((i for i, (a, b) in pairs if a != b), min(len(expected), len(back)))
         raise UserError(

@@ -7,44 +7,43 @@ import multiprocessing
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from typing import Protocol, TypeVar
+from contextlib import contextmanager
+from typing import Any, Protocol
 
 from data_prep.documents import Task
 from data_prep.errors import UserError
 
-Result = TypeVar("Result")
+WINDOW = 4  # tasks in flight for each worker: bounds memory, hides uneven tasks
+
+# Maps tasks to results, in the order of the tasks; the first error of a task is raised in the caller.
+OrderedMap = Callable[[Iterable[Task]], Iterator[Any]]
 
 
 class Engine(Protocol):
-    def map(self, function: Callable[[Task], Result], tasks: Iterable[Task]) -> Iterator[Result]:
-        """Results in the order of the tasks; the first error of a task is raised here."""
+    """Workers, to be started once for a whole preparation."""
+
+    def start(self, function: Callable[[Task], Any]) -> Any:
+        """A context manager that yields an `OrderedMap` of `function`."""
         ...
 
 
 class ProcessEngine:
     """Local processes; with one worker, this process itself."""
 
-    WINDOW = 4  # tasks in flight for each worker: bounds memory, hides uneven tasks
-
     def __init__(self, workers: int) -> None:
         if workers < 1:
             raise UserError(f"workers is {workers}; it must be 1 or more")
         self.workers = workers
 
-    def map(self, function: Callable[[Task], Result], tasks: Iterable[Task]) -> Iterator[Result]:
+    @contextmanager
+    def start(self, function: Callable[[Task], Any]) -> Iterator[OrderedMap]:
         if self.workers == 1:
-            yield from map(function, tasks)
+            yield lambda tasks: map(function, tasks)
             return
         context = multiprocessing.get_context("forkserver")
         pool = ProcessPoolExecutor(self.workers, context, initializer=_install, initargs=(function,))
-        waiting: collections.deque[Future[Result]] = collections.deque()
         try:
-            for task in tasks:
-                waiting.append(pool.submit(_run, task))
-                while len(waiting) >= self.workers * self.WINDOW:
-                    yield waiting.popleft().result()
-            while waiting:
-                yield waiting.popleft().result()
+            yield lambda tasks: windowed(tasks, lambda task: pool.submit(_run, task), self.workers * WINDOW)
         except BrokenProcessPool:
             raise UserError(
                 "a worker process was killed (out of memory?); run the same command again with fewer --workers, "
@@ -54,15 +53,26 @@ class ProcessEngine:
             pool.shutdown(wait=False, cancel_futures=True)
 
 
-_function: Callable[[Task], object] | None = None
+def windowed(tasks: Iterable[Task], submit: Callable[[Task], Future[Any]], window: int) -> Iterator[Any]:
+    """Results in order, with at most `window` tasks submitted and not yet taken."""
+    waiting: collections.deque[Future[Any]] = collections.deque()
+    for task in tasks:
+        if len(waiting) >= window:
+            yield waiting.popleft().result()
+        waiting.append(submit(task))
+    while waiting:
+        yield waiting.popleft().result()
 
 
-def _install(function: Callable[[Task], object]) -> None:
+_function: Callable[[Task], Any] | None = None
+
+
+def _install(function: Callable[[Task], Any]) -> None:
     """Gives a worker its function once, not with every task."""
     global _function
     _function = function
 
 
-def _run(task: Task):
+def _run(task: Task) -> Any:
     assert _function is not None
     return _function(task)

@@ -1,33 +1,35 @@
 """The diary of a preparation: one line per finished shard, from which a killed run goes on.
 
-The journal lies in `DATASET/.prepare/journal.jsonl`. Its first line says what is being prepared; a rerun
-with anything else is refused. A line counts once its newline is on disk; a torn last line is as if never
-written, and its shard is simply made again, byte for byte.
+It lies in `DATASET/.prepare/journal-*.jsonl`. Its first line says what is being prepared; a rerun with
+anything else is refused. A line counts once its newline is there; a torn last line is as if never written,
+and its shard is simply made again, byte for byte.
 """
 
 from __future__ import annotations
 
-import fcntl
 import json
-import os
-import shutil
 from dataclasses import asdict, dataclass
-from pathlib import Path
+from itertools import count
 from typing import Any
 
 from data_prep.errors import UserError
-from data_prep.shards import explained_write_errors, sync_folder
+from data_prep.packing import ChunkCounters, Position
+from data_prep.store import WORK_FOLDER, Store
 
-WORK_FOLDER = ".prepare"
+SEGMENT_LINES = 256  # a file of the journal: an object store rewrites it with every line
+Totals = dict[str, Any]
 
 
 @dataclass(frozen=True)
 class ShardEntry:
     """One finished shard.
 
-    `chunks` lists [token_start, document_start, data_offset] of each chunk; `next_position` and
-    `next_offset` say where in the source the next shard begins, `totals` what was counted in the tasks
-    before that one.
+    Attributes:
+        chunks: [token_start, document_start, data_offset] of each chunk.
+        tokens_end, documents_end: counted to the end of the shard.
+        next_position, next_offset: the task, and the token in it, with which the next shard begins;
+            `packing.END` after the last one.
+        totals: what was counted in the tasks before that one.
     """
 
     split: str
@@ -39,109 +41,103 @@ class ShardEntry:
     chunks: list[list[int]]
     tokens_end: int
     documents_end: int
-    next_position: list[int]
+    next_position: Position
     next_offset: int
-    totals: dict[str, Any]
+    totals: Totals
 
 
 class Journal:
-    """Opens (and locks) the journal of a dataset folder.
+    """Locks a dataset folder and opens its journal.
 
     Args:
-        folder: the dataset folder; made if missing.
+        store: the dataset folder.
         subject: what is being prepared, as JSON values.
 
     Raises UserError if another process prepares into the folder, if the folder holds an unfinished
     preparation of something else, or if it holds files that are no dataset.
     """
 
-    def __init__(self, folder: Path, subject: dict[str, Any]) -> None:
-        self.folder = folder
-        self._work = folder / WORK_FOLDER
-        with explained_write_errors(folder):
-            folder.mkdir(parents=True, exist_ok=True)
-            strangers = sorted(p.name for p in folder.iterdir() if p.name != WORK_FOLDER)
-            if strangers and not self._work.exists():
-                raise UserError(
-                    f"{folder}: the folder holds other files ({', '.join(strangers[:3])}"
-                    f"{', …' if len(strangers) > 3 else ''}); choose a new or empty folder"
-                )
-            self._work.mkdir(exist_ok=True)
-            self._lock = open(self._work / "lock", "w")  # noqa: SIM115  held until close()
+    def __init__(self, store: Store, subject: dict[str, Any]) -> None:
+        self._store = store
+        strangers = store.names()
+        if strangers and WORK_FOLDER not in strangers:
+            shown = ", ".join(strangers[:3]) + (", …" if len(strangers) > 3 else "")
+            raise UserError(f"{store.where}: holds other files ({shown}); choose a new or empty folder")
+        store.lock()
+        self.entries: dict[str, list[ShardEntry]] = {}
+        self.finished_splits: dict[str, Totals] = {}
+        self._segment = 0
+        self._content = b""
         try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            self._lock.close()
-            raise UserError(
-                f"{folder}: another preparation is writing into this folder; wait for it, or choose another folder"
-            ) from None
-        self.entries: list[ShardEntry] = []
-        self.finished_splits: dict[str, dict[str, Any]] = {}
-        try:
-            with explained_write_errors(self._work):
-                self._open(subject)
+            self._open(subject)
         except BaseException:
-            self._lock.close()
+            store.unlock()
             raise
 
+    def _name(self, segment: int) -> str:
+        return f"{WORK_FOLDER}/journal-{segment:06d}.jsonl"
+
     def _open(self, subject: dict[str, Any]) -> None:
-        path = self._work / "journal.jsonl"
-        whole_bytes = 0
-        lines: list[dict[str, Any]] = []
-        if path.exists():
-            for line in path.read_bytes().split(b"\n")[:-1]:  # what follows the last newline is torn
-                lines.append(json.loads(line))
-                whole_bytes += len(line) + 1
-        if lines and lines[0] != subject:
-            if len(lines) > 1:
-                raise UserError(_differences(self.folder, lines[0], subject))
-            lines, whole_bytes = [], 0  # nothing was published yet
-        for record in lines[1:]:
+        records: list[dict[str, Any]] = []
+        for segment in count():
+            content = self._store.read(self._name(segment))
+            if content is None:
+                break
+            whole = content[: content.rfind(b"\n") + 1]
+            if whole != content:
+                self._store.publish(self._name(segment), whole)
+            self._segment, self._content = segment, whole
+            records += [json.loads(line) for line in whole.splitlines()]
+        if records and records[0] != subject:
+            if len(records) > 1:
+                raise UserError(_differences(self._store.where, records[0], subject))
+            records = []  # nothing was published yet
+            self._store.publish(self._name(0), b"")
+            self._content = b""
+        for record in records[1:]:
             if "finished_split" in record:
                 self.finished_splits[record["finished_split"]] = record["totals"]
             else:
-                self.entries.append(ShardEntry(**record))
-        self._file = open(path, "ab", buffering=0)  # noqa: SIM115  held until close()
-        self._file.truncate(whole_bytes)
-        if not lines:
+                entry = ShardEntry(**{**record, "next_position": Position(*record["next_position"])})
+                self.entries.setdefault(entry.split, []).append(entry)
+        if not records:
             self._append(subject)
-            sync_folder(self._work)
-            sync_folder(self.folder)
 
-    def _append(self, value: dict[str, Any]) -> None:
-        with explained_write_errors(self._work / "journal.jsonl"):
-            content = json.dumps(value).encode() + b"\n"
-            while content:
-                content = content[self._file.write(content) :]
-            os.fsync(self._file.fileno())
+    def _append(self, record: dict[str, Any]) -> None:
+        line = json.dumps(record).encode() + b"\n"
+        if self._content.count(b"\n") >= SEGMENT_LINES:
+            self._segment, self._content = self._segment + 1, b""
+        self._store.append(self._name(self._segment), self._content, line)
+        self._content += line
 
     def add(self, entry: ShardEntry) -> None:
         """Records a shard that was published."""
         self._append(asdict(entry))
-        self.entries.append(entry)
+        self.entries.setdefault(entry.split, []).append(entry)
 
-    def finish_split(self, split: str, totals: dict[str, Any]) -> None:
+    def finish_split(self, split: str, totals: Totals) -> None:
         """Records that a split has no further shard."""
         self._append({"finished_split": split, "totals": totals})
         self.finished_splits[split] = totals
 
-    def split_entries(self, split: str) -> list[ShardEntry]:
-        return [entry for entry in self.entries if entry.split == split]
-
-    def remove(self) -> None:
-        """Deletes the journal: the manifest is in place."""
-        shutil.rmtree(self._work, ignore_errors=True)
+    def counters(self, split: str) -> ChunkCounters:
+        """Where the next shard of a split begins."""
+        entries = self.entries.get(split, [])
+        if not entries:
+            return ChunkCounters()
+        last = entries[-1]
+        chunks = sum(len(entry.chunks) for entry in entries)
+        return ChunkCounters(chunks, last.tokens_end, last.documents_end, last.next_position, last.next_offset)
 
     def close(self) -> None:
         """Releases the folder to others."""
-        self._file.close()
-        self._lock.close()
+        self._store.unlock()
 
 
-def _differences(folder: Path, old: dict[str, Any], new: dict[str, Any]) -> list[str]:
+def _differences(where: str, old: dict[str, Any], new: dict[str, Any]) -> list[str]:
     changed = [key for key in sorted(old.keys() | new.keys()) if old.get(key) != new.get(key)]
     return [
-        f"{folder}: holds an unfinished preparation with {key} = {_short(old.get(key))}, this one has "
+        f"{where}: holds an unfinished preparation with {key} = {_short(old.get(key))}, this one has "
         f"{_short(new.get(key))}; run it with the old settings, or choose another folder"
         for key in changed
     ]

@@ -18,6 +18,7 @@ class Position(NamedTuple):
 
 
 START = Position(0, 0)
+END = Position(-1, -1)  # there is nothing after this
 
 
 @dataclass(frozen=True)
@@ -27,20 +28,19 @@ class Piece:
     Attributes:
         position: of the task.
         tokens: [T] `<u2` or `<u4`, each document followed by eos.
-        lengths: [D] int64, tokens of each document, eos included; they add up to T.
+        starts: [D] int64, offsets in `tokens` at which the documents start, increasing.
         ids: [D] the documents' ids.
     """
 
     position: Position
     tokens: np.ndarray
-    lengths: np.ndarray
+    starts: np.ndarray
     ids: list[str]
 
     def skip_tokens(self, count: int) -> Piece:
         """The piece without its first `count` tokens and without the documents that start in them."""
-        starts = np.cumsum(self.lengths) - self.lengths
-        kept = int(np.searchsorted(starts, count))
-        return Piece(self.position, self.tokens[count:], self.lengths[kept:], self.ids[kept:])
+        first = int(np.searchsorted(self.starts, count))
+        return Piece(self.position, self.tokens[count:], self.starts[first:] - count, self.ids[first:])
 
 
 @dataclass(frozen=True)
@@ -110,20 +110,15 @@ def pack(
     for whole in pieces:
         already = at.offset if whole.position == at.position else 0
         piece = whole.skip_tokens(already)
-        piece_starts = np.cumsum(piece.lengths) - piece.lengths
-        if already and len(whole.lengths) > len(piece.lengths):
-            # The remainder of a document that began before `already` comes first.
-            piece_starts += len(piece.tokens) - int(piece.lengths.sum())
-        taken = 0
-        first_document = 0
+        taken = first = 0
         while taken < len(piece.tokens):
             count = min(chunk_tokens - filled, len(piece.tokens) - taken)
             buffer[filled : filled + count] = piece.tokens[taken : taken + count]
-            end_document = int(np.searchsorted(piece_starts, taken + count))
-            starts.append(piece_starts[first_document:end_document] - taken + filled)
-            ids += piece.ids[first_document:end_document]
-            taken, filled, first_document = taken + count, filled + count, end_document
+            last = int(np.searchsorted(piece.starts, taken + count))
+            starts.append(piece.starts[first:last] - taken + filled)
+            ids += piece.ids[first:last]
+            taken, filled, first = taken + count, filled + count, last
             if filled == chunk_tokens:
                 yield close(piece.position, already + taken)
     if filled:
-        yield close(Position(-1, -1), 0)
+        yield close(END, 0)

@@ -11,7 +11,7 @@ import io
 import json
 from collections.abc import Callable, Iterator
 from contextlib import closing
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ import numpy as np
 
 from data_prep.documents import Source
 from data_prep.encode import Encoded, Encoder, Filters
-from data_prep.engines import Engine, ProcessEngine
+from data_prep.engines import Engine, OrderedMap, ProcessEngine
 from data_prep.errors import UserError
 from data_prep.journal import Journal, ShardEntry
 from data_prep.manifest import (
@@ -30,11 +30,11 @@ from data_prep.manifest import (
     Manifest,
     SourceInfo,
     SplitInfo,
-    check_file,
-    read_manifest,
+    parse_manifest,
 )
-from data_prep.packing import START, Chunk, ChunkCounters, Piece, Position, pack
-from data_prep.shards import build_shard, publish
+from data_prep.packing import END, Chunk, Piece, Position, pack
+from data_prep.shards import build_shard
+from data_prep.store import WORK_FOLDER, Store, open_store
 from data_prep.tokenizer import Tokenizer
 from data_prep.twin import tokenizer_files
 
@@ -49,7 +49,7 @@ class PrepareSettings:
     Attributes:
         source: where the text comes from.
         tokenizer: what makes it tokens.
-        output: the dataset folder.
+        output: the dataset folder, or an fsspec URL.
         filters: what to leave out; nothing by default.
         engine: who encodes; this process alone by default.
         chunk_tokens: tokens a chunk.
@@ -58,7 +58,7 @@ class PrepareSettings:
 
     source: Source
     tokenizer: Tokenizer
-    output: Path
+    output: str | Path
     filters: Filters = field(default_factory=Filters)
     engine: Engine = field(default_factory=lambda: ProcessEngine(1))
     chunk_tokens: int = CHUNK_TOKENS
@@ -66,9 +66,11 @@ class PrepareSettings:
 
     def subject(self) -> dict[str, Any]:
         """What makes the dataset what it is, as JSON values: a rerun goes on only with the same."""
+        source = self.source
+        info = SourceInfo(name=source.name, settings=source.settings, fingerprint=source.fingerprint())
         subject = {
             "format_version": FORMAT_VERSION,
-            "source": self.source_info().model_dump(),
+            "source": info.model_dump(),
             "tokenizer": self.tokenizer.info.model_dump(),
             "chunk_tokens": self.chunk_tokens,
             "chunks_per_shard": self.chunks_per_shard,
@@ -76,15 +78,11 @@ class PrepareSettings:
         }
         return json.loads(json.dumps(subject))
 
-    def source_info(self) -> SourceInfo:
-        source = self.source
-        return SourceInfo(name=source.name, settings=source.settings, fingerprint=source.fingerprint())
-
 
 @dataclass(frozen=True)
 class PrepareProgress:
     """Where a preparation stands, told after every task. `total_bytes` is None where nobody knows it;
-    `done_bytes` counts the source, what an earlier attempt did included."""
+    everything counts from the start of the split, what an earlier attempt did included."""
 
     split: str
     done_bytes: int
@@ -110,26 +108,24 @@ class Totals:
     changed: dict[str, int] = field(default_factory=dict)
 
     def add(self, encoded: Encoded) -> None:
-        self.rows += encoded.rows
+        documents = encoded.documents
+        self.rows += encoded.counts.rows
         self.task_bytes += encoded.task_bytes
-        self.documents += len(encoded.piece.ids)
-        self.tokens += len(encoded.piece.tokens)
-        self.source_bytes += encoded.source_bytes
-        self.words += encoded.words
-        self.lines += encoded.lines
-        self.round_trip_documents += encoded.round_trip_documents
-        for mine, theirs in ((self.dropped, encoded.dropped), (self.changed, encoded.changed)):
+        self.documents += len(documents)
+        self.tokens += len(encoded.tokens)
+        self.source_bytes += int(documents["bytes"].sum())
+        self.words += int(documents["words"].sum())
+        self.lines += int(documents["lines"].sum())
+        self.round_trip_documents += int(documents["round_trip"].sum())
+        for mine, theirs in (
+            (self.dropped, encoded.counts.dropped),
+            (self.changed, encoded.counts.changed),
+        ):
             for reason, count in theirs.items():
                 mine[reason] = mine.get(reason, 0) + count
 
-    def snapshot(self) -> dict[str, Any]:
-        return json.loads(json.dumps(self.__dict__))
 
-
-Progress = Callable[[PrepareProgress], None]
-
-
-def prepare(settings: PrepareSettings, progress: Progress = lambda _: None) -> Manifest:
+def prepare(settings: PrepareSettings, progress: Callable[[PrepareProgress], None] = lambda _: None) -> Manifest:
     """Makes the dataset folder, or goes on making it; returns its manifest.
 
     The same settings and the same text give the same bytes, whatever the engine, and however often the
@@ -141,34 +137,33 @@ def prepare(settings: PrepareSettings, progress: Progress = lambda _: None) -> M
     subject = settings.subject()
     if manifest := finished(settings.output, subject):
         return manifest
-    journal = Journal(settings.output, subject)
-    with closing(journal):
+    store = open_store(settings.output)
+    with closing(Journal(store, subject)) as journal:
         if manifest := finished(settings.output, subject):  # another process was faster
             return manifest
-        splits = {}
-        for split in settings.source.splits:
-            totals = journal.finished_splits.get(split)
-            if totals is None:
-                totals = _prepare_split(settings, split, journal, progress)
-            splits[split] = _write_indexes(settings, split, journal.split_entries(split), totals)
-        folder = settings.output / TOKENIZER_FOLDER
-        folder.mkdir(exist_ok=True)
-        for name, content in tokenizer_files(settings.tokenizer).items():
-            publish(folder / name, content)
+        files = tokenizer_files(settings.tokenizer)
+        with settings.engine.start(Encoder(settings.tokenizer, settings.filters)) as encode:
+            for split in settings.source.splits:
+                if split not in journal.finished_splits:
+                    _SplitWriter(settings, store, journal, split, progress).run(encode)
+        splits = {split: _write_indexes(settings, store, journal, split) for split in settings.source.splits}
+        for name, content in files.items():
+            store.publish(f"{TOKENIZER_FOLDER}/{name}", content)
         manifest = Manifest(**subject, splits=splits)
-        publish(settings.output / MANIFEST_NAME, manifest.to_json())
-        journal.remove()
+        store.publish(MANIFEST_NAME, manifest.to_json())
+        store.remove_work_folder()
     return manifest
 
 
-def finished(output: Path, subject: dict[str, Any]) -> Manifest | None:
+def finished(output: str | Path, subject: dict[str, Any]) -> Manifest | None:
     """The manifest of a finished dataset of the same subject; None if there is none.
 
     Raises UserError if the folder holds a finished dataset of something else.
     """
-    if not (output / MANIFEST_NAME).exists():
+    content = open_store(output).read(MANIFEST_NAME)
+    if content is None:
         return None
-    manifest = read_manifest(output)
+    manifest = parse_manifest(content, f"{output}/{MANIFEST_NAME}")
     there = json.loads(json.dumps(manifest.model_dump(exclude={"splits"})))
     if changed := [key for key in subject if there[key] != subject[key]]:
         raise UserError(
@@ -178,118 +173,151 @@ def finished(output: Path, subject: dict[str, Any]) -> Manifest | None:
     return manifest
 
 
-def _prepare_split(settings: PrepareSettings, split: str, journal: Journal, progress: Progress) -> dict[str, Any]:
-    """Encodes and publishes what is missing of a split; returns its totals."""
-    entries = journal.split_entries(split)
-    totals = Totals()
-    counters = ChunkCounters()
-    if entries:
-        last = entries[-1]
-        if tuple(last.next_position) < START:
-            journal.finish_split(split, last.totals)
-            return last.totals
-        totals = Totals(**last.totals)
-        counters = ChunkCounters(
-            chunk=sum(len(entry.chunks) for entry in entries),
-            token=last.tokens_end,
-            document=last.documents_end,
-            position=Position(*last.next_position),
-            offset=last.next_offset,
-        )
-    writer = _ShardWriter(settings, split, journal, len(entries))
-    before: dict[Position, dict[str, Any]] = {}  # totals before the tasks that the next shard may begin in
-    total_bytes = settings.source.total_bytes(split)
+class _SplitWriter:
+    """Encodes and publishes what is missing of one split."""
 
-    def pieces() -> Iterator[Piece]:
-        tasks = settings.source.tasks(split, counters.position)
-        for encoded in settings.engine.map(Encoder(settings.tokenizer, settings.filters), tasks):
-            before.clear()
-            before[encoded.piece.position] = totals.snapshot()
-            totals.add(encoded)
-            yield encoded.piece
-            progress(
-                PrepareProgress(split, totals.task_bytes, total_bytes, totals.documents, totals.tokens, writer.shard)
+    def __init__(
+        self,
+        settings: PrepareSettings,
+        store: Store,
+        journal: Journal,
+        split: str,
+        progress: Callable[[PrepareProgress], None],
+    ) -> None:
+        self._settings, self._store, self._journal = settings, store, journal
+        self._split, self._progress = split, progress
+        entries = journal.entries.get(split, [])
+        self._shard = len(entries)
+        self._totals = Totals(**json.loads(json.dumps(entries[-1].totals))) if entries else Totals()
+        self._before = asdict(self._totals)  # the totals before the task being packed
+        self._duplicates = _Duplicates(store, split, self._shard) if settings.filters.drop_duplicates else None
+
+    def run(self, encode: OrderedMap) -> None:
+        """Raises UserError if the split has no document."""
+        start = self._journal.counters(self._split)
+        if start.position != END:
+            pieces = self._pieces(encode, start.position)
+            chunks: list[Chunk] = []
+            for chunk in pack(pieces, self._settings.chunk_tokens, self._settings.tokenizer.dtype, start):
+                chunks.append(chunk)
+                if len(chunks) == self._settings.chunks_per_shard:
+                    self._publish(chunks, chunk.next_position)
+                    chunks = []
+            if chunks:
+                self._publish(chunks, END)
+        if not self._totals.documents:
+            raise UserError(self._nothing_there())
+        self._journal.finish_split(self._split, asdict(self._totals))
+
+    def _pieces(self, encode: OrderedMap, start: Position) -> Iterator[Piece]:
+        source = self._settings.source
+        total_bytes = source.total_bytes(self._split)
+        for encoded in encode(source.tasks(self._split, start)):
+            self._before = asdict(self._totals)
+            if self._duplicates:
+                encoded = encoded.without(self._duplicates.find(encoded.documents["digest"]), "duplicate")
+            self._totals.add(encoded)
+            yield encoded.piece()
+            totals = self._totals
+            self._progress(
+                PrepareProgress(
+                    self._split,
+                    totals.task_bytes,
+                    total_bytes,
+                    totals.documents,
+                    totals.tokens,
+                    self._shard,
+                )
             )
 
-    for chunk in pack(pieces(), settings.chunk_tokens, settings.tokenizer.dtype, counters):
-        writer.add(chunk, before.get(chunk.next_position) or totals.snapshot())
-    writer.flush(totals.snapshot(), end=True)
-    if not totals.documents:
-        raise UserError(_empty_split(settings, split, totals))
-    journal.finish_split(split, totals.snapshot())
-    return totals.snapshot()
-
-
-def _empty_split(settings: PrepareSettings, split: str, totals: Totals) -> str:
-    left_out = ", ".join(f"{count:,} {reason}" for reason, count in totals.dropped.items())
-    return (
-        f"{settings.source.name}: split '{split}' has no document"
-        + (f" left ({left_out} dropped)" if left_out else "")
-        + "; check the source's path, its filters and the shares of its splits"
-    )
-
-
-class _ShardWriter:
-    """Collects chunks; publishes a shard, then its journal line."""
-
-    def __init__(self, settings: PrepareSettings, split: str, journal: Journal, shard: int) -> None:
-        self._settings = settings
-        self._split = split
-        self._journal = journal
-        self._chunks: list[Chunk] = []
-        self.shard = shard
-
-    def add(self, chunk: Chunk, totals: dict[str, Any]) -> None:
-        """`totals`: what was counted in the tasks before the one the next chunk begins in."""
-        self._chunks.append(chunk)
-        if len(self._chunks) == self._settings.chunks_per_shard:
-            self.flush(totals)
-
-    def flush(self, totals: dict[str, Any], end: bool = False) -> None:
-        if not self._chunks:
-            return
-        stem = self._settings.output / f"{self._split}-{self.shard:06d}"
-        shard = build_shard(self._chunks)
-        ids = b"".join(
-            json.dumps(id, ensure_ascii=False).encode() + b"\n" for chunk in self._chunks for id in chunk.ids
-        )
-        publish(stem.with_suffix(".ids.jsonl"), ids)
-        publish(stem.with_suffix(".tar"), shard.content)
-        last = self._chunks[-1]
+    def _publish(self, chunks: list[Chunk], next_position: Position) -> None:
+        """Publishes a shard, then its journal line."""
+        shard = build_shard(chunks)
+        ids = "".join(json.dumps(id, ensure_ascii=False) + "\n" for chunk in chunks for id in chunk.ids).encode()
+        stem = f"{self._split}-{self._shard:06d}"
+        self._store.publish(f"{stem}.ids.jsonl", ids)
+        self._store.publish(f"{stem}.tar", shard.content)
+        if self._duplicates:
+            self._duplicates.save(self._shard)
+        last = chunks[-1]
         self._journal.add(
             ShardEntry(
                 split=self._split,
-                shard=self.shard,
+                shard=self._shard,
                 bytes=len(shard.content),
                 sha256=shard.sha256,
                 ids_bytes=len(ids),
                 ids_sha256=hashlib.sha256(ids).hexdigest(),
                 chunks=[
                     [chunk.token_start, chunk.document_start, offset]
-                    for chunk, offset in zip(self._chunks, shard.data_offsets, strict=True)
+                    for chunk, offset in zip(chunks, shard.data_offsets, strict=True)
                 ],
                 tokens_end=last.token_start + len(last.tokens),
                 documents_end=last.document_start + len(last.ids),
-                next_position=[-1, -1] if end else list(last.next_position),
+                next_position=next_position,
                 next_offset=last.next_offset,
-                totals=totals,
+                totals=asdict(self._totals) if next_position == END else self._before,
             )
         )
-        self._chunks = []
-        self.shard += 1
+        self._shard += 1
+
+    def _nothing_there(self) -> str:
+        dropped = ", ".join(f"{count:,} {reason}" for reason, count in self._totals.dropped.items())
+        return (
+            f"{self._settings.source.name}: split '{self._split}' has no document"
+            + (f" left (dropped: {dropped})" if dropped else "")
+            + "; check the source's path, the filters, and the shares of the splits"
+        )
 
 
-def _write_indexes(
-    settings: PrepareSettings, split: str, entries: list[ShardEntry], totals: dict[str, Any]
-) -> SplitInfo:
+class _Duplicates:
+    """The digests of a split's documents so far; saved with each shard, so that a rerun knows them."""
+
+    def __init__(self, store: Store, split: str, shards: int) -> None:
+        self._store, self._split = store, split
+        self._seen: set[bytes] = set()
+        self._unsaved: list[bytes] = []  # of the tasks before the current one
+        self._current: list[bytes] = []
+        for shard in range(shards):
+            saved = store.read(self._name(shard)) or b""
+            self._seen.update(saved[i : i + 16] for i in range(0, len(saved), 16))
+
+    def _name(self, shard: int) -> str:
+        return f"{WORK_FOLDER}/digests-{self._split}-{shard:06d}"
+
+    def find(self, digests: np.ndarray) -> np.ndarray:
+        """[D] bool: which of a task's documents were met before."""
+        self._unsaved += self._current
+        self._current = []
+        found = np.zeros(len(digests), bool)
+        for number, digest in enumerate(map(bytes, digests)):
+            if digest in self._seen:
+                found[number] = True
+            else:
+                self._seen.add(digest)
+                self._current.append(digest)
+        return found
+
+    def save(self, shard: int) -> None:
+        """A rerun encodes the current task again, so that its digests are not among those saved."""
+        self._store.publish(self._name(shard), b"".join(self._unsaved))
+        self._unsaved = []
+
+
+def _write_indexes(settings: PrepareSettings, store: Store, journal: Journal, split: str) -> SplitInfo:
     """Writes a split's two index files from its journal entries, after a look at the shards' sizes."""
+    entries, totals = journal.entries[split], journal.finished_splits[split]
     problems: list[str] = []
     shards = np.zeros(len(entries), SHARD_RECORD)
     rows: list[list[int]] = []
     for entry in entries:
-        stem = settings.output / f"{split}-{entry.shard:06d}"
-        problems += check_file(stem.with_suffix(".tar"), entry.bytes, None)
-        problems += check_file(stem.with_suffix(".ids.jsonl"), entry.ids_bytes, None)
+        for name, expected in (("tar", entry.bytes), ("ids.jsonl", entry.ids_bytes)):
+            actual = store.size(f"{split}-{entry.shard:06d}.{name}")
+            if actual != expected:
+                problems.append(
+                    f"{store.where}/{split}-{entry.shard:06d}.{name}: {actual or 0:,} bytes, written were "
+                    f"{expected:,}; something else changed it: delete the folder and prepare again"
+                )
         sha256, ids_sha256 = bytes.fromhex(entry.sha256), bytes.fromhex(entry.ids_sha256)
         shards[entry.shard] = (entry.bytes, sha256, len(rows), entry.ids_bytes, ids_sha256)
         rows += [[start, document, entry.shard, offset] for start, document, offset in entry.chunks]
@@ -298,10 +326,10 @@ def _write_indexes(
     last = entries[-1]
     rows.append([last.tokens_end, last.documents_end, len(entries), 0])
     hashes = {}
-    for name, array in (("shards", shards), ("chunks", np.array(rows, "<u8").T)):
+    for name, array in (("shards", shards), ("chunks", np.ascontiguousarray(np.array(rows, "<u8").T))):
         content = io.BytesIO()
-        np.save(content, np.ascontiguousarray(array), allow_pickle=False)
-        publish(settings.output / f"{split}.{name}.npy", content.getvalue())
+        np.save(content, array, allow_pickle=False)
+        store.publish(f"{split}.{name}.npy", content.getvalue())
         hashes[name] = hashlib.sha256(content.getvalue()).hexdigest()
     return SplitInfo(
         shards=len(entries),

@@ -1,4 +1,4 @@
-"""Chunks → WebDataset tars, published whole or not at all.
+"""Chunks → WebDataset tars.
 
 A shard is a plain USTAR file: per chunk the members `00000007.tokens.npy` and `00000007.docs.npy`, mtime 0,
 no owner. Its bytes depend on nothing but the chunks in it.
@@ -6,18 +6,13 @@ no owner. Its bytes depend on nothing but the chunks in it.
 
 from __future__ import annotations
 
-import errno
 import hashlib
-import os
 import tarfile
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 
-from data_prep.errors import UserError
 from data_prep.packing import Chunk
 
 BLOCK_BYTES = 512
@@ -26,7 +21,7 @@ END_OF_TAR = bytes(2 * BLOCK_BYTES)
 
 @dataclass(frozen=True)
 class Shard:
-    """The bytes of a shard, and the offset of each chunk's first token in them."""
+    """The bytes of a shard, and the offset in them of each chunk's first token."""
 
     content: bytes
     data_offsets: list[int]
@@ -38,19 +33,19 @@ class Shard:
 
 def build_shard(chunks: Sequence[Chunk]) -> Shard:
     """The tar of `chunks`, in memory (32 MiB at the default sizes)."""
-    parts: list[bytes | memoryview] = []
+    parts: list[bytes] = []
     offsets: list[int] = []
     size = 0
     for chunk in chunks:
-        key = f"{chunk.number:08d}"
-        for suffix, array in (("tokens", chunk.tokens), ("docs", chunk.document_starts)):
+        for kind, array in (("tokens", chunk.tokens), ("docs", chunk.document_starts)):
             header = npy_header(array)
             member_bytes = len(header) + array.nbytes
-            if suffix == "tokens":
+            padding = -member_bytes % BLOCK_BYTES
+            if kind == "tokens":
                 offsets.append(size + BLOCK_BYTES + len(header))
-            parts += [_tar_header(f"{key}.{suffix}.npy", member_bytes), header, array.tobytes()]
-            parts.append(bytes(-member_bytes % BLOCK_BYTES))
-            size += BLOCK_BYTES + member_bytes + (-member_bytes % BLOCK_BYTES)
+            name = f"{chunk.number:08d}.{kind}.npy"
+            parts += [_tar_header(name, member_bytes), header, array.tobytes(), bytes(padding)]
+            size += BLOCK_BYTES + member_bytes + padding
     return Shard(b"".join([*parts, END_OF_TAR]), offsets)
 
 
@@ -71,43 +66,3 @@ def _tar_header(name: str, member_bytes: int) -> bytes:
     info.size = member_bytes
     info.mode = 0o644
     return info.tobuf(tarfile.USTAR_FORMAT)
-
-
-def publish(path: Path, content: bytes) -> None:
-    """Writes a file so that at any moment it is either absent (or the old one) or whole and on disk."""
-    with explained_write_errors(path):
-        temporary = path.with_name(f".{path.name}.partial")
-        with open(temporary, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-        sync_folder(path.parent)
-
-
-def sync_folder(folder: Path) -> None:
-    """Makes renames and new files in a folder survive a power cut."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-@contextmanager
-def explained_write_errors(path: Path) -> Iterator[None]:
-    """Turns the operating system's refusals into lines with a remedy."""
-    try:
-        yield
-    except OSError as error:
-        remedies = {
-            errno.ENOSPC: "the disk is full: free some space",
-            errno.EDQUOT: "the disk quota is used up: free some space",
-            errno.EROFS: "the file system is read-only: choose another folder",
-            errno.EACCES: "no permission to write there: choose another folder, or change its permissions",
-            errno.EPERM: "no permission to write there: choose another folder, or change its permissions",
-        }
-        remedy = remedies.get(error.errno or 0, f"{error.strerror}: repair the disk, or choose another folder")
-        raise UserError(
-            f"{path}: cannot be written; {remedy}. What is finished stays; the same command goes on from there"
-        ) from error

@@ -6,7 +6,6 @@ for characters outside the vocabulary. Text is trained on line by line, so no pi
 
 from __future__ import annotations
 
-import array
 import hashlib
 import io
 import re
@@ -14,7 +13,6 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from importlib import metadata
-from itertools import chain
 from pathlib import Path
 from typing import Any, Literal
 
@@ -30,6 +28,8 @@ SPACE_MARK = "\u2581"  # what sentencepiece writes for a space: such a character
 UNK_ID, BOS_ID, EOS_ID, PAD_ID = 0, 1, 2, 3
 MODEL_TYPES = {1: "unigram", 2: "bpe", 3: "word", 4: "char"}
 PIECE_NORMAL, PIECE_USER_DEFINED = 1, 4
+MAX_KNOWN_WORDS = 1 << 20  # about 150 MB a process
+SEGMENT_CHARACTERS = 1 << 20
 
 SELF_TEST_TEXTS = [
     "", " ", "  ", " a", "a ", "a  b   c", "\n", "\n\n", "a\n\n  b ", "\ta\r\nb\r", " = Title = \n \n text \n",
@@ -161,7 +161,7 @@ class Tokenizer:
             raise UserError(f"{where}: not a sentencepiece model; give the .model file itself") from None
         if self.processor.eos_id() < 0:
             raise UserError(f"{where}: the model has no eos piece, which ends every document; train one that has it")
-        self._word_ids = _WordIds(self.processor)
+        self._word_ids: dict[str, bytes] = {}  # of " " + word
 
     def __reduce__(self) -> tuple[Any, ...]:
         return Tokenizer, (self.model, self.where)
@@ -218,15 +218,23 @@ class Tokenizer:
         """Ids of a text, [n] of `dtype`, without eos: exactly those of `SentencePieceProcessor.encode`.
 
         Words recur: where the model allows it, each is encoded once and looked up from then on, which is
-        several times as fast as encoding the whole text.
+        about twice as fast as encoding whole texts, and bounds the memory for very long ones.
         """
         if not self.splits_at_spaces:
             return np.array(self.processor.encode(text), self.dtype)
+        return np.frombuffer(b"".join(map(self._encode_words, _segments(text))), self.dtype)
+
+    def _encode_words(self, text: str) -> bytes:
         head, *words = text.split(" ")
-        ids = array.array("H" if self.dtype.itemsize == 2 else "I", self.processor.encode(head))
-        ids.extend(chain.from_iterable(map(self._word_ids.__getitem__, words)))
-        self._word_ids.trim()
-        return np.frombuffer(ids, self.dtype)
+        known, dtype = self._word_ids, self.dtype
+        if new := [word for word in set(words) if word not in known]:
+            ids = self.processor.encode([" " + word for word in new])
+            known.update(zip(new, (np.array(word, dtype).tobytes() for word in ids), strict=True))
+        encoded = np.array(self.processor.encode(head), dtype).tobytes()
+        encoded += b"".join(map(known.__getitem__, words))
+        if len(known) > MAX_KNOWN_WORDS:
+            known.clear()
+        return encoded
 
     def decode(self, ids: np.ndarray | Sequence[int]) -> str:
         """The text of ids."""
@@ -237,21 +245,10 @@ class Tokenizer:
         return [text for text in texts if self.decode(self.encode(text)) != text]
 
 
-class _WordIds(dict[str, Sequence[int]]):
-    """Ids of " " + word for every word met; forgets all when it has grown large."""
-
-    LIMIT = 1 << 20
-
-    def __init__(self, processor: sentencepiece.SentencePieceProcessor) -> None:
-        super().__init__()
-        self._encode = processor.encode
-
-    def __missing__(self, word: str) -> Sequence[int]:
-        ids = self._encode(" " + word)
-        if len(word) <= 64:
-            self[word] = ids
-        return ids
-
-    def trim(self) -> None:
-        if len(self) > self.LIMIT:
-            self.clear()
+def _segments(text: str) -> Iterator[str]:
+    """A text cut before spaces, about every `SEGMENT_CHARACTERS`."""
+    begin = 0
+    while len(text) - begin > SEGMENT_CHARACTERS and (end := text.find(" ", begin + SEGMENT_CHARACTERS)) > 0:
+        yield text[begin:end]
+        begin = end
+    yield text[begin:]

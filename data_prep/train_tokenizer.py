@@ -10,7 +10,7 @@ from typing import Any
 
 from data_prep.documents import Source, read_documents
 from data_prep.errors import UserError
-from data_prep.shards import publish
+from data_prep.store import FolderStore
 from data_prep.tokenizer import (
     Tokenizer,
     TokenizerSettings,
@@ -58,7 +58,7 @@ def make_tokenizer(source: Source, settings: TokenizerSettings, output: Path) ->
     if lossy := tokenizer.lossy_texts():
         raise UserError(f"the tokenizer does not give back {lossy[0]!r}; report this as a fault of the program")
     write_tokenizer(output, tokenizer)
-    publish(record, json.dumps(subject, indent=2, ensure_ascii=False).encode() + b"\n")
+    FolderStore(output).publish(RECORD_NAME, json.dumps(subject, indent=2, ensure_ascii=False).encode() + b"\n")
     yield _summary(tokenizer)
     if advice := vocabulary_advice(settings.vocab_size, min(trained_bytes, settings.training_bytes)):
         yield f"note: {advice}"

@@ -14,7 +14,7 @@ import tokenizers
 from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers
 
 from data_prep.errors import UserError
-from data_prep.shards import publish
+from data_prep.store import FolderStore
 from data_prep.tokenizer import (
     MODEL_NAME,
     PIECE_NORMAL,
@@ -27,9 +27,9 @@ from data_prep.tokenizer import (
 
 def write_tokenizer(folder: Path, tokenizer: Tokenizer) -> None:
     """Writes a tokenizer folder that both this project and `AutoTokenizer.from_pretrained` load."""
-    folder.mkdir(parents=True, exist_ok=True)
+    store = FolderStore(folder)
     for name, content in tokenizer_files(tokenizer).items():
-        publish(folder / name, content)
+        store.publish(name, content)
 
 
 def tokenizer_files(tokenizer: Tokenizer) -> dict[str, bytes]:

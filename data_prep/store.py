@@ -1,0 +1,239 @@
+"""Where a dataset is written: a folder, or a prefix behind any fsspec URL such as s3://bucket/data.
+
+Both publish whole files or none. A folder is locked by the operating system, which releases it when the
+process dies. A prefix cannot be: whoever comes last owns it, and an earlier owner stops before its next
+journal line. As equal settings give equal bytes, neither can spoil what the other wrote.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import secrets
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, Any, Protocol
+
+from data_prep.errors import UserError
+
+WORK_FOLDER = ".prepare"  # of the dataset: journal and lock; gone when the dataset is finished
+
+
+class Store(Protocol):
+    """A place for files. Names may hold one folder: `tokenizer/tokenizer.model`.
+
+    All methods raise UserError, with a remedy, for a full disk, missing rights and the like.
+    """
+
+    where: str
+
+    def lock(self) -> None:
+        """Makes this process the only writer. Raises UserError if another one is at work."""
+        ...
+
+    def unlock(self) -> None: ...
+
+    def publish(self, name: str, content: bytes) -> None:
+        """Writes a file, so that at any moment it is absent (or the old one), or whole and durable."""
+        ...
+
+    def append(self, name: str, before: bytes, line: bytes) -> None:
+        """Adds a line to a file whose content is `before`; durable on return."""
+        ...
+
+    def read(self, name: str) -> bytes | None:
+        """The content of a file; None if there is none."""
+        ...
+
+    def size(self, name: str) -> int | None:
+        """Bytes of a file; None if there is none."""
+        ...
+
+    def names(self) -> list[str]:
+        """Files and folders directly in the store, sorted."""
+        ...
+
+    def remove_work_folder(self) -> None: ...
+
+
+def open_store(where: str | Path) -> Store:
+    """The store at a path or URL; nothing is created yet."""
+    if "://" in str(where) and not str(where).startswith("file://"):
+        return RemoteStore(str(where))
+    return FolderStore(Path(str(where).removeprefix("file://")))
+
+
+class FolderStore:
+    """A local (or mounted) folder."""
+
+    def __init__(self, folder: Path) -> None:
+        self.where = str(folder)
+        self._folder = folder
+        self._lock: IO[str] | None = None
+
+    def lock(self) -> None:
+        work = self._folder / WORK_FOLDER
+        with explained_write_errors(work):
+            work.mkdir(parents=True, exist_ok=True)
+            self._lock = open(work / "lock", "w")  # noqa: SIM115  held until unlock()
+            sync_folder(self._folder)
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            self.unlock()
+            raise UserError(
+                f"{self.where}: another preparation is writing into this folder; wait for it, or choose another folder"
+            ) from None
+
+    def unlock(self) -> None:
+        if self._lock:
+            self._lock.close()
+
+    def publish(self, name: str, content: bytes) -> None:
+        path = self._folder / name
+        with explained_write_errors(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            publish_file(path, content)
+
+    def append(self, name: str, before: bytes, line: bytes) -> None:
+        path = self._folder / name
+        with explained_write_errors(path), open(path, "ab") as file:
+            file.write(line)
+            file.flush()
+            os.fsync(file.fileno())
+        if not before:
+            sync_folder(path.parent)
+
+    def read(self, name: str) -> bytes | None:
+        with explained_read_errors(self.where):
+            try:
+                return (self._folder / name).read_bytes()
+            except (FileNotFoundError, NotADirectoryError):
+                return None
+
+    def size(self, name: str) -> int | None:
+        path = self._folder / name
+        return path.stat().st_size if path.exists() else None
+
+    def names(self) -> list[str]:
+        if self._folder.exists() and not self._folder.is_dir():
+            raise UserError(f"{self.where}: a file, not a folder; choose another output")
+        return sorted(path.name for path in self._folder.iterdir()) if self._folder.exists() else []
+
+    def remove_work_folder(self) -> None:
+        shutil.rmtree(self._folder / WORK_FOLDER, ignore_errors=True)
+
+
+class RemoteStore:
+    """A prefix of an object store."""
+
+    OWNER = f"{WORK_FOLDER}/owner"
+
+    def __init__(self, url: str) -> None:
+        import fsspec
+
+        self.where = url.rstrip("/")
+        self._nonce = secrets.token_hex(8).encode()
+        with explained_read_errors(self.where):
+            self._filesystem, self._prefix = fsspec.core.url_to_fs(self.where, use_listings_cache=False)
+
+    def _path(self, name: str) -> str:
+        return f"{self._prefix}/{name}"
+
+    def lock(self) -> None:
+        self.publish(self.OWNER, self._nonce)
+
+    def unlock(self) -> None: ...
+
+    def publish(self, name: str, content: bytes) -> None:
+        with explained_write_errors(f"{self.where}/{name}"):
+            self._filesystem.pipe_file(self._path(name), content)
+
+    def append(self, name: str, before: bytes, line: bytes) -> None:
+        if self.read(self.OWNER) != self._nonce:
+            raise UserError(
+                f"{self.where}: another preparation took over this prefix, and this one stops; "
+                "wait for the other, or choose another prefix"
+            )
+        self.publish(name, before + line)
+
+    def read(self, name: str) -> bytes | None:
+        with explained_read_errors(f"{self.where}/{name}"):
+            try:
+                return self._filesystem.cat_file(self._path(name))
+            except FileNotFoundError:
+                return None
+
+    def size(self, name: str) -> int | None:
+        with explained_read_errors(f"{self.where}/{name}"):
+            try:
+                return self._filesystem.size(self._path(name))
+            except FileNotFoundError:
+                return None
+
+    def names(self) -> list[str]:
+        with explained_read_errors(self.where):
+            try:
+                listing: list[Any] = self._filesystem.ls(self._prefix, detail=False)
+            except FileNotFoundError:
+                return []
+            return sorted(path.rstrip("/").rsplit("/", 1)[1] for path in listing)
+
+    def remove_work_folder(self) -> None:
+        with explained_write_errors(self.where):
+            self._filesystem.rm(self._path(WORK_FOLDER), recursive=True)
+
+
+def publish_file(path: Path, content: bytes) -> None:
+    """Temporary name, fsync, rename, fsync of the folder."""
+    temporary = path.with_name(f".{path.name}.partial")
+    with open(temporary, "wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+    sync_folder(path.parent)
+
+
+def sync_folder(folder: Path) -> None:
+    """Makes renames and new files in a folder survive a power cut."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@contextmanager
+def explained_write_errors(where: Path | str) -> Iterator[None]:
+    """Turns the operating system's refusals into lines with a remedy."""
+    try:
+        yield
+    except OSError as error:
+        remedies = {
+            errno.ENOSPC: "the disk is full: free some space",
+            errno.EDQUOT: "the disk quota is used up: free some space",
+            errno.EROFS: "the file system is read-only: choose another folder",
+            errno.EACCES: "no permission to write there: choose another folder, or change its permissions",
+            errno.EPERM: "no permission to write there: choose another folder, or change its permissions",
+            errno.ENOTDIR: "part of the path is a file: choose another folder",
+            errno.EEXIST: "part of the path is a file: choose another folder",
+        }
+        other = f"{error.strerror or error}: check the path, the disk and your access to it"
+        remedy = remedies.get(error.errno or 0, other)
+        raise UserError(
+            f"{where}: cannot be written; {remedy}. What is finished stays; the same command goes on from there"
+        ) from error
+
+
+@contextmanager
+def explained_read_errors(where: str) -> Iterator[None]:
+    try:
+        yield
+    except FileNotFoundError:
+        raise
+    except (OSError, ImportError, ValueError) as error:
+        raise UserError(f"{where}: cannot be read ({error}); check the path and your access to it") from error
