@@ -171,11 +171,11 @@ def load_config(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> 
         UserError: the file cannot be read, or settings are wrong: every problem, one a line.
     """
     try:
-        merged = OmegaConf.load(path)
+        file = OmegaConf.load(Path(path))
         bad = [item for item in overrides if "=" not in item or item.startswith("-")]
         if bad:
             raise UserError([f"{item!r} is not an override; write section.key=value" for item in bad])
-        merged = OmegaConf.merge(merged, OmegaConf.from_dotlist(list(overrides)))
+        merged = OmegaConf.merge(file, OmegaConf.from_dotlist(list(overrides)))
         values = OmegaConf.to_container(merged, resolve=True)
     except FileNotFoundError:
         raise UserError(_missing_file(Path(path))) from None

@@ -22,15 +22,15 @@ def summed_loss(
 
     Args:
         model: a DeepSpeed engine or a plain model.
-        batches: int64 tokens [B, S+1] and a boolean mask [B] of samples that count; the same number on every
-            rank, since under ZeRO-3 each forward is a collective.
+        batches: int64 tokens [B, S+1] and a boolean mask [B, S] of the targets that count; the same number on
+            every rank, since under ZeRO-3 each forward is a collective.
     """
     training = model.training
     model.eval()
     sums = torch.zeros(2, dtype=torch.float64, device=device)
-    for tokens, counts in batches:
+    for tokens, counted in batches:
         ids = torch.from_numpy(tokens).to(device)
-        targets = ids[:, 1:].masked_fill(~torch.from_numpy(counts).to(device)[:, None], IGNORED)
+        targets = ids[:, 1:].masked_fill(~torch.from_numpy(counted).to(device), IGNORED)
         valid = (targets != IGNORED).sum()
         loss = model(input_ids=ids[:, :-1], shift_labels=targets).language_loss.double()
         sums += torch.stack([torch.where(valid > 0, loss * valid, 0.0), valid.double()])

@@ -78,6 +78,8 @@ def run(config: RunConfig, world: World, stop: StopRequest) -> int:
     """Build, train, and say truthfully how it ended."""
     with world.together():
         held = lock(config.run_folder) if world.is_main else None
+        if world.is_main:
+            config.save(config.run_folder / "config.yaml")
     trainer = build(config, world, stop)
     status = "FAILED"
     try:
@@ -109,7 +111,8 @@ def build(config: RunConfig, world: World, stop: StopRequest) -> Trainer:
     check_dataset(config, dataset, world)
 
     torch.manual_seed(config.run.seed)
-    model = GlobalLocalForCausalLM(model_config).to(world.device)
+    model = GlobalLocalForCausalLM(model_config)
+    torch.nn.Module.to(model, world.device)  # transformers' own `to` is typed too narrowly
     narrate(config, world, dataset, source, layout, model, precision, settings)
     engine = initialize(model, config, settings)
     engine.checkpoint_engine = checkpoint.HashingCheckpointEngine()

@@ -59,8 +59,10 @@ class Trainer:
         while self.step < self.max_steps:
             with self.clock.phase("training"):
                 gradient_norm = self.train_step()
-                if self.due(config.training.log_interval_steps):
-                    self.log_step(gradient_norm)
+                # Reading the losses waits for the device, so that the clock counts work and not its queueing.
+                losses = self.losses.read() if self.due(config.training.log_interval_steps) else None
+            if losses:
+                self.log_step(losses, gradient_norm)
             if self.evaluate and self.due(config.evaluation.interval_steps):
                 self.run_evaluation()
             if self.due(config.checkpoint.interval_steps):
@@ -93,21 +95,21 @@ class Trainer:
     def tokens_per_step(self) -> int:
         return self.layout.global_batch_size * self.config.data.sequence_length
 
-    def log_step(self, gradient_norm: float) -> None:
-        metrics = self.losses.read()
+    def log_step(self, losses: dict[str, float], gradient_norm: float) -> None:
         rate = learning_rate(self.step - 1, self.max_steps, self.config.optimizer)
-        metrics |= {"train/learning_rate": rate, "train/gradient_norm": gradient_norm}
-        # Reading the loss waited for the device, so the clock is right only now; the tracker runs beside.
         tokens_per_second = self.throughput.read()
-        metrics["train/tokens_per_second"] = tokens_per_second
-        metrics["train/consumed_tokens"] = float(self.step * self.tokens_per_step)
+        metrics = losses | {
+            "train/learning_rate": rate,
+            "train/gradient_norm": gradient_norm,
+            "train/tokens_per_second": tokens_per_second,
+            "train/consumed_tokens": float(self.step * self.tokens_per_step),
+        }
         self.tracker.log_metrics(metrics, self.step)
-        if tokens_per_second:
-            left = duration((self.max_steps - self.step) * self.tokens_per_step / tokens_per_second)
-            log.info(
-                f"step {self.step:,}/{self.max_steps:,}  loss {metrics['train/language_loss']:.4f}  "
-                f"lr {rate:.2e}  grad {gradient_norm:.2f}  {tokens_per_second:,.0f} tokens/s  left {left}"
-            )
+        left = duration((self.max_steps - self.step) * self.tokens_per_step / tokens_per_second)
+        log.info(
+            f"step {self.step:,}/{self.max_steps:,}  loss {losses['train/language_loss']:.4f}  "
+            f"lr {rate:.2e}  grad {gradient_norm:.2f}  {tokens_per_second:,.0f} tokens/s  left {left}"
+        )
 
     def run_evaluation(self) -> None:
         assert self.evaluate is not None
@@ -118,7 +120,8 @@ class Trainer:
         self.tracker.log_metrics({f"valid/{name}": value for name, value in result.items()}, self.step)
         log.info(
             f"step {self.step:,}  held-out loss {result['loss']:.4f}  "
-            f"token perplexity {result['token_perplexity']:.1f}  bits per byte {result['bits_per_byte']:.3f}  ({result['tokens']:,.0f} tokens)"
+            f"token perplexity {result['token_perplexity']:.1f}  bits per byte {result['bits_per_byte']:.3f}  "
+            f"({result['tokens']:,.0f} tokens)"
         )
         if texts:
             self.tracker.log_text("\n\n---\n\n".join(texts), f"samples/step-{self.step:08d}.txt")
