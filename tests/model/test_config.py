@@ -1,0 +1,94 @@
+"""Presets, counts and messages of the configuration."""
+
+import pytest
+import torch
+
+from model.configuration_globallocal import PRESETS, GlobalLocalConfig
+from model.modeling_globallocal import GlobalLocalForCausalLM
+from tests.model.helpers import tiny_config
+
+
+@pytest.mark.parametrize("name", PRESETS)
+@pytest.mark.parametrize("tied", [True, False])
+def test_parameter_counts_are_the_real_ones(name, tied):
+    config = GlobalLocalConfig.from_preset(name, tie_word_embeddings=tied)
+    with torch.device("meta"):
+        model = GlobalLocalForCausalLM(config)
+    counts = config.parameter_counts()
+    assert sum(counts.values()) == sum(p.numel() for p in model.parameters())
+    real = {
+        "routers": sum(p.numel() for n, p in model.named_parameters() if ".router." in n),
+        "convolutions": sum(p.numel() for n, p in model.named_parameters() if ".local." in n),
+        "feed_forward": sum(p.numel() for n, p in model.named_parameters() if ".feed_forward." in n),
+        "gates": sum(p.numel() for n, p in model.named_parameters() if ".gate." in n),
+    }
+    assert real == {part: counts[part] for part in real}
+
+
+def test_seed_preset_has_the_size_of_the_seed():
+    config = GlobalLocalConfig.from_preset("seed")
+    assert config.vocab_size == 50257
+    assert round(sum(config.parameter_counts().values()) / 1e6, 1) == 338.3
+    assert config.pool_size * config.pool_dim == 20_480_000
+
+
+def test_flops_follow_from_the_matrices():
+    """Six operations per weight that a token meets; the scores' matrix has no backward of its own."""
+    config = tiny_config(tie_word_embeddings=False, router_top_k=1)
+    counts = config.parameter_counts()
+    routers, h = config.num_hidden_layers * 2, config.hidden_size
+    dense = counts["convolutions"] + counts["feed_forward"] + counts["head"]
+    folded = 2 * h * h + h * config.pool_dim + h * config.router_hidden_size
+    scores = config.router_hidden_size * config.pool_size
+    estimate = 6 * (dense + routers * folded) + 2 * routers * scores
+    assert config.flops_per_token(128) == pytest.approx(estimate, rel=0.1)
+
+
+@pytest.mark.parametrize(
+    ("dilations", "kernel_size", "expected"),
+    [([1], 3, 1 + 2 * 2), ([1, 2, 4], 3, 1 + 2 * 8), ([[1, 2], [8, 16]], 2, 1 + 2 + 16), ([7], 1, 1)],
+)
+def test_receptive_field(dilations, kernel_size, expected):
+    assert tiny_config(conv_dilations=dilations, conv_kernel_size=kernel_size).receptive_field == expected
+
+
+def test_dilation_lists_are_cycled_over_the_layers():
+    config = tiny_config(conv_dilations=[[1, 2], [4], [8]], num_hidden_layers=5)
+    assert [config.dilations_of_layer(i) for i in range(5)] == [[1, 2], [4], [8], [1, 2], [4]]
+
+
+def test_derived_sizes_and_a_round_trip(tmp_path):
+    config = GlobalLocalConfig(hidden_size=48, pool_size=300)
+    assert (config.intermediate_size, config.pool_dim, config.router_hidden_size) == (192, 192, 300)
+    config.save_pretrained(tmp_path)
+    loaded = GlobalLocalConfig.from_pretrained(tmp_path)
+    assert loaded.to_dict() == config.to_dict()
+
+
+def test_all_problems_are_named_at_once():
+    with pytest.raises(ValueError, match="router_top_k is 9") as caught:
+        tiny_config(
+            router_top_k=9,
+            pool_size=4,
+            norm_placement="middle",
+            dropout=1.0,
+            conv_dilations=[[1], []],
+            activation_checkpointing="every-0",
+            num_hidden_layers=0,
+        )
+    lines = str(caught.value).splitlines()
+    assert lines == [
+        "num_hidden_layers is 0; it must be at least 1",
+        "router_top_k is 9, but the pool has only 4 rows; lower router_top_k or raise pool_size",
+        "conv_dilations is [[1], []]; every layer needs one dilation or more, each at least 1",
+        "norm_placement is 'middle'; it must be 'pre' or 'post'",
+        "dropout is 1.0; it must be at least 0 and below 1",
+        "activation_checkpointing is 'every-0'; it must be 'none', 'full', 'selective' or 'every-N' with N at least 1",
+    ]
+
+
+def test_unknown_names_list_the_known_ones():
+    with pytest.raises(ValueError, match="unknown model preset 'smal'; known presets: quickstart, seed, small"):
+        GlobalLocalConfig.from_preset("smal")
+    with pytest.raises(ValueError, match=r"unknown model setting 'hiden_size'; known settings: .*hidden_size"):
+        GlobalLocalConfig.from_preset("small", hiden_size=3)

@@ -1,0 +1,131 @@
+"""The fast path and the slow equations agree in outputs and in every gradient."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from model import ops_globallocal, reference
+from tests.model.helpers import make_model, random_ids, reference_weights, tiny_config
+
+
+def largest_difference(model, ids, labels):
+    """Largest differences of loss, logits, and of gradients relative to the largest one of their tensor."""
+    weights = reference_weights(model)
+    expected = reference.loss(weights, model.config, ids, labels)
+    expected.backward()
+    model.zero_grad()
+    output = model(ids, shift_labels=labels)
+    output.loss.backward()
+    gradients = 0.0
+    for name, parameter in model.named_parameters():
+        goal = weights[name].grad
+        difference = (parameter.grad - goal).abs().max() / goal.abs().max().clamp_min(1e-6)
+        gradients = max(gradients, difference.item())
+    logits = (model(ids).logits - reference.forward(weights, model.config, ids)[0]).abs().max().item()
+    return abs(output.loss.item() - expected.item()), logits, gradients
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    batch=st.integers(1, 3),
+    length=st.integers(1, 13),
+    kernel_size=st.integers(1, 4),
+    dilations=st.sampled_from([[1], [1, 2, 4], [3, 1], [[1, 2], [8]], [[16, 1], [2, 3], [5, 7]]]),
+    top_k=st.integers(1, 4),
+    pool_size=st.sampled_from([4, 5, 17, 100]),  # on both sides of the choice which product is folded
+    norm_placement=st.sampled_from(["pre", "post"]),
+    tied=st.booleans(),
+    seed=st.integers(0, 99),
+)
+def test_double_precision_agrees(batch, length, kernel_size, dilations, top_k, pool_size, norm_placement, tied, seed):
+    config = tiny_config(
+        conv_kernel_size=kernel_size,
+        conv_dilations=dilations,
+        router_top_k=top_k,
+        pool_size=pool_size,
+        norm_placement=norm_placement,
+        tie_word_embeddings=tied,
+        diversity_loss_scale=50.0,  # large enough to be seen in the gradients
+    )
+    model = make_model(config, seed)
+    ids, labels = random_ids(config, batch, length, seed), random_ids(config, batch, length, seed + 1)
+    labels[0, : length // 2] = -100
+    loss, logits, gradients = largest_difference(model, ids, labels)
+    assert loss < 1e-12
+    assert logits < 1e-11
+    assert gradients < 1e-10
+
+
+@pytest.mark.parametrize("norm_placement", ["pre", "post"])
+def test_float32_stays_within_its_rounding(norm_placement):
+    config = tiny_config(hidden_size=64, pool_dim=96, norm_placement=norm_placement)
+    model = make_model(config, noise=0.02, dtype=torch.float32)
+    loss, logits, gradients = largest_difference(model, random_ids(config, 4, 33), random_ids(config, 4, 33, 2))
+    assert loss < 1e-5
+    assert logits < 1e-4
+    assert gradients < 1e-3
+
+
+def test_bfloat16_stays_within_its_rounding():
+    config = tiny_config(hidden_size=32, pool_dim=48)
+    exact = make_model(config, noise=0.02)
+    rounded = make_model(config, noise=0.02).to(torch.bfloat16)
+    ids, labels = random_ids(config, 4, 33), random_ids(config, 4, 33, 2)
+    expected, output = exact(ids, shift_labels=labels), rounded(ids, shift_labels=labels)
+    assert output.language_loss.dtype == output.diversity_loss.dtype == torch.float32
+    assert abs(output.loss - expected.loss) < 0.02
+    output.loss.backward()
+    expected.loss.backward()
+    for (name, parameter), reference_parameter in zip(rounded.named_parameters(), exact.parameters(), strict=True):
+        if "score" in name or name.endswith("temperature"):
+            continue  # tiny, and another row of a near tie may have been chosen
+        goal = reference_parameter.grad.flatten()
+        cosine = torch.cosine_similarity(parameter.grad.double().flatten(), goal, dim=0)
+        assert cosine > 0.95, f"{name}: cosine {cosine:.3f}"
+
+
+def test_saturated_scores_have_no_gradient_and_agree():
+    config = tiny_config()
+    model = make_model(config)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "score_weight" in name:
+                parameter *= 100.0  # far outside the clamp
+    ids = random_ids(config, 2, 9)
+    _, logits, gradients = largest_difference(model, ids, ids)
+    assert logits < 1e-10
+    assert gradients < 1e-10
+
+
+@pytest.mark.parametrize("temperature", [0.01, 0.5, 9.0])
+def test_temperature_is_clamped_as_in_the_equations(temperature):
+    config = tiny_config(router_temperature=temperature)
+    model = make_model(config, noise=0.0)
+    ids = random_ids(config, 2, 9)
+    assert max(largest_difference(model, ids, ids)) < 1e-10
+
+
+def test_blocks_do_not_change_the_result(monkeypatch):
+    config = tiny_config()
+    model = make_model(config)
+    ids, labels = random_ids(config, 3, 11), random_ids(config, 3, 11, 2)
+    whole = largest_difference(model, ids, labels)
+    monkeypatch.setattr(ops_globallocal, "LOGIT_BLOCK_ELEMENTS", 4 * config.vocab_size)
+    monkeypatch.setattr(ops_globallocal, "SCORE_BLOCK_ELEMENTS", 5 * config.pool_size)
+    assert max(*whole, *largest_difference(model, ids, labels)) < 1e-10
+
+
+def test_padding_counts_in_no_loss():
+    config = tiny_config(diversity_loss_scale=50.0)
+    model = make_model(config)
+    ids = random_ids(config, 2, 7)
+    padded = torch.nn.functional.pad(ids, (4, 0), value=3)
+    mask = torch.nn.functional.pad(torch.ones_like(ids), (4, 0))
+    with_padding = model(padded, attention_mask=mask)
+    without = model(ids)
+    assert (with_padding.logits[:, 4:] - without.logits).abs().max() < 1e-12
+    assert abs(with_padding.diversity_loss - without.diversity_loss) < 1e-14
+    expected, diversity = reference.forward(reference_weights(model), config, padded, mask)
+    assert (with_padding.logits[:, 4:] - expected[:, 4:]).abs().max() < 1e-12
+    assert abs(with_padding.diversity_loss - diversity) < 1e-14
