@@ -91,26 +91,29 @@ class ShardCache:
     def _reserve(self, descriptor: int, num_bytes: int) -> None:
         """Claims room for a download by giving its file the final size; removes the least recently used."""
         with locked(self.folder / "budget.lock", wait=True):
+            os.ftruncate(descriptor, 0)
+            files = self._files()
+            total_bytes = num_bytes + sum(size for _, size, _ in files)
+            disk = os.fstatvfs(descriptor)
+            missing_bytes = num_bytes - disk.f_bavail * disk.f_frsize  # others may have filled the disk
+            for _, size, path in sorted(files):
+                if total_bytes <= self.budget_bytes and missing_bytes <= 0:
+                    break
+                if _remove_idle(path):
+                    total_bytes -= size
+                    missing_bytes -= size
+            if total_bytes > self.budget_bytes:
+                raise UserError(
+                    f"cache {self.folder}: budget {self.budget_bytes:,} bytes, but the files in use and the next "
+                    f"one ({num_bytes:,} bytes) need {total_bytes:,}; raise the budget"
+                )
             try:
-                os.ftruncate(descriptor, 0)
                 os.posix_fallocate(descriptor, 0, num_bytes)
             except OSError as error:
                 raise UserError(
                     f"cache {self.folder}: no room for {num_bytes:,} bytes ({error.strerror}); "
                     "free some space, or put the cache on another disk"
                 ) from None
-            files = self._files()
-            total_bytes = sum(size for _, size, _ in files)
-            for _, size, path in sorted(files):
-                if total_bytes <= self.budget_bytes:
-                    break
-                if _remove_idle(path):
-                    total_bytes -= size
-        if total_bytes > self.budget_bytes:
-            raise UserError(
-                f"cache {self.folder}: budget {self.budget_bytes:,} bytes, but the files in use and the next one "
-                f"({num_bytes:,} bytes) need {total_bytes:,}; raise the budget"
-            )
 
     def _files(self) -> list[tuple[float, int, Path]]:
         """(last use, bytes, path) of every file, those being downloaded included."""
