@@ -10,16 +10,19 @@ from typing import Any
 
 REDACTED = "***"
 
-_ALWAYS_SECRET = {"password", "passwords", "passwd", "passphrase", "pwd", "secret", "secrets", "credentials"}
-# Secret only as the last word of a name: `hf_token`, not `tokens_per_second`; `api_key`, not `key_size`.
-_SECRET_AT_THE_END = {"token", "key", "apikey", "credential", "auth"}
+# A word of a name that holds one of these names a secret.
+_SECRET_PARTS = ("password", "passwd", "passphrase", "secret", "credential")
+# So does a last word that ends in one of these: `hf_token`, not `tokens_per_second`; `api_key`, not `key_size`.
+_SECRET_ENDINGS = ("token", "apikey", "accesskey", "privatekey")
+_SECRET_LAST_WORDS = ("key", "auth", "pwd")
 # `pad_token: <pad>` is vocabulary.
 _SPECIAL_TOKENS = {"bos", "eos", "pad", "unk", "sep", "cls", "mask"}
 
 _WORDS = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+|\d+")
-_URL_USER = re.compile(r"(?P<scheme>[A-Za-z][A-Za-z0-9+.-]*://)[^/?#\s'\"]*@")
-_URL_QUERY = re.compile(r"(?P<name>[?&][^=&\s]*(?:password|passwd|token|secret|key)[^=&\s]*=)[^&\s'\"]+", re.I)
-_ASSIGNMENT = re.compile(r"^(?P<name>[^=\s]+)=(?P<value>.*)$", re.S)
+# Up to the last @ before the path; a password with a slash in it (database URLs take one) needs its colon.
+_URL_USER = re.compile(r"(?P<scheme>[A-Za-z][A-Za-z0-9+.-]*://)(?:[^/?#\s'\"]*|[^/?#\s'\":@]*:[^\s'\"]*)@")
+_URL_QUERY = re.compile(r"(?P<name>[?&][^=&\s]*(?:password|passwd|token|secret|key)[^=&\s]*=)[^&\s'\"]+", re.IGNORECASE)
+_ASSIGNMENT = re.compile(r"^(?P<name>[^=\s]+)=(?P<value>.*)$", re.DOTALL)
 
 
 def is_secret_name(name: str) -> bool:
@@ -27,11 +30,11 @@ def is_secret_name(name: str) -> bool:
     words = [word.lower() for word in _WORDS.findall(name)]
     if not words:
         return False
-    if _ALWAYS_SECRET.intersection(words):
+    if any(part in word for part in _SECRET_PARTS for word in words):
         return True
-    if words[-1] not in _SECRET_AT_THE_END:
+    if words[-1] == "token" and len(words) > 1 and words[-2] in _SPECIAL_TOKENS:
         return False
-    return not (words[-1] == "token" and len(words) > 1 and words[-2] in _SPECIAL_TOKENS)
+    return words[-1] in _SECRET_LAST_WORDS or words[-1].endswith(_SECRET_ENDINGS)
 
 
 def redact_text(text: str) -> str:
@@ -43,7 +46,7 @@ def redact(value: Any) -> Any:
     """A copy of nested mappings and sequences without secrets; the input is left alone.
 
     Whatever stands under a secret name becomes `***` (None and booleans stay: they hold no secret), and
-    every string loses the passwords in its URLs. Other values come back as they are.
+    every string loses the passwords in its URLs. Tuples become lists; other values come back as they are.
     """
     if isinstance(value, str):
         return redact_text(value)
@@ -55,7 +58,7 @@ def redact(value: Any) -> Any:
             for name, item in value.items()
         }
     if isinstance(value, list | tuple):
-        return type(value)(map(redact, value)) if type(value) in (list, tuple) else [redact(v) for v in value]
+        return [redact(item) for item in value]
     return value
 
 

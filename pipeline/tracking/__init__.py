@@ -109,13 +109,10 @@ def settle_run(
     Raises:
         UserError: a process still writes this run.
     """
-    if not (Path(run_folder) / "tracking" / "spool.jsonl").exists():
+    folder = Path(run_folder)
+    if not (folder / "tracking" / "spool.jsonl").exists():
         return True
-    tracker = _open(config, Path(run_folder), Path(run_folder).name, None, _careful(say))
-    if tracker._history.is_open:
-        return tracker.close(status, deadline_seconds, reason)
-    tracker._closed = True
-    return tracker._shipper.finish(deadline_seconds)
+    return _open(config, folder, folder.name, None, _careful(say))._settle(status, deadline_seconds, reason)
 
 
 def _open(config: "TrackingSection", run_folder: Path, run_name: str, run_id: str | None, say: Say) -> Tracker:
@@ -125,6 +122,7 @@ def _open(config: "TrackingSection", run_folder: Path, run_name: str, run_id: st
         folder.mkdir(parents=True, exist_ok=True)
         lock = _lock(folder / "lock", say)
         spool = Spool(folder / "spool.jsonl")
+        _ask_again(folder / "rejected.jsonl", spool)
     except OSError as error:
         raise UserError(f"{folder}: cannot be written ({error.strerror}): free space or rights") from error
     history = History.read(spool)
@@ -137,9 +135,10 @@ def _open(config: "TrackingSection", run_folder: Path, run_name: str, run_id: st
         history.apply(header)
     uri = tracking_uri(config.uri)
     delivery = _delivery(folder, redact_text(uri), config.experiment, run_id, say)
-    shipper = Shipper(spool, MlflowRun(uri, config.experiment, history.run_key, run_name), delivery, say)
-    tracker = Tracker(spool, history, shipper, lock, say)
-    _ask_again(folder / "rejected.jsonl", spool)
+    run = MlflowRun(uri, config.experiment, history.run_key, history.run_name)
+    shipper = Shipper(spool, run, delivery, say)
+    if history.attempts and shipper.undelivered_bytes:
+        say(f"tracking: {shipper.undelivered_bytes:,} bytes that had not reached MLflow are sent first")
     shipper.start()
     shipper.first_attempt.wait(START_WAIT_SECONDS)
     if first_start and shipper.first_error and needs_a_person(shipper.first_error):
@@ -152,10 +151,10 @@ def _open(config: "TrackingSection", run_folder: Path, run_name: str, run_id: st
         )
     if shipper.run_id:
         say(
-            f"tracking: MLflow run {shipper.run_id} ({run_name}) in experiment {config.experiment!r} at "
-            f"{delivery.store}, attempt {len(history.attempts) + 1}"
+            f"tracking: MLflow run {shipper.run_id} ({history.run_name}) in experiment "
+            f"{config.experiment!r} at {delivery.store}"
         )
-    return tracker
+    return Tracker(spool, history, shipper, lock, say)
 
 
 def _delivery(folder: Path, store: str, experiment: str, run_id: str | None, say: Say) -> Delivery:
@@ -163,7 +162,7 @@ def _delivery(folder: Path, store: str, experiment: str, run_id: str | None, say
     delivery = Delivery.load(folder / "delivery.json")
     if delivery and (delivery.store, delivery.experiment) == (store, experiment):
         if delivery.run_id and run_id and delivery.run_id != run_id:
-            say(f"tracking: the checkpoint names run {run_id}, the run folder {delivery.run_id}: the latter goes on")
+            say(f"tracking: the checkpoint names run {run_id}; {delivery.run_id} of this folder goes on")
         elif not delivery.run_id:
             delivery.adopt = run_id
         return delivery

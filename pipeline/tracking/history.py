@@ -17,7 +17,7 @@ def clean_name(name: str) -> str:
     """
     parts = _NAME_CHARACTERS.sub("_", name).split("/")
     clean = "/".join(part for part in parts if part not in ("", ".", ".."))
-    if clean == name and len(name) <= NAME_LENGTH:
+    if clean == name and 0 < len(name) <= NAME_LENGTH:
         return name
     digest = hashlib.sha256(name.encode("utf-8", "replace")).hexdigest()[:6]
     return f"{clean[: NAME_LENGTH - 7]}-{digest}"
@@ -29,6 +29,7 @@ class History:
 
     Attributes:
         run_key: our own unique name of the run, a tag in the store.
+        run_name: what it is called when it is created.
         attempts: how each process ended ("running" while it has not).
         highest_step: per metric; points at or below it are replays.
         nonfinite: metrics whose first inf or NaN has been stated.
@@ -36,6 +37,7 @@ class History:
     """
 
     run_key: str = ""
+    run_name: str = ""
     attempts: list[str] = field(default_factory=list)
     highest_step: dict[str, int] = field(default_factory=dict)
     nonfinite: set[str] = field(default_factory=set)
@@ -59,7 +61,7 @@ class History:
         self.last_time = record.get("time", self.last_time)
         match record["kind"]:
             case "run":
-                self.run_key = record["run_key"]
+                self.run_key, self.run_name = record["run_key"], record["name"]
             case "metrics":
                 for key, value in record["values"].items():
                     self.highest_step[key] = max(record["step"], self.highest_step.get(key, -1))

@@ -25,10 +25,15 @@ def is_refusal(error: BaseException) -> bool:
 
 
 def needs_a_person(error: BaseException) -> bool:
-    """Whether an error will not heal by waiting: refused, denied, a missing driver, an old schema."""
+    """Whether an error will not heal by waiting: refused, denied, a bad URI, a missing driver, an old schema."""
+    if isinstance(error, ImportError):
+        return True
+    from mlflow.exceptions import InvalidUrlException
+    from sqlalchemy.exc import ArgumentError
+
     return (
         getattr(error, "error_code", None) in _REFUSALS | _DENIALS
-        or isinstance(error, ImportError)
+        or isinstance(error, InvalidUrlException | ArgumentError)
         or "out-of-date database schema" in str(error)
     )
 
@@ -70,7 +75,12 @@ class MlflowRun:
         client = self.client()
         experiment = client.get_experiment_by_name(self._experiment)
         if experiment is None:
-            return client.create_experiment(self._experiment)
+            try:
+                return client.create_experiment(self._experiment)
+            except Exception as error:  # another run may have made it meanwhile
+                if getattr(error, "error_code", None) != "RESOURCE_ALREADY_EXISTS":
+                    raise
+                experiment = client.get_experiment_by_name(self._experiment)
         if experiment.lifecycle_stage != "active":
             from mlflow.exceptions import MlflowException
 

@@ -1,5 +1,6 @@
 """The tracker that training holds: it writes records to the spool and never waits for a network."""
 
+import json
 import math
 import threading
 import time
@@ -22,7 +23,10 @@ _NOT_SET = "(not set)"
 class NullTracker:
     """Takes everything, records nothing: the ranks above 0, and `tracking.enabled: false`."""
 
-    run_id: str | None = None
+    @property
+    def run_id(self) -> str | None:
+        """MLflow's id of the run; None here, and until the store could be reached for the first time."""
+        return None
 
     def log_metrics(self, values: Mapping[str, float], step: int) -> None: ...
     def log_text(self, text: str, artifact_path: str) -> None: ...
@@ -60,8 +64,7 @@ class Tracker(NullTracker):
         self._disk_full_said = False
 
     @property
-    def run_id(self) -> str | None:  # type: ignore[override]
-        """MLflow's id of the run; None until the store could be reached for the first time."""
+    def run_id(self) -> str | None:
         return self._shipper.run_id
 
     def log_metrics(self, values: Mapping[str, float], step: int) -> None:
@@ -115,15 +118,26 @@ class Tracker(NullTracker):
             if self._closed:
                 return self._delivered
             self._record_status(status, reason or status.lower())
-            self._closed = True
-        self._delivered = self._shipper.finish(deadline_seconds)
-        if not self._delivered:
+            return self._finish(deadline_seconds)
+
+    def _settle(self, status: str, deadline_seconds: float, reason: str) -> bool:
+        """`close` for a process that is gone: a run that it had closed keeps its status."""
+        if self._history.is_open:
+            return self.close(status, deadline_seconds, reason)
+        return self._finish(deadline_seconds)
+
+    def _finish(self, deadline_seconds: float) -> bool:
+        self._closed = True
+        arrived = self._shipper.finish(deadline_seconds)
+        if arrived:
+            self._spool.close()
+        else:
             self._say(
                 f"tracking: {self._shipper.undelivered_bytes:,} bytes of {self._spool.path} have not reached "
-                f"MLflow within {deadline_seconds:g} s (run closed as {status}); they are kept, and sent at "
-                "the next start of this run"
+                f"MLflow within {deadline_seconds:g} s; they are kept, and sent at the next start of this run"
             )
         self._lock_file.close()
+        self._delivered = arrived and not self._shipper.rejected
         return self._delivered
 
     def _append(self, record: Record) -> None:
@@ -154,7 +168,6 @@ class Tracker(NullTracker):
         if history.is_open:
             self._record_status("KILLED", "lost", history.last_time)
             self._say("tracking: the process before this one was killed without closing the run")
-        resumed = bool(history.attempts)
         self._record_status("RUNNING", "running")
         all_tags = _strings(tags)
         if dataset:
@@ -167,9 +180,9 @@ class Tracker(NullTracker):
         self.set_tags(all_tags)
         if dataset:
             self._append(_dataset_record(dataset))
-        self._record_params(_strings(params), lines, resumed)
+        self._record_params(_strings(params), lines)
 
-    def _record_params(self, params: dict[str, str], lines: list[str], resumed: bool) -> None:
+    def _record_params(self, params: dict[str, str], lines: list[str]) -> None:
         """New ones as parameters; MLflow refuses changed ones, so they become a tag, an artifact, a line."""
         known = self._history.params
         new = {name: value for name, value in params.items() if name not in known}
@@ -179,19 +192,13 @@ class Tracker(NullTracker):
             if len(value) > PARAM_VALUE_LENGTH:
                 self.log_text(value, f"config/{name}.txt")
         lines += [f"{name}: {_brief(known[name])} → {_brief(value)}" for name, value in changed.items()]
-        if resumed:
+        if known:
             lines += [f"{name}: {_NOT_SET} → {_brief(value)}" for name, value in new.items()]
         if new:
             self._append({"kind": "params", "values": new})
         if lines:
-            attempt = len(self._history.attempts)
-            self._append(
-                {
-                    "kind": "changes",
-                    "params": changed,
-                    "lines": [f"attempt {attempt}: {line}" for line in lines],
-                }
-            )
+            numbered = [f"attempt {len(self._history.attempts)}: {line}" for line in lines]
+            self._append({"kind": "changes", "params": changed, "lines": numbered})
             self.log_text("\n".join(self._history.changes) + "\n", "config/changes.txt")
             self.set_tags({"config.changes": "\n".join(self._history.changes[::-1])})
             for line in lines:
@@ -200,12 +207,13 @@ class Tracker(NullTracker):
 
 def _dataset_record(dataset: Mapping[str, str]) -> Record:
     source = redact_text(dataset["source"])
+    is_http = source.startswith(("http://", "https://"))
     return {
         "kind": "dataset",
         "name": dataset["name"],
         "digest": dataset["dataset_id"][:36],  # MLflow's bound; the tag dataset_id is whole
-        "source_type": "local",
-        "source": source,
+        "source_type": "http" if is_http else "local",
+        "source": json.dumps({"url" if is_http else "uri": source}),
     }
 
 
