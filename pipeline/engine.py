@@ -108,7 +108,12 @@ def deepspeed_config(config: RunConfig, layout: BatchLayout, precision: str) -> 
     problems += [f'{path}: {key} = "auto" cannot be filled in by the run; give a value' for key in _autos(knobs)]
     if problems:
         raise UserError(problems)
-    return {"steps_per_print": 2**31, **knobs, **{key: value for key, (value, _) in owned.items()}}
+    settings = {"steps_per_print": 2**31, **knobs, **{key: value for key, (value, _) in owned.items()}}
+    if precision != "fp32":
+        # Gradients are summed in fp32; the tensor pool, a buffer, is multiplied with 16-bit weights.
+        defaults = {"grad_accum_dtype": "fp32", "buffer_dtype": precision}
+        settings["data_types"] = {**defaults, **knobs.get("data_types", {})}
+    return settings
 
 
 def _autos(values: dict[str, Any], prefix: str = "") -> list[str]:

@@ -1,0 +1,48 @@
+"""Shared by all rooms: real text, a small dataset made of it, and what a missing part means."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+REAL_TEXT = ROOT.parent / "shared" / "data"
+
+
+def missing(what: str, remedy: str) -> None:
+    """Skip by name; under CI=true what CI can install must be there."""
+    if os.environ.get("CI") == "true":
+        pytest.fail(f"{what} is missing; {remedy}")
+    pytest.skip(f"{what} is missing; {remedy}")
+
+
+@pytest.fixture(scope="session")
+def real_text() -> Path:
+    """Folder with `wikitext/`, `enwiki2019/` and `novels/`."""
+    if not REAL_TEXT.is_dir():
+        pytest.skip(f"real text is missing; put it at {REAL_TEXT}")
+    return REAL_TEXT
+
+
+@pytest.fixture(scope="session")
+def small_dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The `sample` source (106 articles) under a vocabulary of 512."""
+    folder = tmp_path_factory.mktemp("small")
+    globallocal("tokenizer", "--source", "sample", "--vocab-size", 512, "--output", folder / "tokenizer")
+    globallocal("prepare", "--source", "sample", "--tokenizer", folder / "tokenizer", "--output", folder / "data")
+    return folder / "data"
+
+
+def globallocal(*arguments: object, expect: int = 0, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Run the command line as a user does; `expect` is the exit code."""
+    run = subprocess.run(
+        [sys.executable, "-m", "launch", *map(str, arguments)],
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
+        capture_output=True,
+        text=True,
+    )
+    assert run.returncode == expect, f"exit code {run.returncode}\n{run.stdout[-4000:]}\n{run.stderr[-4000:]}"
+    return run

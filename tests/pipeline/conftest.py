@@ -1,0 +1,41 @@
+"""Trained runs that several modules look at."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.pipeline.ranks import Run, run_ranks
+
+STAGES = (0, 1, 2, 3)
+
+
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Holds a folder for every run of `runs`, and mlflow.db."""
+    return tmp_path_factory.mktemp("trained")
+
+
+@pytest.fixture(scope="session")
+def runs(trained: Path, small_dataset: Path) -> dict[str, dict[str, Any]]:
+    """Six steps on two ranks: for each stage an unbroken run and one resumed at step 3, and others."""
+    plan = []
+    for stage in STAGES:
+        engine = [f"deepspeed.config=ds_configs/zero{stage}.json"]
+        plan += [
+            Run(f"unbroken-{stage}", engine),
+            Run(f"resumed-{stage}", engine, copy_checkpoint=f"unbroken-{stage}/step-00000003"),
+        ]
+    bf16 = ["training.precision=bf16"]
+    plan += [
+        Run("unbroken-bf16", bf16),
+        Run("resumed-bf16", bf16, copy_checkpoint="unbroken-bf16/step-00000003"),
+        Run("whole-batch", ["training.micro_batch_size=4", "model.dropout=0", "checkpoint.interval_steps=6"]),
+        Run("accumulated", ["training.micro_batch_size=1", "model.dropout=0", "checkpoint.interval_steps=6"]),
+        Run("indivisible", ["training.micro_batch_size=3"]),
+        Run("wrong-precision", bf16, copy_checkpoint="unbroken-2/step-00000003"),
+        Run("wrong-model", ["model.hidden_size=64"], copy_checkpoint="unbroken-2/step-00000003"),
+        Run("new-rate", ["optimizer.learning_rate=1.0e-4"], copy_checkpoint="unbroken-2/step-00000003"),
+        Run("tied", ["model.tie_word_embeddings=true"]),
+    ]
+    return {result["name"]: result for result in run_ranks(plan, trained, small_dataset)}

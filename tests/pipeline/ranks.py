@@ -1,0 +1,149 @@
+"""Real ranks for the tests: `run_ranks` starts them, `python -m tests.pipeline.ranks PLAN` is one of them.
+
+A plan is several runs of the same processes, so that a test pays once for importing torch and DeepSpeed.
+"""
+
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from tests.conftest import ROOT
+
+TINY = [
+    "model.hidden_size=32",
+    "model.num_hidden_layers=2",
+    "model.pool_size=64",
+    "model.pool_dim=32",
+    "model.router_hidden_size=32",
+    "model.dropout=0.1",
+    "data.sequence_length=32",
+    "optimizer.warmup_steps=2",
+    "training.max_steps=6",
+    "training.global_batch_size=8",
+    "training.micro_batch_size=2",
+    "training.precision=fp32",
+    "training.log_interval_steps=1",
+    "checkpoint.interval_steps=3",
+    "evaluation.interval_steps=3",
+    "evaluation.max_samples=5",
+    "evaluation.prompts=[]",
+]
+
+
+@dataclass
+class Run:
+    """One training run: overrides of launch/runs/quickstart.yaml, and checkpoints to begin with."""
+
+    name: str
+    overrides: list[str] = field(default_factory=list)
+    copy_checkpoint: str | None = None
+    """Another run's checkpoint, `run/step-XXXXXXXX`, put into this run's folder first."""
+
+
+def tiny_overrides(run: Run, folder: Path, dataset: Path) -> list[str]:
+    return [
+        *TINY,
+        f"run.name={run.name}",
+        f"run.output_dir={folder / run.name}",
+        f"data.dataset={dataset}",
+        f"tracking.uri=sqlite:///{folder}/mlflow.db",
+        *run.overrides,
+    ]
+
+
+def environment(folder: Path) -> dict[str, str]:
+    extra = {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "PYTHONUNBUFFERED": "1"}
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+    return {**os.environ, **extra, "PATH": path}
+
+
+def start_ranks(arguments: list[str], folder: Path, processes: int = 2) -> list[subprocess.Popen[bytes]]:
+    """`python ARGUMENTS` on every rank, the output of rank N in `folder/rank-N.out`."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    started = []
+    for rank in range(processes):
+        ranked = {
+            "RANK": str(rank),
+            "LOCAL_RANK": str(rank),
+            "WORLD_SIZE": str(processes),
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(port),
+        }
+        with open(folder / f"rank-{rank}.out", "wb") as output:
+            started.append(
+                subprocess.Popen(
+                    [sys.executable, *arguments],
+                    cwd=ROOT,
+                    env=environment(folder) | ranked,
+                    stdout=output,
+                    stderr=subprocess.STDOUT,
+                )
+            )
+    return started
+
+
+def wait(processes: list[subprocess.Popen[bytes]], folder: Path, timeout_seconds: float = 300) -> list[int]:
+    """Exit codes; a rank that another one left waiting is killed once one has failed."""
+    try:
+        codes = [process.wait(timeout_seconds if not index else 30) for index, process in enumerate(processes)]
+    except subprocess.TimeoutExpired:
+        for process in processes:
+            process.kill()
+        raise AssertionError(outputs(folder)) from None
+    return codes
+
+
+def outputs(folder: Path) -> str:
+    return "\n".join(f"--- {item.name}\n{item.read_text()}" for item in sorted(folder.glob("rank-*.out")))
+
+
+def run_ranks(runs: list[Run], folder: Path, dataset: Path, processes: int = 2) -> list[dict[str, Any]]:
+    """Train every run of the plan, in order. Returns a run's result: exit code, problems."""
+    plan = [
+        {"name": run.name, "copy_checkpoint": run.copy_checkpoint, "overrides": tiny_overrides(run, folder, dataset)}
+        for run in runs
+    ]
+    (folder / "plan.json").write_text(json.dumps(plan))
+    codes = wait(start_ranks(["-m", "tests.pipeline.ranks", str(folder)], folder, processes), folder)
+    assert codes == [0] * processes, outputs(folder)
+    results: list[dict[str, Any]] = json.loads((folder / "results.json").read_text())
+    return results
+
+
+def main(folder: Path) -> None:
+    from data_prep.errors import UserError
+    from pipeline.config import load_config
+    from pipeline.distributed import StopRequest, shutdown, start
+    from pipeline.train import open_log, run
+
+    stop, world, results = StopRequest(), start(), []
+    for item in json.loads((folder / "plan.json").read_text()):
+        result: dict[str, Any] = {"name": item["name"], "code": None, "problems": []}
+        try:
+            config = load_config("launch/runs/quickstart.yaml", item["overrides"])
+            if item["copy_checkpoint"] and world.is_main:
+                source, step = item["copy_checkpoint"].split("/")
+                target = config.run_folder / "checkpoints" / step
+                shutil.copytree(folder / source / "checkpoints" / step, target)
+            world.barrier()
+            config.run_folder.mkdir(parents=True, exist_ok=True)
+            open_log(config.run_folder, world.rank)
+            result["code"] = run(config, world, stop)
+        except UserError as error:
+            result |= {"code": error.exit_code, "problems": error.problems}
+        results.append(result)
+    if world.is_main:
+        (folder / "results.json").write_text(json.dumps(results))
+    shutdown()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

@@ -1,0 +1,128 @@
+"""What a checkpoint folder promises: whole or not there, every byte accounted for."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from data_prep.errors import UserError
+from pipeline import checkpoint
+
+
+@pytest.fixture
+def root(runs: dict[str, Any], trained: Path, tmp_path: Path) -> Path:
+    """Checkpoints of steps 3 and 6, to be damaged."""
+    copy = tmp_path / "checkpoints"
+    shutil.copytree(trained / "unbroken-2" / "checkpoints", copy)
+    return copy
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(item.name for item in folder.iterdir())
+
+
+def flip(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(bytes(data))
+
+
+def truncate(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-1])
+
+
+def empty(path: Path) -> None:
+    path.write_bytes(b"")
+
+
+def test_a_checkpoint_holds_everything(root: Path) -> None:
+    folder = root / "step-00000006"
+    assert checkpoint.verify(folder) == []
+    assert names(folder) == [
+        "integrity.json",
+        "mp_rank_00_model_states.pt",
+        "rng-rank-00000.pt",
+        "rng-rank-00001.pt",
+        "state.json",
+        "zero_pp_rank_0_mp_rank_00_optim_states.pt",
+        "zero_pp_rank_1_mp_rank_00_optim_states.pt",
+    ]
+    state = checkpoint.read_state(folder)
+    assert (state.step, state.consumed_samples, state.consumed_tokens) == (6, 48, 48 * 32)
+    assert state.world_size == 2
+    assert state.zero_stage == 2
+    assert len(state.next_batch_hash) == 64
+
+
+@pytest.mark.parametrize("damage", [flip, truncate, empty, Path.unlink])
+def test_every_damage_to_every_file_is_named_and_the_older_one_taken(root: Path, damage: Any, tmp_path: Path) -> None:
+    for name in names(root / "step-00000006"):
+        shutil.rmtree(root / "step-00000006")
+        shutil.copytree(Path(root, "../whole").resolve(), root / "step-00000006")
+        damage(root / "step-00000006" / name)
+        problems = checkpoint.verify(root / "step-00000006")
+        assert len(problems) == 1
+        assert name in problems[0]
+        assert checkpoint.newest_verified_alone(root) == root / "step-00000003"
+
+
+@pytest.fixture(autouse=True)
+def whole(root: Path) -> None:
+    shutil.copytree(root / "step-00000006", root.parent / "whole")
+
+
+def test_where_none_verifies_the_reasons_are_told(root: Path) -> None:
+    flip(root / "step-00000006" / "state.json")
+    (root / "step-00000003" / "integrity.json").unlink()
+    with pytest.raises(UserError) as caught:
+        checkpoint.newest_verified_alone(root)
+    text = str(caught.value)
+    assert "step-00000006/state.json: sha256" in text
+    assert "step-00000003: has no integrity.json: it was never finished" in text
+
+
+def test_folders_under_construction_are_not_checkpoints(root: Path) -> None:
+    shutil.copytree(root / "step-00000006", root / ".saving-step-00000009" / "step-00000009")
+    (root / "step-00000006").rename(root / ".deleting-step-00000006")
+    assert checkpoint.list_checkpoints(root) == [root / "step-00000003"]
+
+
+def test_pruning_keeps_the_newest_and_never_the_last_whole_one(root: Path) -> None:
+    flip(root / "step-00000006" / "state.json")
+    assert checkpoint.prune(root, keep_last=1) == []
+    shutil.rmtree(root / "step-00000006")
+    shutil.copytree(root.parent / "whole", root / "step-00000006")
+    assert checkpoint.prune(root, keep_last=1) == [root / "step-00000003"]
+    assert names(root) == ["step-00000006"]
+
+
+def test_a_pickle_that_is_not_ours_is_not_run(tmp_path: Path) -> None:
+    class Payload:
+        def __reduce__(self) -> Any:
+            return (Path.touch, (tmp_path / "owned",))
+
+    torch.save({"module": Payload()}, tmp_path / "bad.pt")
+    with pytest.raises(Exception, match="Weights only load failed"):
+        checkpoint.HashingCheckpointEngine().load(str(tmp_path / "bad.pt"))
+    assert not (tmp_path / "owned").exists()
+
+
+def test_an_unknown_field_in_state_json_is_refused(root: Path) -> None:
+    path = root / "step-00000006" / "state.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "surprise": 1}))
+    with pytest.raises(UserError, match=r"state\.json"):
+        checkpoint.read_state(root / "step-00000006")
+
+
+def test_random_state_survives_a_round_trip_through_the_disk(tmp_path: Path) -> None:
+    import random
+
+    import numpy as np
+
+    checkpoint.write_durably(tmp_path / "rng.pt", lambda file: torch.save(checkpoint.random_state(), file))
+    drawn = (torch.rand(3).tolist(), random.random(), np.random.rand())
+    checkpoint.set_random_state(torch.load(tmp_path / "rng.pt", weights_only=True))
+    assert (torch.rand(3).tolist(), random.random(), np.random.rand()) == drawn

@@ -1,0 +1,59 @@
+"""The learning rate is a function of the step; groups part matrices from the rest."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pipeline.config import OptimizerSection
+from pipeline.optim import build_optimizer, describe_groups, learning_rate, parameter_groups
+
+
+@given(
+    max_steps=st.integers(1, 10_000),
+    warmup=st.integers(0, 500),
+    ratio=st.floats(0, 1),
+    step=st.integers(0, 20_000),
+)
+def test_learning_rate_stays_between_its_bounds(max_steps: int, warmup: int, ratio: float, step: int) -> None:
+    settings = OptimizerSection(learning_rate=1e-3, warmup_steps=warmup, min_learning_rate_ratio=ratio)
+    rate = learning_rate(step, max_steps, settings)
+    assert 0 < rate <= 1e-3 * (1 + 1e-12) or ratio == 0 <= rate
+    if step >= warmup:
+        assert rate >= 1e-3 * ratio * (1 - 1e-12)
+
+
+def test_learning_rate_rises_to_its_peak_and_falls_to_its_floor() -> None:
+    settings = OptimizerSection(learning_rate=1e-3, warmup_steps=10, min_learning_rate_ratio=0.1)
+    rates = [learning_rate(step, 100, settings) for step in range(100)]
+    assert rates[0] == pytest.approx(1e-4)
+    assert rates[9] == rates[10] == pytest.approx(1e-3)
+    assert rates[:10] == sorted(rates[:10])
+    assert rates[10:] == sorted(rates[10:], reverse=True)
+    assert rates[99] == pytest.approx(1e-4)
+
+
+def test_matrices_decay_and_the_rest_does_not() -> None:
+    model = torch.nn.Sequential(torch.nn.Embedding(7, 4), torch.nn.Linear(4, 4), torch.nn.LayerNorm(4))
+    groups = parameter_groups(model, 0.1)
+    assert [(group["name"], group["weight_decay"], len(group["params"])) for group in groups] == [
+        ("decay", 0.1, 2),
+        ("no_decay", 0.0, 3),
+    ]
+    assert describe_groups(groups) == [
+        "decay: 2 tensors, 44 parameters, weight_decay 0.1",
+        "no_decay: 3 tensors, 12 parameters, weight_decay 0",
+    ]
+
+
+def test_no_decay_tensors_without_a_gradient_signal_do_not_shrink() -> None:
+    model = torch.nn.Linear(3, 3)
+    with torch.no_grad():
+        model.bias.fill_(1.0)
+    before = model.weight.detach().clone()
+    optimizer = build_optimizer(parameter_groups(model, 0.5), OptimizerSection(learning_rate=0.1), offload=False)
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    assert torch.equal(model.bias, torch.ones(3))
+    assert torch.allclose(model.weight, before * (1 - 0.1 * 0.5))

@@ -1,0 +1,124 @@
+"""Guarantees of a training run, on two real ranks."""
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from pipeline.weights import only_weights
+from tests.pipeline.conftest import STAGES
+
+Runs = dict[str, dict[str, Any]]
+
+
+def losses_of(folder: Path, run: str) -> dict[int, float]:
+    """Step → language loss, every bit of it, as the tracker recorded it; a step recorded twice is an error."""
+    losses: dict[int, float] = {}
+    for line in (folder / run / "tracking" / "spool.jsonl").read_text().splitlines():
+        record = json.loads(line)
+        if record["kind"] == "metrics" and "train/language_loss" in record["values"]:
+            assert record["step"] not in losses
+            losses[record["step"]] = record["values"]["train/language_loss"]
+    return losses
+
+
+def plain(value: Any) -> Any:
+    """Tensors as dtype, shape and bytes; objects as their attributes; so that == compares every bit."""
+    if torch.is_tensor(value):
+        flat = value.detach().contiguous().view(-1)
+        return str(value.dtype), tuple(value.shape), flat.view(torch.uint8).numpy().tobytes() if flat.numel() else b""
+    if isinstance(value, dict):
+        return {key: plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(item) for item in value]
+    return vars(value) if hasattr(value, "__dict__") else value
+
+
+def assert_same_state(one: Path, other: Path) -> None:
+    """Every tensor and number of two checkpoints is bitwise the same: weights, optimizer, random state."""
+    names = sorted(item.name for item in one.glob("*.pt"))
+    assert names == sorted(item.name for item in other.glob("*.pt"))
+    assert len(names) >= 3
+    with only_weights():
+        for name in names:
+            left, right = (plain(torch.load(folder / name)) for folder in (one, other))
+            for key in left.keys() | right.keys():
+                assert left[key] == right[key], f"{name}: {key} differs"
+
+
+@pytest.mark.parametrize("kind", [*map(str, STAGES), "bf16"])
+def test_a_resumed_run_is_bitwise_the_unbroken_one(runs: Runs, trained: Path, kind: str) -> None:
+    unbroken, resumed = f"unbroken-{kind}", f"resumed-{kind}"
+    assert runs[unbroken]["code"] == 0, runs[unbroken]
+    assert runs[resumed]["code"] == 0, runs[resumed]
+    losses = losses_of(trained, unbroken)
+    assert sorted(losses) == [1, 2, 3, 4, 5, 6]
+    assert losses_of(trained, resumed) == {step: losses[step] for step in (4, 5, 6)}
+    step = Path("checkpoints/step-00000006")
+    assert_same_state(trained / unbroken / step, trained / resumed / step)
+    log = (trained / resumed / "logs" / "rank-00000.log").read_text()
+    assert "resume verified: bitwise (step 3, 24 samples consumed)" in log
+
+
+def test_stages_train_the_same_model(runs: Runs, trained: Path) -> None:
+    curves = [losses_of(trained, f"unbroken-{stage}") for stage in STAGES]
+    for curve in curves[1:]:
+        assert curve == pytest.approx(curves[0], rel=2e-5)
+
+
+def test_bf16_stays_near_fp32(runs: Runs, trained: Path) -> None:
+    assert losses_of(trained, "unbroken-bf16") == pytest.approx(losses_of(trained, "unbroken-2"), rel=5e-3)
+
+
+def test_accumulation_does_not_change_the_loss(runs: Runs, trained: Path) -> None:
+    assert losses_of(trained, "whole-batch") == pytest.approx(losses_of(trained, "accumulated"), rel=2e-5)
+
+
+def test_loss_starts_at_the_uniform_guess_and_falls(runs: Runs, trained: Path) -> None:
+    losses = losses_of(trained, "unbroken-2")
+    assert losses[1] == pytest.approx(math.log(512), abs=0.1)
+    assert losses[6] < losses[1]
+
+
+def test_a_batch_that_does_not_divide_is_one_line_with_all_numbers(runs: Runs) -> None:
+    result = runs["indivisible"]
+    assert result["code"] == 2
+    (line,) = result["problems"]
+    assert "global_batch_size (8)" in line
+    assert "micro_batch_size (3)" in line
+    assert "world_size (2)" in line
+
+
+def test_what_a_resume_may_not_change_is_refused_by_name(runs: Runs) -> None:
+    (precision,) = runs["wrong-precision"]["problems"]
+    assert "precision fp32, this run has bf16; set training.precision=fp32" in precision
+    (model,) = runs["wrong-model"]["problems"]
+    assert "model.hidden_size 32 → 64: a resumed run may not change it" in model
+    assert runs["wrong-precision"]["code"] == runs["wrong-model"]["code"] == 2
+
+
+def test_a_new_learning_rate_is_said_and_used(runs: Runs, trained: Path) -> None:
+    assert runs["new-rate"]["code"] == 0
+    log = (trained / "new-rate" / "logs" / "rank-00000.log").read_text()
+    assert "changed since the checkpoint: optimizer.learning_rate 0.002 → 0.0001" in log
+    assert losses_of(trained, "new-rate")[4] == losses_of(trained, "unbroken-2")[4]  # the weights of step 3
+    assert losses_of(trained, "new-rate")[6] != losses_of(trained, "unbroken-2")[6]
+
+
+def test_decay_and_no_decay_are_printed(runs: Runs, trained: Path) -> None:
+    log = (trained / "unbroken-2" / "logs" / "rank-00000.log").read_text()
+    assert "decay: " in log
+    assert "weight_decay 0.1" in log
+    assert "no_decay: " in log
+    assert "weight_decay 0\n" in log
+
+
+def test_the_run_folder_tells_the_resolved_configuration(runs: Runs, trained: Path) -> None:
+    from pipeline.config import load_config
+
+    config = load_config(trained / "unbroken-2" / "config.yaml")
+    assert config.training.max_steps == 6
+    assert config.data.sequence_length == 32
