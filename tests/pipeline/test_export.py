@@ -1,0 +1,107 @@
+"""A run becomes a folder for people who never saw this project."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from data_prep.errors import UserError
+from pipeline.export import export
+from pipeline.weights import load_model
+from tests.conftest import globallocal
+
+STRANGER = """
+import sys, torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+assert not any(name.split(".")[0] in ("model", "pipeline", "data_prep", "launch") for name in sys.modules)
+model = AutoModelForCausalLM.from_pretrained(sys.argv[1], trust_remote_code=True).eval()
+tokenizer = AutoTokenizer.from_pretrained(sys.argv[1])
+ids = tokenizer("The history of", add_special_tokens=False, return_tensors="pt").input_ids
+print(model(input_ids=ids).logits.sum().item())
+print(tokenizer.decode(model.generate(input_ids=ids, max_new_tokens=5, do_sample=False)[0]))
+"""
+
+
+@pytest.fixture(scope="module")
+def exported(runs: dict[str, Any], trained: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    output = tmp_path_factory.mktemp("exported") / "export"
+    export(trained / "unbroken-3", output)
+    return output
+
+
+def test_the_folder_is_complete(exported: Path) -> None:
+    names = {item.name for item in exported.iterdir()}
+    assert names >= {
+        "config.json",
+        "model.safetensors",
+        "generation_config.json",
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "tokenizer.model",
+        "README.md",
+        "modeling_globallocal.py",
+        "configuration_globallocal.py",
+    }
+    assert not any(name.startswith(".") for name in names)
+    assert "AutoModelForCausalLM" in json.loads((exported / "config.json").read_text())["auto_map"]
+    card = (exported / "README.md").read_text()
+    assert "| optimizer steps | 6 |" in card
+    assert "| held-out loss | 6." in card
+
+
+def test_a_stranger_loads_it_without_this_project(exported: Path, tmp_path: Path) -> None:
+    run = subprocess.run(
+        [sys.executable, "-I", "-c", STRANGER, str(exported)],
+        cwd=tmp_path,
+        env={**os.environ, "HF_HUB_OFFLINE": "1", "HF_MODULES_CACHE": str(tmp_path)},
+        capture_output=True,
+        text=True,
+    )
+    assert run.returncode == 0, run.stderr
+    total, text = run.stdout.split("\n", 1)
+    loaded = load_model(exported)
+    ids = loaded.tokenizer("The history of", add_special_tokens=False, return_tensors="pt").input_ids
+    assert float(total) == pytest.approx(loaded.model(input_ids=ids).logits.sum().item(), abs=1e-3)
+    assert text.startswith("The history of")
+
+
+@pytest.mark.parametrize("run", ["unbroken-0", "unbroken-1", "unbroken-2", "unbroken-3", "unbroken-bf16", "tied"])
+def test_every_stage_consolidates_to_the_weights_that_were_trained(
+    runs: dict[str, Any], trained: Path, run: str
+) -> None:
+    """The checkpoint's own fingerprint: logits of the engine on a fixed probe, at the step that was saved."""
+    loaded = load_model(trained / run)
+    assert loaded.state is not None
+    probe = (torch.arange(32) * 7919 % loaded.model.config.vocab_size).unsqueeze(0)
+    with torch.no_grad():
+        logits = loaded.model(input_ids=probe).logits[0, -1, :64]
+    bound = 0.05 if run == "unbroken-bf16" else 1e-5
+    assert logits.tolist() == pytest.approx(loaded.state.logit_fingerprint["values"], abs=bound)
+
+
+def test_an_existing_folder_is_not_overwritten(exported: Path, trained: Path) -> None:
+    with pytest.raises(UserError, match="exists; remove it, or choose another --output"):
+        export(trained / "unbroken-3", exported)
+
+
+def test_what_is_no_model_is_said(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="neither a run folder, nor a checkpoint, nor an exported model"):
+        load_model(tmp_path)
+
+
+def test_evaluate_and_generate_read_run_and_export_alike(
+    exported: Path, runs: dict[str, Any], trained: Path, small_dataset: Path
+) -> None:
+    of_run = globallocal("evaluate", trained / "unbroken-3", "--max-samples", 8).stdout
+    of_export = globallocal("evaluate", exported, "--dataset", small_dataset, "--max-samples", 8).stdout
+    assert of_run == of_export
+    assert "word perplexity" in of_run
+    assert "bytes in the split)" in of_run
+    one, two = (globallocal("generate", exported, "--prompt", "The", "--max-new-tokens", 5).stdout for _ in range(2))
+    assert one == two
+    assert one.startswith("The")

@@ -1,0 +1,85 @@
+"""The night when a machine dies: killed without warning, or asked to stop, then started again with the same words."""
+
+import random
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+
+from pipeline.checkpoint import list_checkpoints
+from pipeline.distributed import PREEMPTED_EXIT_CODE
+from tests.pipeline.ranks import Run, outputs, start_ranks, tiny_overrides, wait
+from tests.pipeline.test_training import assert_same_state, losses_of
+
+STEPS = 40
+LAST = f"checkpoints/step-{STEPS:08d}"
+
+
+def arguments(name: str, folder: Path, dataset: Path) -> list[str]:
+    overrides = [f"training.max_steps={STEPS}", "checkpoint.interval_steps=5", "evaluation.interval_steps=20"]
+    run = Run(name, overrides)
+    return ["pipeline/train.py", "--config", "launch/runs/quickstart.yaml", *tiny_overrides(run, folder, dataset)]
+
+
+@pytest.fixture(scope="module")
+def unbroken(tmp_path_factory: pytest.TempPathFactory, small_dataset: Path) -> Path:
+    folder = tmp_path_factory.mktemp("unbroken")
+    codes = wait(start_ranks(arguments("run", folder, small_dataset), folder), folder)
+    assert codes == [0, 0], outputs(folder)
+    return folder
+
+
+def wait_for_checkpoint(folder: Path, processes: list[subprocess.Popen[bytes]]) -> None:
+    while not list_checkpoints(folder / "run" / "checkpoints"):
+        assert all(process.poll() is None for process in processes), outputs(folder)
+        time.sleep(0.02)
+
+
+def test_sigkill_at_any_moment_costs_nothing(unbroken: Path, tmp_path: Path, small_dataset: Path) -> None:
+    """Twice all ranks die, at moments drawn anew each time, writing included; then the run ends as if unbroken."""
+    for _ in range(2):
+        processes = start_ranks(arguments("run", tmp_path, small_dataset), tmp_path)
+        wait_for_checkpoint(tmp_path, processes)
+        time.sleep(random.uniform(0, 3))
+        for process in processes:
+            process.kill()
+        for process in processes:
+            process.wait()
+    codes = wait(start_ranks(arguments("run", tmp_path, small_dataset), tmp_path), tmp_path)
+    assert codes == [0, 0], outputs(tmp_path)
+    assert_same_state(unbroken / "run" / LAST, tmp_path / "run" / LAST)
+    assert losses_of(tmp_path, "run") == losses_of(unbroken, "run")
+    assert sorted(losses_of(tmp_path, "run")) == list(range(1, STEPS + 1))
+
+
+def test_a_signal_to_one_rank_stops_all_with_everything_saved(
+    unbroken: Path, tmp_path: Path, small_dataset: Path
+) -> None:
+    processes = start_ranks(arguments("run", tmp_path, small_dataset), tmp_path)
+    wait_for_checkpoint(tmp_path, processes)
+    processes[1].send_signal(signal.SIGTERM)
+    processes[1].send_signal(signal.SIGTERM)
+    codes = wait(processes, tmp_path)
+    assert codes in ([PREEMPTED_EXIT_CODE] * 2, [0, 0]), outputs(tmp_path)
+    stopped_at = int(list_checkpoints(tmp_path / "run" / "checkpoints")[0].name[5:])
+    assert max(losses_of(tmp_path, "run")) == stopped_at
+    codes = wait(start_ranks(arguments("run", tmp_path, small_dataset), tmp_path), tmp_path)
+    assert codes == [0, 0], outputs(tmp_path)
+    assert_same_state(unbroken / "run" / LAST, tmp_path / "run" / LAST)
+
+
+def test_two_jobs_cannot_write_into_one_run(unbroken: Path, small_dataset: Path, tmp_path: Path) -> None:
+    first = start_ranks(arguments("run", tmp_path, small_dataset), tmp_path)
+    wait_for_checkpoint(tmp_path, first)
+    (tmp_path / "second").mkdir()
+    second = start_ranks(arguments("run", tmp_path, small_dataset), tmp_path / "second", processes=1)
+    for process in first:
+        process.send_signal(signal.SIGSTOP)
+    codes = wait(second, tmp_path / "second")
+    for process in first:
+        process.kill()
+        process.wait()
+    assert codes == [2]
+    assert "another job is writing there (host " in outputs(tmp_path / "second")
