@@ -1,0 +1,152 @@
+"""Bytes that one rank needs: model states under ZeRO by arithmetic, activations by a rehearsal without memory.
+
+The arithmetic is that of DeepSpeed 0.19 with AdamW (ZeRO: arXiv:1910.02054), for P parameters on N ranks.
+"""
+
+import weakref
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from model.configuration_globallocal import GlobalLocalConfig
+from model.modeling_globallocal import GlobalLocalForCausalLM
+
+FP32_BYTES = 4
+DTYPE_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+MOMENTS_BYTES = 2 * FP32_BYTES
+
+
+@dataclass(frozen=True)
+class RankMemory:
+    """Bytes of one rank's device, by what they hold, and what lies in host memory or on NVMe instead."""
+
+    weights: int
+    gradients: int
+    optimizer: int
+    buffers: int
+    activations: int
+    offloaded: int = 0
+
+    @property
+    def total(self) -> int:
+        return self.weights + self.gradients + self.optimizer + self.buffers + self.activations
+
+
+@dataclass(frozen=True)
+class ModelSize:
+    """What the memory of a model follows from.
+
+    Attributes:
+        parameters: trainable parameters.
+        frozen: elements of buffers, kept whole on every rank (the tensor pool).
+        largest_block: parameters of the largest block; ZeRO-3 gathers as much at once.
+        activations: bytes at the peak of a forward and backward pass, gradients of parameters not counted.
+    """
+
+    parameters: int
+    frozen: int
+    largest_block: int
+    activations: int
+
+
+def measure(config: GlobalLocalConfig, micro_batch_size: int, sequence_length: int, precision: str) -> ModelSize:
+    """Build the model and run it forward and backward on torch's meta device: exact sizes, no memory, no work."""
+    with torch.device("meta"):
+        model = GlobalLocalForCausalLM(config)
+    model.to(dtype=DTYPES[precision]).train()
+    for parameter in model.parameters():  # as ZeRO-2 and 3 do: reduced, then gone
+        parameter.register_post_accumulate_grad_hook(_drop_gradient)
+    tokens = torch.zeros(micro_batch_size, sequence_length, dtype=torch.long, device="meta")
+    with LiveBytes() as memory:
+        model(tokens, shift_labels=tokens).loss.backward()
+    return ModelSize(
+        parameters=sum(parameter.numel() for parameter in model.parameters()),
+        frozen=sum(buffer.numel() for buffer in model.buffers()),
+        largest_block=max(sum(p.numel() for p in block.parameters()) for block in model.model.layers),
+        activations=memory.peak,
+    )
+
+
+def _drop_gradient(parameter: torch.Tensor) -> None:
+    parameter.grad = None
+
+
+class LiveBytes(TorchDispatchMode):
+    """Counts the bytes of all tensors that operations inside it make, while they live; `peak` is the most."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.live = self.peak = 0
+        self._storages: set[int] = set()
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = function(*args, **(kwargs or {}))
+        for item in tree_leaves(result):
+            if isinstance(item, torch.Tensor):
+                self._add(item.untyped_storage())
+        return result
+
+    def _add(self, storage: torch.UntypedStorage) -> None:
+        key, size = storage._cdata, storage.nbytes()
+        if key not in self._storages:
+            self._storages.add(key)
+            self.live += size
+            self.peak = max(self.peak, self.live)
+            weakref.finalize(storage, self._remove, key, size)
+
+    def _remove(self, key: int, size: int) -> None:
+        self._storages.discard(key)
+        self.live -= size
+
+
+def rank_memory(size: ModelSize, stage: int, ranks: int, precision: str, zero: Mapping[str, Any]) -> RankMemory:
+    """One rank's bytes under ZeRO `stage`; `zero` is the JSON's `zero_optimization` (buckets, offload).
+
+    16-bit training keeps fp32 master weights and sums gradients in fp32; fp32 training needs neither.
+    """
+    width, p = DTYPE_BYTES[precision], size.parameters
+    mixed = width < FP32_BYTES
+
+    def share(count: int, from_stage: int) -> int:
+        return -(-count // ranks) if stage >= from_stage else count
+
+    weights = width * share(p, 3)
+    gradients = FP32_BYTES * share(p, 2)
+    optimizer = MOMENTS_BYTES * share(p, 1) + (FP32_BYTES * share(p, 1) if mixed or stage else 0)
+    step = FP32_BYTES * share(p, 1) if stage in (1, 2) else 0  # the partition's gradients, flattened for the update
+    offloaded = 0
+    if stage == 3:
+        persistent = int(zero.get("stage3_prefetch_bucket_size", 5e7))
+        weights += width * min(p, size.largest_block + persistent)
+    if _device(zero, "offload_optimizer") != "none" and stage:
+        offloaded += optimizer + gradients
+        optimizer = gradients = step = 0
+    if _device(zero, "offload_param") != "none" and stage == 3:
+        offloaded += width * share(p, 3)
+        weights -= width * share(p, 3)
+    return RankMemory(
+        weights=weights,
+        gradients=gradients,
+        optimizer=optimizer,
+        buffers=width * size.frozen + step + _bucket_bytes(stage, width, zero),
+        activations=size.activations,
+        offloaded=offloaded,
+    )
+
+
+def _bucket_bytes(stage: int, width: int, zero: Mapping[str, Any]) -> int:
+    """Gradients on their way: one flat buffer, two where communication overlaps (stages 1 and 2)."""
+    if not stage or not zero.get("contiguous_gradients", True):
+        return 0
+    elements = int(zero.get("reduce_bucket_size", 5e8))
+    copies = 2 if zero.get("overlap_comm") and stage < 3 else 1
+    return copies * elements * (FP32_BYTES if stage == 1 else width)
+
+
+def _device(zero: Mapping[str, Any], key: str) -> str:
+    return (zero.get(key) or {}).get("device", "none")
