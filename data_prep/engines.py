@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import collections
 import multiprocessing
+import os
+import signal
+import threading
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -68,9 +71,19 @@ _function: Callable[[Task], Any] | None = None
 
 
 def _install(function: Callable[[Task], Any]) -> None:
-    """Gives a worker its function once, not with every task."""
+    """Gives a worker its function once, not with every task; ties its life to this process's."""
     global _function
     _function = function
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the process that started the workers
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    """A worker that outlived a killed parent would wait for tasks for ever."""
+    parent = multiprocessing.parent_process()
+    if parent:
+        parent.join()
+        os._exit(1)
 
 
 def _run(task: Task) -> Any:

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-import gzip
 import hashlib
 import io
 import json
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import IO, Any, Literal, cast
+from typing import IO, Any, Literal
 
 import fsspec
+import pyarrow
+import pyarrow.parquet
 
 from data_prep.documents import TASK_BYTES, Document, ReadCounts, Selection, Task, batch_tasks, select
 from data_prep.errors import UserError
@@ -30,6 +32,7 @@ FORMATS: dict[str, Format] = {
 }
 COMPRESSIONS = {".gz": "gzip", ".zst": "zstd"}
 MAX_TASK_FILES = 64
+READ_BYTES = 1 << 18
 
 
 @dataclass(frozen=True)
@@ -63,20 +66,23 @@ class SourceFile:
     format: Format
     compression: str | None
 
-    def open(self) -> IO[bytes]:
-        """The file's bytes, decompressed. Raises UserError if it cannot be opened."""
+    @contextmanager
+    def open(self) -> Iterator[IO[bytes]]:
+        """The file's bytes, decompressed; whatever goes wrong while reading them is a UserError."""
         try:
-            raw = fsspec.open(self.url, "rb").open()
-        except (OSError, ValueError, ImportError) as error:
-            raise UserError(f"{self.url}: cannot be read ({error}); check the path and your access to it") from error
-        if self.compression == "gzip":
-            return cast(IO[bytes], gzip.open(raw))
-        if self.compression == "zstd":
-            import zstandard
-
-            reader = zstandard.ZstdDecompressor().stream_reader(raw, read_across_frames=True)
-            return io.BufferedReader(reader)
-        return raw
+            with fsspec.open(self.url, "rb") as raw:
+                if self.compression:  # pyarrow, unlike others, tells a cut stream from a whole one
+                    stream = pyarrow.CompressedInputStream(pyarrow.PythonFile(raw, "r"), self.compression)
+                    yield io.BufferedReader(stream, READ_BYTES)
+                else:
+                    yield raw
+        except UserError:
+            raise
+        except Exception as error:
+            raise UserError(
+                f"{self.url}: cannot be read ({type(error).__name__}: {error}); "
+                "check the path and your access to it, or restore the file"
+            ) from error
 
 
 class FilesSource:
@@ -162,7 +168,8 @@ class FilesSource:
             yield from self._parquet_tasks(unit, file, first_part, selection)
 
     def _parquet_tasks(self, unit: int, file: SourceFile, first_part: int, selection: Selection) -> Iterator[Task]:
-        metadata = _parquet(file).metadata
+        with _parquet(file) as parquet:
+            metadata = parquet.metadata
         first_row = 0
         for part in range(metadata.num_row_groups):
             group = metadata.row_group(part)
@@ -366,14 +373,14 @@ def row_document(
     return Document(id if id_column is None else str(row[id_column]), text, {**changed, **more})
 
 
-def _parquet(file: SourceFile) -> Any:
-    import pyarrow
-    import pyarrow.parquet
-
-    try:
-        return pyarrow.parquet.ParquetFile(file.open())
-    except pyarrow.ArrowInvalid as error:
-        raise UserError(f"{file.url}: not a parquet file ({error}); restore it") from None
+@contextmanager
+def _parquet(file: SourceFile) -> Iterator[pyarrow.parquet.ParquetFile]:
+    with file.open() as stream:
+        try:
+            parquet = pyarrow.parquet.ParquetFile(stream)
+        except pyarrow.ArrowInvalid as error:
+            raise UserError(f"{file.url}: not a parquet file ({error}); restore it") from None
+        yield parquet
 
 
 @dataclass(frozen=True)
@@ -392,20 +399,18 @@ class ParquetTask:
         yield from select(self._rows(), self.selection, counts)
 
     def _rows(self) -> Iterator[Document | None]:
-        import pyarrow
-
-        file = _parquet(self.file)
         text_column, id_column = self.settings.text_column, self.settings.id_column
         columns = [column for column in (text_column, id_column) if column is not None]
-        known = file.schema_arrow.names
-        for column in columns:
-            if column not in known:
-                raise UserError(f"{self.file.url}: no column '{column}'; it has {', '.join(known)}")
-        table = file.read_row_group(self.row_group, columns=columns)
+        with _parquet(self.file) as parquet:
+            known = parquet.schema_arrow.names
+            if missing := [column for column in columns if column not in known]:
+                raise UserError(f"{self.file.url}: no column '{missing[0]}'; it has {', '.join(known)}")
+            table = parquet.read_row_group(self.row_group, columns=columns)
         texts = table.column(text_column)
         if pyarrow.types.is_string(texts.type) or pyarrow.types.is_large_string(texts.type):
             # As bytes, so that invalid UTF-8 is handled here as everywhere.
-            table = table.set_column(columns.index(text_column), text_column, texts.cast(pyarrow.large_binary()))
+            place = table.column_names.index(text_column)
+            table = table.set_column(place, text_column, texts.cast(pyarrow.large_binary()))
         for number in range(table.num_rows):
             row = {column: table.column(column)[number].as_py() for column in columns}
             where = f"{self.file.url}: row {self.first_row + number:,}"

@@ -156,6 +156,8 @@ class Tokenizer:
         self.proto = sentencepiece_model_pb2.ModelProto()  # type: ignore[attr-defined]
         try:
             self.proto.ParseFromString(model)
+            if not self.proto.pieces:
+                raise ValueError("no pieces")
             self.processor = sentencepiece.SentencePieceProcessor(model_proto=model)
         except Exception:
             raise UserError(f"{where}: not a sentencepiece model; give the .model file itself") from None

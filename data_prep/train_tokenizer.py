@@ -18,7 +18,7 @@ from data_prep.tokenizer import (
     train_tokenizer,
     vocabulary_advice,
 )
-from data_prep.twin import write_tokenizer
+from data_prep.twin import UNIGRAM_NOTE, write_tokenizer
 
 RECORD_NAME = "training.json"  # written last: what the tokenizer was trained on
 
@@ -60,6 +60,8 @@ def make_tokenizer(source: Source, settings: TokenizerSettings, output: Path) ->
     write_tokenizer(output, tokenizer)
     FolderStore(output).publish(RECORD_NAME, json.dumps(subject, indent=2, ensure_ascii=False).encode() + b"\n")
     yield _summary(tokenizer)
+    if settings.model_type == "unigram":
+        yield f"note: {UNIGRAM_NOTE}"
     if advice := vocabulary_advice(settings.vocab_size, min(trained_bytes, settings.training_bytes)):
         yield f"note: {advice}"
 
