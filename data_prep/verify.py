@@ -11,9 +11,11 @@ from pathlib import Path
 from typing import Literal
 
 import numpy as np
+import tokenizers
 
 from data_prep.manifest import Dataset, Manifest, SplitIndex, check_file, check_shards, open_dataset
-from data_prep.tokenizer import SPACE_MARK, load_tokenizer
+from data_prep.tokenizer import MODEL_NAME, SELF_TEST_TEXTS, SPACE_MARK, load_tokenizer
+from data_prep.twin import differing_texts
 
 Depth = Literal["quick", "full", "deep"]
 
@@ -37,8 +39,7 @@ def verify_dataset(folder: Path, depth: Depth = "full") -> VerifyReport:
     dataset = open_dataset(folder)
     report = VerifyReport()
     report.problems += _extra_files(dataset)
-    tokenizer_model = dataset.tokenizer_folder / "tokenizer.model"
-    report.problems += check_file(tokenizer_model, None, dataset.manifest.tokenizer.sha256)
+    report.problems += _check_tokenizer(dataset, depth)
     for split, index in dataset.indexes.items():
         shards = range(index.num_shards)
         report.problems += check_shards(dataset, split, shards, hashes=depth != "quick")
@@ -89,6 +90,25 @@ def _extra_files(dataset: Dataset) -> list[str]:
         for path in sorted(Path(dataset.folder).iterdir())
         if path.name not in known and re.search(r"\.(tar|npy|jsonl)$", path.name)
     ]
+
+
+def _check_tokenizer(dataset: Dataset, depth: Depth) -> list[str]:
+    folder = dataset.tokenizer_folder
+    problems = check_file(folder / MODEL_NAME, None, dataset.manifest.tokenizer.sha256)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        problems += check_file(folder / name, None, None)
+    if problems or depth == "quick":
+        return problems
+    tokenizer = load_tokenizer(folder)
+    try:
+        twin = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
+        twin.encode_special_tokens = True  # not in the file: transformers has it from tokenizer_config.json
+        same = twin.get_vocab_size() == tokenizer.vocab_size and not differing_texts(tokenizer, twin, SELF_TEST_TEXTS)
+    except Exception:  # the library raises nothing more precise for a damaged file
+        same = False
+    if same or tokenizer.info.model_type != "bpe":
+        return []
+    return [f"{folder}/tokenizer.json: not the twin of {MODEL_NAME}; restore the file, or prepare the dataset again"]
 
 
 def _check_structure(dataset: Dataset, index: SplitIndex, shard: int) -> list[str]:
