@@ -58,7 +58,7 @@ def measure(config: GlobalLocalConfig, micro_batch_size: int, sequence_length: i
     """Build the model and run it forward and backward on torch's meta device: exact sizes, no memory, no work."""
     with torch.device("meta"):
         model = GlobalLocalForCausalLM(config)
-    model.to(dtype=DTYPES[precision]).train()
+    torch.nn.Module.to(model, dtype=DTYPES[precision]).train()
     for parameter in model.parameters():  # as ZeRO-2 and 3 do: reduced, then gone
         parameter.register_post_accumulate_grad_hook(_drop_gradient)
     tokens = torch.zeros(micro_batch_size, sequence_length, dtype=torch.long, device="meta")

@@ -41,8 +41,8 @@ def facts(port: int) -> dict[str, Any]:
         "cores": len(os.sched_getaffinity(0)),
         "memory_free_bytes": psutil.virtual_memory().available,
         "addresses": addresses(),
-        "port_free": _port_is_free(port),
-        "free_port": _free_port(),
+        "port_free": port_is_free(port),
+        "free_port": free_port(),
     }
 
 
@@ -77,19 +77,28 @@ def interface(address: str) -> str:
 
 
 def stop(job: str, signal_name: str) -> int:
-    """Signal the processes of a job on this node; returns how many."""
+    """Signal the ranks of a job on this node, or with KILL all its processes; returns how many."""
     number = signal.Signals[f"SIG{signal_name}"]
     mine = {os.getpid(), *(parent.pid for parent in psutil.Process().parents())}
-    count = 0
+    members = {}
     for process in psutil.process_iter():
         with contextlib.suppress(psutil.Error):
-            if process.pid in mine or process.environ().get(JOB_VARIABLE) != job:
-                continue
-            is_rank = any(word.endswith("pipeline/train.py") for word in process.cmdline()[:3])
-            if is_rank or number == signal.SIGKILL:
+            if process.pid not in mine and process.environ().get(JOB_VARIABLE) == job:
+                members[process.pid] = process
+    ranks = {pid for pid, process in members.items() if _is_rank(process)}
+    count = 0
+    for pid, process in members.items():
+        with contextlib.suppress(psutil.Error):
+            if number == signal.SIGKILL or (pid in ranks and process.ppid() not in ranks):
                 process.send_signal(number)
                 count += 1
     return count
+
+
+def _is_rank(process: psutil.Process) -> bool:
+    with contextlib.suppress(psutil.Error):
+        return any(word.endswith("pipeline/train.py") for word in process.cmdline()[:3])
+    return False
 
 
 def _version(name: str) -> str | None:
@@ -108,14 +117,8 @@ def _devices() -> int:
     return torch.cuda.device_count()
 
 
-def _port_is_free(port: int) -> bool:
+def port_is_free(port: int) -> bool:
     with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        return probe.connect_ex(("127.0.0.1", port)) != 0 and _can_bind(probe.family, port)
-
-
-def _can_bind(family: int, port: int) -> bool:
-    with socket.socket(family) as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             probe.bind(("", port))
@@ -124,7 +127,7 @@ def _can_bind(family: int, port: int) -> bool:
         return True
 
 
-def _free_port() -> int:
+def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("", 0))
         return int(probe.getsockname()[1])

@@ -2,106 +2,149 @@
 
 DeepSpeed's launcher leaves workers behind when it is told to end or is killed, and reports a killed helper as
 success. So a job runs in a session of its own; a stop goes to its ranks, all at once; when the launcher has
-ended, for whatever reason, the rest of the session is ended too; and a guard does the same should this very
-process vanish.
+ended, for whatever reason, the rest of the session is ended too, here and on other hosts; and a guard does the
+same should this very process vanish.
 """
 
 import os
+import re
 import signal
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import BinaryIO
 
 import psutil
 
 import pipeline
+from launch.hosts import Elsewhere
 
 TRAIN_PROGRAM = Path(pipeline.__file__).parent / "train.py"
 ABANDONED_EXIT_CODE = 1
 """The launcher said 0, and left ranks running."""
+FAILURE_GRACE_SECONDS = 20.0
+"""Time that the ranks of other nodes have to end by themselves after one node has failed."""
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+
+@dataclass(frozen=True)
+class Launch:
+    """How a job is started and ended.
+
+    Attributes:
+        environment: the whole environment of the command.
+        log: a file that gets a copy of all output.
+        grace_seconds: time to save after a request to stop.
+        elsewhere: the ranks on other hosts, where there are any.
+        failure: a line of output that matches says that a node has failed; group 1 names it.
+        stop_signal: sent to the command itself where the ranks are not its descendants here (srun forwards it).
+    """
+
+    command: Sequence[str]
+    environment: Mapping[str, str]
+    log: Path | None = None
+    grace_seconds: float = 120.0
+    elsewhere: Elsewhere | None = None
+    failure: "re.Pattern[str] | None" = None
+    stop_signal: signal.Signals = signal.SIGTERM
 
 
 @dataclass(frozen=True)
 class Ended:
-    """How a job ended: exit code (that of a signal as 128 + its number) and the signal that asked us to stop it."""
+    """How a job ended.
+
+    Attributes:
+        code: exit code, that of a signal as 128 + its number.
+        stopped_by: the signal by which we were asked to stop it.
+        failed_nodes: nodes that failed, the first one first, where the launcher named them.
+    """
 
     code: int
     stopped_by: signal.Signals | None = None
+    failed_nodes: tuple[str, ...] = ()
 
 
-def run_session(
-    command: Sequence[str],
-    environment: Mapping[str, str],
-    log: Path | None = None,
-    grace_seconds: float = 120,
-    stop_elsewhere: Callable[[signal.Signals], None] | None = None,
-) -> Ended:
-    """Run a launcher in a session of its own, its output copied to ours and to `log`, until all of it has ended.
+@dataclass
+class _Watch:
+    """What happens to a running job, as told by signals and by its output."""
 
-    SIGINT and SIGTERM to us become SIGTERM to the ranks: they save and leave. What is still there after
-    `grace_seconds`, or at a second signal, is killed. `stop_elsewhere` passes a signal to ranks on other hosts.
+    asked: list[signal.Signals] = field(default_factory=list)
+    failed: list[str] = field(default_factory=list)
+
+
+def run_session(launch: Launch) -> Ended:
+    """Run a launcher in a session of its own, its output copied to ours and to the log, until all has ended.
+
+    SIGINT and SIGTERM to us become a request to the ranks to save and leave. What is still there after the grace
+    period, or at a second signal, is killed.
     """
     job = subprocess.Popen(
-        command,
-        env=dict(environment),
+        launch.command,
+        env=dict(launch.environment),
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         start_new_session=True,
     )
-    guard = _start_guard(job.pid, grace_seconds)
     assert job.stdout is not None
-    copier = threading.Thread(target=_copy, args=(job.stdout, log), daemon=True)
+    watch = _Watch()
+    guard_process = _start_guard(job.pid, launch)
+    copier = threading.Thread(target=_copy, args=(job.stdout, launch, watch), daemon=True)
     copier.start()
-    asked: list[signal.Signals] = []
-    previous = {number: signal.signal(number, lambda n, _: asked.append(signal.Signals(n))) for number in _STOPS}
+    previous = {
+        number: signal.signal(number, lambda received, _: watch.asked.append(signal.Signals(received)))
+        for number in STOP_SIGNALS
+    }
     try:
-        _wait(job, asked, grace_seconds, stop_elsewhere)
+        _wait(job, launch, watch)
     finally:
         abandoned = bool(ranks_of(job.pid))
         end_session(job.pid)
-        if stop_elsewhere and (asked or job.returncode or abandoned):
-            stop_elsewhere(signal.SIGKILL)
+        if launch.elsewhere and (watch.asked or watch.failed or job.returncode):
+            launch.elsewhere.stop(signal.SIGKILL)
         for number, handler in previous.items():
             signal.signal(number, handler)
-        guard.terminate()
-        guard.wait()
+        guard_process.kill()
+        guard_process.wait()
         copier.join(timeout=5)
     code = job.returncode if job.returncode >= 0 else 128 - job.returncode
-    return Ended(code or (ABANDONED_EXIT_CODE if abandoned else 0), asked[0] if asked else None)
+    code = code or (ABANDONED_EXIT_CODE if abandoned else 0)
+    return Ended(code, watch.asked[0] if watch.asked else None, tuple(watch.failed))
 
 
-_STOPS = (signal.SIGINT, signal.SIGTERM)
-
-
-def _wait(
-    job: "subprocess.Popen[bytes]",
-    asked: list[signal.Signals],
-    grace_seconds: float,
-    stop_elsewhere: Callable[[signal.Signals], None] | None,
-) -> None:
+def _wait(job: "subprocess.Popen[bytes]", launch: Launch, watch: _Watch) -> None:
     deadline = None
     told: set[int] = set()
     while job.poll() is None:
-        if asked and deadline is None:
-            deadline = time.monotonic() + grace_seconds
-            print(f"{asked[0].name}: the ranks save and stop (at most {grace_seconds:.0f} s)", flush=True)
-            if stop_elsewhere:
-                stop_elsewhere(signal.SIGTERM)
-        if deadline:  # ranks may still be starting
-            for process in ranks_of(job.pid) or (session_members(job.pid) if not told else []):
-                if process.pid not in told:
-                    told.add(process.pid)
-                    _signal(process, signal.SIGTERM)
-        if len(asked) > 1 or (deadline and time.monotonic() > deadline):
+        if watch.asked and deadline is None:
+            print(f"{watch.asked[0].name}: the ranks save and stop (at most {launch.grace_seconds:.0f} s)", flush=True)
+            deadline = time.monotonic() + launch.grace_seconds
+            if launch.elsewhere and not launch.elsewhere.stop(signal.SIGTERM):
+                deadline = 0.0  # no rank has started
+        elif watch.failed and deadline is None:
+            deadline = time.monotonic() + FAILURE_GRACE_SECONDS
+        if watch.asked and not launch.elsewhere:
+            _tell(job.pid, told, launch.stop_signal)
+        if len(watch.asked) > 1 or (deadline is not None and time.monotonic() > deadline):
             end_session(job.pid, patience_seconds=0)
         time.sleep(0.1)
+
+
+def _tell(session: int, told: set[int], number: signal.Signals) -> None:
+    """Signal each rank once, those that start late included; before there is one, the launcher itself."""
+    ranks = ranks_of(session)
+    if not ranks and not told:
+        with suppress(psutil.NoSuchProcess):
+            ranks = [psutil.Process(session)]
+    for process in ranks:
+        if process.pid not in told:
+            told.add(process.pid)
+            _signal(process, number)
 
 
 def session_members(session: int) -> list[psutil.Process]:
@@ -121,7 +164,7 @@ def ranks_of(session: int) -> list[psutil.Process]:
         with suppress(psutil.Error):
             if str(TRAIN_PROGRAM) in process.cmdline()[:3]:  # python -u train.py; the launchers name it further on
                 ranks[process.pid] = process
-    return [process for process in ranks.values() if process.ppid() not in ranks]
+    return [process for process in ranks.values() if _parent(process) not in ranks]
 
 
 def end_session(session: int, patience_seconds: float = 1.0) -> None:
@@ -136,38 +179,52 @@ def end_session(session: int, patience_seconds: float = 1.0) -> None:
         left = session_members(session)
 
 
+def _parent(process: psutil.Process) -> int | None:
+    with suppress(psutil.Error):
+        return process.ppid()
+    return None
+
+
 def _signal(process: psutil.Process, number: signal.Signals) -> None:
-    with suppress(psutil.NoSuchProcess):
+    with suppress(psutil.Error):
         process.send_signal(number)
 
 
-def _copy(source: BinaryIO, log: Path | None) -> None:
-    """Line by line to our standard output, and to the log."""
-    with open(log or os.devnull, "ab") as file:
+def _copy(source: BinaryIO, launch: Launch, watch: _Watch) -> None:
+    """Line by line to our standard output and to the log, with an eye on what it says."""
+    with open(launch.log or os.devnull, "ab") as file:
         for line in source:
             file.write(line)
             file.flush()
             with suppress(OSError, ValueError):  # our own output may be closed; the job goes on
                 sys.stdout.buffer.write(line)
                 sys.stdout.buffer.flush()
+            match = launch.failure and launch.failure.search(line.decode(errors="replace"))
+            if match:
+                watch.failed.append(match[1])
 
 
-def _start_guard(session: int, grace_seconds: float) -> "subprocess.Popen[bytes]":
-    """A process that ends the session when we have vanished: its standard input is a pipe that only we hold."""
+def _start_guard(session: int, launch: Launch) -> "subprocess.Popen[bytes]":
+    """A process that ends the job when we have vanished: its standard input is a pipe that only we hold."""
+    elsewhere = launch.elsewhere.to_json() if launch.elsewhere else ""
     return subprocess.Popen(
-        [sys.executable, "-m", __name__, str(session), str(grace_seconds)],
+        [sys.executable, "-m", "launch.processes", str(session), str(launch.grace_seconds), elsewhere],
         stdin=subprocess.PIPE,
         start_new_session=True,
     )
 
 
-def guard(session: int, grace_seconds: float) -> None:
-    """Wait for the end of standard input; then stop the session's ranks, and kill what is left."""
+def guard(session: int, grace_seconds: float, elsewhere: Elsewhere | None) -> None:
+    """Wait for the end of standard input; then let the job's ranks save, and kill what is left."""
     sys.stdin.buffer.read()
+    if elsewhere:
+        elsewhere.stop(signal.SIGTERM)
     for rank in ranks_of(session):
         _signal(rank, signal.SIGTERM)
     end_session(session, grace_seconds)
+    if elsewhere:
+        elsewhere.stop(signal.SIGKILL)
 
 
 if __name__ == "__main__":
-    guard(int(sys.argv[1]), float(sys.argv[2]))
+    guard(int(sys.argv[1]), float(sys.argv[2]), Elsewhere.from_json(sys.argv[3]) if sys.argv[3] else None)

@@ -20,6 +20,7 @@ Overrides = Annotated[
 def register(app: typer.Typer) -> None:
     app.command()(estimate)
     app.command()(train)
+    app.command()(launch)
 
 
 def estimate(
@@ -88,13 +89,77 @@ def train(
 
         globallocal train --config launch/runs/quickstart.yaml training.max_steps=500 run.name=longer
     """
-    from launch.processes import run_session
-    from launch.submit import environment_for, local_job
+    from launch.submit import LocalRun, run
 
     settings = checked_config(config, overrides)
-    job = local_job(config, overrides or [], processes)
-    ended = run_session(job.command, environment_for(job), launch_log(settings))
-    raise typer.Exit(ended.code)
+    raise typer.Exit(run(LocalRun(config, tuple(overrides or ()), settings, processes), max_restarts=0))
+
+
+def launch(
+    config: ConfigOption,
+    overrides: Overrides = None,
+    local: Annotated[int | None, typer.Option(min=1, help="On this machine, so many ranks.")] = None,
+    hostfile: Annotated[
+        Path | None, typer.Option(help="On the hosts of this file (HOST slots=N a line), over pdsh and ssh.")
+    ] = None,
+    include: Annotated[str, typer.Option(help="hostfile: only these hosts, joined by commas.")] = "",
+    exclude: Annotated[str, typer.Option(help="hostfile: all but these hosts.")] = "",
+    ssh: Annotated[str, typer.Option(help="hostfile: options for ssh, such as '-p 2222 -i ~/.ssh/cluster'.")] = "",
+    master_addr: Annotated[
+        str, typer.Option(help="hostfile: address of the first host; asked of it when absent.")
+    ] = "",
+    master_port: Annotated[int, typer.Option(help="Port of the first host; another where it is taken.")] = 29500,
+    interface: Annotated[str, typer.Option(help="hostfile: network interface; found on each node when absent.")] = "",
+    env: Annotated[
+        list[str] | None, typer.Option(help="hostfile: variable of this shell to hand to every rank, by name.")
+    ] = None,
+    max_restarts: Annotated[int, typer.Option(min=0, help="Restarts after failures, from the newest checkpoint.")] = 3,
+    min_nodes: Annotated[
+        int | None, typer.Option(min=1, help="hostfile: go on with so few hosts when others are gone; all when absent.")
+    ] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print what would run, contact no host.")] = False,
+) -> None:
+    """Run a training job here, over a hostfile or on Slurm, and start it again when it fails.
+
+    DeepSpeed's launcher starts the ranks. What every rank must get goes through a file that only you can read, in
+    the run folder, which all nodes share: NCCL_*, GLOO_*, MLFLOW_*, HF_*, AWS_*, TORCH_* of this shell, and --env.
+
+    Examples:
+
+        globallocal launch --config launch/runs/wikitext103-small.yaml --local 8
+
+        globallocal launch --config launch/runs/wikitext103-base.yaml --hostfile hosts --min-nodes 2 --env WANDB_MODE
+
+        globallocal launch --config launch/runs/wikitext103-base.yaml --hostfile hosts --dry-run
+    """
+    from data_prep.errors import UserError
+    from launch.submit import HostfileRun, LocalRun, Run, run
+
+    if (local is None) == (hostfile is None):
+        raise UserError("give one of --local N, --hostfile FILE and --slurm")
+    settings = checked_config(config, overrides)
+    job: Run
+    if hostfile is not None:
+        job = HostfileRun.from_options(
+            config,
+            tuple(overrides or ()),
+            settings,
+            hostfile=hostfile,
+            include=include,
+            exclude=exclude,
+            ssh=ssh,
+            master_address=master_addr,
+            master_port=master_port,
+            interface=interface,
+            names=tuple(env or ()),
+            min_nodes=min_nodes,
+        )
+    else:
+        job = LocalRun(config, tuple(overrides or ()), settings, local, master_port)
+    if dry_run:
+        typer.echo(job.describe())
+    else:
+        raise typer.Exit(run(job, max_restarts))
 
 
 def checked_config(config: Path, overrides: list[str] | None) -> RunConfig:
@@ -102,10 +167,3 @@ def checked_config(config: Path, overrides: list[str] | None) -> RunConfig:
     from pipeline.config import load_config
 
     return load_config(config, overrides or [])
-
-
-def launch_log(settings: RunConfig) -> Path:
-    """The file that keeps everything the launcher and the ranks print."""
-    folder = settings.run_folder / "logs"
-    folder.mkdir(parents=True, exist_ok=True)
-    return folder / "launch.log"

@@ -1,31 +1,85 @@
 """A run file becomes the exact command that DeepSpeed's launcher is started with, here or over a hostfile."""
 
 import os
-import shlex
+import secrets
 import socket
-import sys
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Protocol
 
 from data_prep.errors import UserError
-from launch.processes import TRAIN_PROGRAM
+from launch import cluster, node
+from launch.hostfile import read_hostfile, select
+from launch.hosts import Elsewhere, differences, gather_facts
+from launch.processes import TRAIN_PROGRAM, Ended, Launch, run_session
+from launch.restarts import Failure, fitting_hosts, run_with_restarts
+from launch.shell import Job, cpu_environment, deepspeed_program
+
+if TYPE_CHECKING:
+    from pipeline.config import RunConfig
 
 CPU_RANKS = 2
 """Ranks started on a machine without accelerators, where it has the cores."""
 
 
-@dataclass(frozen=True)
-class Job:
-    """What is run: a command, and what is added to the environment of this process for it."""
+class Run(Protocol):
+    """A way to run a job."""
 
-    command: list[str]
-    environment: dict[str, str] = field(default_factory=dict)
+    settings: "RunConfig"
 
-    def __str__(self) -> str:
-        """As a shell would take it; one setting, option or override a line."""
-        settings = [f"{name}={shlex.quote(value)}" for name, value in self.environment.items()]
-        return " \\\n  ".join([*settings, shlex.join(self.command)])
+    def describe(self) -> str:
+        """What would run, as a shell would take it; nothing is started, written or asked of another host."""
+
+    def start(self, failures: list[Failure]) -> Ended:
+        """Run it once, to its end."""
+
+
+def run(job: Run, max_restarts: int) -> int:
+    """Run a job and start it again as `restarts.judge` allows; returns the exit code."""
+    folder = job.settings.run_folder
+    (folder / "logs").mkdir(parents=True, exist_ok=True)
+    return run_with_restarts(job.start, folder, max_restarts)
+
+
+@dataclass
+class LocalRun:
+    """`deepspeed` on this machine: a rank for each device, or `processes` of them; on CPU cores without any."""
+
+    config: Path
+    overrides: tuple[str, ...]
+    settings: "RunConfig"
+    processes: int | None = None
+    port: int | None = None
+
+    def describe(self) -> str:
+        return str(self.job(self.port or cluster.DEFAULT_PORT))
+
+    def start(self, failures: list[Failure]) -> Ended:
+        job = self.job(self.port if self.port and node.port_is_free(self.port) else node.free_port())
+        return run_session(Launch(job.command, job.whole_environment(), launch_log(self.settings)))
+
+    def job(self, port: int) -> Job:
+        """
+        Raises:
+            UserError: more processes than devices.
+        """
+        devices = local_devices()
+        if self.processes and devices and self.processes > devices:
+            raise UserError(f"{self.processes} processes, but this machine has {devices} devices; ask for fewer")
+        ranks = self.processes or devices or min(CPU_RANKS, os.cpu_count() or 1)
+        command = [
+            str(deepspeed_program()),
+            "--quiet",
+            "--hostfile=none",  # DeepSpeed takes /job/hostfile, should there be one
+            f"--num_accelerators={ranks}",
+            f"--master_port={port}",
+            str(TRAIN_PROGRAM),
+            "--config",
+            str(self.config),
+            *self.overrides,
+        ]
+        return Job(command, {} if devices else cpu_environment(ranks))
 
 
 def local_devices() -> int:
@@ -37,57 +91,131 @@ def local_devices() -> int:
     return torch.accelerator.device_count() if torch.accelerator.is_available() else 0
 
 
-def local_job(config: Path, overrides: Sequence[str], processes: int | None = None, port: int | None = None) -> Job:
-    """`deepspeed` on this machine: a rank for each device, or `processes` of them.
+def launch_log(settings: "RunConfig") -> Path:
+    """The file that keeps everything the launcher and the ranks print."""
+    return settings.run_folder / "logs" / "launch.log"
+
+
+@dataclass
+class HostfileRun:
+    """`deepspeed` over the hosts of a hostfile, on as many of them as answer at each start."""
+
+    settings: "RunConfig"
+    job: cluster.ClusterJob
+    hosts: dict[str, int]
+    master_address: str
+    master_port: int
+    min_nodes: int
+
+    @classmethod
+    def from_options(
+        cls,
+        config: Path,
+        overrides: tuple[str, ...],
+        settings: "RunConfig",
+        *,
+        hostfile: Path,
+        include: str,
+        exclude: str,
+        ssh: str,
+        master_address: str,
+        master_port: int,
+        interface: str,
+        names: tuple[str, ...],
+        min_nodes: int | None,
+    ) -> "HostfileRun":
+        hosts = select(read_hostfile(hostfile), include, exclude)
+        if min_nodes and min_nodes > len(hosts):
+            raise UserError(f"--min-nodes {min_nodes} is more than the {len(hosts)} hosts of {hostfile}")
+        job = cluster.ClusterJob(config, overrides, settings.run_folder, secrets.token_hex(8), ssh, interface, names)
+        return cls(settings, job, hosts, master_address, master_port, min_nodes or len(hosts))
+
+    def describe(self) -> str:
+        address = self.master_address or next(iter(self.hosts))
+        job, files = cluster.hostfile_job(self.job, self.hosts, address, self.master_port, cpu_only())
+        parts = []
+        for path, text in files.items():
+            parts.append(f"# {shown(path)}\n" + cluster.hide_values(text))
+        return "\n".join([*parts, str(job)])
+
+    def start(self, failures: list[Failure]) -> Ended:
+        cluster.require_pdsh()
+        facts = self.ready_hosts()
+        hosts = {host: self.hosts[host] for host in facts}
+        first = facts[next(iter(hosts))]
+        address = self.master_address or master_address(next(iter(hosts)), first["addresses"])
+        port = self.master_port if first["port_free"] else int(first["free_port"])
+        if port != self.master_port:
+            print(f"port {self.master_port} of {next(iter(hosts))} is taken; {port} is used", flush=True)
+        cpu = not any(item["devices"] for item in facts.values())
+        job, files = cluster.hostfile_job(self.job, hosts, address, port, cpu)
+        cluster.write_files(files)
+        print(f"hosts: {', '.join(f'{host} × {slots}' for host, slots in hosts.items())}", flush=True)
+        return run_session(
+            Launch(
+                job.command,
+                cluster.runner_environment(job.whole_environment()),
+                launch_log(self.settings),
+                elsewhere=Elsewhere(tuple(hosts), self.job.job_id, self.job.ssh),
+                failure=cluster.NODE_FAILED,
+            )
+        )
+
+    def ready_hosts(self) -> dict[str, dict]:
+        """The facts of the hosts that this start uses.
+
+        Raises:
+            UserError: too few hosts answer, they do not run the same, or no number of them fits the batch.
+        """
+        facts, unreachable = gather_facts(list(self.hosts), self.master_port, self.job.ssh)
+        if len(facts) < self.min_nodes:
+            raise UserError(
+                [*unreachable.values(), f"{len(facts)} of {len(self.hosts)} hosts answer, {self.min_nodes} are needed"]
+            )
+        for line in unreachable.values():
+            print(f"left out: {line}", flush=True)
+        problems = differences(facts, self.hosts)
+        training = self.settings.training
+        chosen = fitting_hosts(
+            {host: self.hosts[host] for host in facts},
+            training.global_batch_size,
+            training.micro_batch_size,
+            self.min_nodes,
+        )
+        if not chosen:
+            ranks = sum(self.hosts[host] for host in facts)
+            problems.append(
+                f"training.global_batch_size ({training.global_batch_size}) is not divisible by "
+                f"training.micro_batch_size ({training.micro_batch_size}) × {ranks} ranks, nor with fewer hosts "
+                f"down to {self.min_nodes}"
+            )
+        if problems:
+            raise UserError(problems)
+        return {host: facts[host] for host in chosen}
+
+
+def master_address(host: str, addresses: Mapping[str, str]) -> str:
+    """The first host's address as the others see it: what its name resolves to, if it has that; else its first.
 
     Raises:
-        UserError: more processes than devices.
+        UserError: it has no address but the loopback.
     """
-    devices = local_devices()
-    if processes and devices and processes > devices:
-        raise UserError(f"{processes} processes, but this machine has {devices} devices; ask for {devices} or fewer")
-    ranks = processes or devices or min(CPU_RANKS, os.cpu_count() or 1)
-    environment = {} if devices else cpu_environment(ranks)
-    command = [
-        str(deepspeed_program()),
-        "--quiet",
-        "--hostfile=none",  # DeepSpeed takes /job/hostfile, should there be one
-        f"--num_accelerators={ranks}",
-        f"--master_port={port or free_port()}",
-        str(TRAIN_PROGRAM),
-        "--config",
-        str(config),
-        *overrides,
-    ]
-    return Job(command, environment)
+    try:
+        resolved = socket.gethostbyname(host)
+    except OSError:
+        resolved = ""
+    if resolved in addresses and not resolved.startswith("127."):
+        return resolved
+    for address, interface in addresses.items():
+        if not address.startswith("127.") and not interface.startswith(("docker", "virbr")):
+            return address
+    raise UserError(f"{host} has no address that other hosts could reach; give --master-addr")
 
 
-def cpu_environment(ranks: int, given: Mapping[str, str] = os.environ) -> dict[str, str]:
-    """What ranks on a CPU need: DeepSpeed's CPU accelerator, and cores that they do not fight over."""
-    threads = max(1, (os.cpu_count() or 1) // ranks)
-    return {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": given.get("OMP_NUM_THREADS", str(threads))}
+def cpu_only() -> bool:
+    return local_devices() == 0
 
 
-def deepspeed_program() -> Path:
-    """The `deepspeed` of this Python.
-
-    Raises:
-        UserError: it is not installed there.
-    """
-    program = Path(sys.executable).with_name("deepspeed")
-    if not program.exists():
-        raise UserError(f"{program}: no such file; install deepspeed into the Python that runs globallocal")
-    return program
-
-
-def free_port() -> int:
-    """A TCP port that nobody listens on now."""
-    with socket.socket() as probe:
-        probe.bind(("", 0))
-        return int(probe.getsockname()[1])
-
-
-def environment_for(job: Job) -> dict[str, str]:
-    """The environment of this process with the job's added; this Python's programs (ninja) first on the PATH."""
-    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
-    return {**os.environ, "PATH": path, **job.environment}
+def shown(path: Path) -> str:
+    """A path as short as it can be written from here."""
+    return os.path.relpath(path) if path.is_relative_to(Path.cwd()) else str(path)
