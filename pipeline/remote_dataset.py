@@ -44,6 +44,10 @@ class RemoteShards:
         sha256, num_bytes = self.index.shard_sha256(shard), self.index.shard_bytes(shard)
         return self.cache.open(self.where(shard), sha256, num_bytes)
 
+    def touch(self, shard: int) -> bool:
+        """Whether a shard is cached; if so, it is the last to be pushed out."""
+        return self.cache.touch(self.index.shard_sha256(shard))
+
     def fetch(self, shard: int) -> None:
         """Downloads a shard, unless it is cached or another process of the node is at it."""
         sha256, num_bytes = self.index.shard_sha256(shard), self.index.shard_bytes(shard)
@@ -103,6 +107,7 @@ class ShardPrefetcher:
     """
 
     def __init__(self, shards: RemoteShards, wanted: Callable[[int], Iterable[int]]) -> None:
+        self._shards = shards
         self._wanted = wanted
         self._window: int | None = None
         self._queue: SimpleQueue[int | None] = SimpleQueue()
@@ -111,14 +116,16 @@ class ShardPrefetcher:
             Thread(target=_fetch_all, args=(shards, self._queue), name=f"shard-prefetch-{number}", daemon=True).start()
 
     def advance(self, window: int) -> None:
-        """Says which window is being read; returns at once."""
+        """Says which window is being read; returns at once.
+
+        What both windows already have is marked as used first, so that a download pushes out what is older.
+        """
         if window == self._window:
             return
         self._window = window
         _drain(self._queue)
-        # The present window first: asking for a cached shard marks it as used, so that the next window's
-        # downloads push out what is older than both.
-        for shard in dict.fromkeys([*self._wanted(window), *self._wanted(window + 1)]):
+        wanted = dict.fromkeys([*self._wanted(window), *self._wanted(window + 1)])
+        for shard in [shard for shard in wanted if not self._shards.touch(shard)]:
             self._queue.put(shard)
 
     def close(self) -> None:

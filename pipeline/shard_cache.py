@@ -11,6 +11,7 @@ import contextlib
 import fcntl
 import logging
 import os
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -73,6 +74,15 @@ class ShardCache:
                 part.replace(self.folder / sha256)
         os.close(cached)
 
+    def touch(self, sha256: str) -> bool:
+        """Marks a file as used now; False if it is not cached."""
+        now = time.time_ns()
+        try:
+            os.utime(self.folder / sha256, ns=(now, now))
+        except FileNotFoundError:
+            return False
+        return True
+
     def _open_cached(self, sha256: str, num_bytes: int) -> int | None:
         path = self.folder / sha256
         try:
@@ -84,8 +94,7 @@ class ShardCache:
             path.unlink(missing_ok=True)
             os.close(descriptor)
             return None
-        with contextlib.suppress(OSError):
-            os.utime(descriptor)  # what "recently used" means, to every process of the node
+        self.touch(sha256)  # what "recently used" means, to every process of the node
         return descriptor
 
     def _reserve(self, descriptor: int, num_bytes: int) -> None:
@@ -115,13 +124,13 @@ class ShardCache:
                     "free some space, or put the cache on another disk"
                 ) from None
 
-    def _files(self) -> list[tuple[float, int, Path]]:
+    def _files(self) -> list[tuple[int, int, Path]]:
         """(last use, bytes, path) of every file, those being downloaded included."""
-        files = []
+        files: list[tuple[int, int, Path]] = []
         for entry in os.scandir(self.folder):
             if len(entry.name) in _NAME_LENGTHS:
                 with contextlib.suppress(FileNotFoundError):
-                    files.append((entry.stat().st_mtime, entry.stat().st_size, Path(entry.path)))
+                    files.append((entry.stat().st_mtime_ns, entry.stat().st_size, Path(entry.path)))
         return files
 
 
