@@ -140,7 +140,8 @@ def _open(config: "TrackingSection", run_folder: Path, run_name: str, run_id: st
     if history.attempts and shipper.undelivered_bytes:
         say(f"tracking: {shipper.undelivered_bytes:,} bytes that had not reached MLflow are sent first")
     shipper.start()
-    shipper.first_attempt.wait(START_WAIT_SECONDS)
+    if not shipper.first_attempt.wait(START_WAIT_SECONDS):
+        say(f"tracking: MLflow at {delivery.store} takes its time; training goes on, all is kept in {spool.path}")
     if first_start and shipper.first_error and needs_a_person(shipper.first_error):
         shipper.finish(0.0)
         spool.path.unlink(missing_ok=True)

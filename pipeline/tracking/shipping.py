@@ -112,6 +112,7 @@ class Shipper(threading.Thread):
                 self._ship()
             except RunGoneError:
                 self._connected = False
+                self._closing.wait(FIRST_RETRY_SECONDS)
             except Exception as error:
                 self._went_down(error)
                 time.sleep(min(retry_seconds, 1.0)) if closing else self._closing.wait(retry_seconds)

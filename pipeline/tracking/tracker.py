@@ -14,6 +14,7 @@ from pipeline.tracking.mlflow_run import PARAM_VALUE_LENGTH
 from pipeline.tracking.shipping import Say, Shipper
 from pipeline.tracking.spool import Record, Spool
 
+STATUS_TAG = "globallocal.status"
 STATUSES = ("FINISHED", "FAILED", "KILLED")
 # Changes of these between two attempts are worth a line; the command line and the process are not.
 _WATCHED_TAGS = ("mlflow.source.git.commit", "dataset_id")
@@ -32,7 +33,7 @@ class NullTracker:
     def log_text(self, text: str, artifact_path: str) -> None: ...
     def set_tags(self, tags: Mapping[str, Any]) -> None: ...
 
-    def close(self, status: str = "FINISHED", deadline_seconds: float = 20.0, reason: str | None = None) -> bool:
+    def close(self, status: str = "FINISHED", deadline_seconds: float = 20.0) -> bool:
         return True
 
     def __enter__(self) -> "NullTracker":
@@ -43,7 +44,8 @@ class NullTracker:
         if error is None or (isinstance(error, SystemExit) and not error.code):
             self.close("FINISHED")
         elif isinstance(error, KeyboardInterrupt | SystemExit):
-            self.close("KILLED", reason="interrupted")
+            self.set_tags({STATUS_TAG: "interrupted"})
+            self.close("KILLED")
         else:
             self.close("FAILED")
 
@@ -101,13 +103,15 @@ class Tracker(NullTracker):
         """Records tags, secrets redacted; a value longer than 8,000 characters is cut, and says so."""
         self._append({"kind": "tags", "values": _strings(tags)})
 
-    def close(self, status: str = "FINISHED", deadline_seconds: float = 20.0, reason: str | None = None) -> bool:
+    def close(self, status: str = "FINISHED", deadline_seconds: float = 20.0) -> bool:
         """Ends the run and delivers what is left, within the deadline.
+
+        The tag `globallocal.status` can say more than MLflow's status: set it before, to "preempted" for
+        example. Otherwise it becomes the status in lower case.
 
         Args:
             status: MLflow's FINISHED, FAILED or KILLED.
             deadline_seconds: the longest this call may take.
-            reason: the tag `globallocal.status`, such as "preempted"; the status in lower case by default.
 
         Returns:
             Whether everything arrived. What did not stays in the spool for the next start of the run.
@@ -117,13 +121,15 @@ class Tracker(NullTracker):
         with self._lock:
             if self._closed:
                 return self._delivered
-            self._record_status(status, reason or status.lower())
+            tag = self._history.tags[STATUS_TAG]
+            self._record_status(status, status.lower() if tag == "running" else tag)
             return self._finish(deadline_seconds)
 
     def _settle(self, status: str, deadline_seconds: float, reason: str) -> bool:
         """`close` for a process that is gone: a run that it had closed keeps its status."""
         if self._history.is_open:
-            return self.close(status, deadline_seconds, reason)
+            self.set_tags({STATUS_TAG: reason})
+            return self.close(status, deadline_seconds)
         return self._finish(deadline_seconds)
 
     def _finish(self, deadline_seconds: float) -> bool:
@@ -158,7 +164,7 @@ class Tracker(NullTracker):
     def _record_status(self, status: str, reason: str, time_ms: int | None = None) -> None:
         self._append({"kind": "status", "status": status, "reason": reason, "time": time_ms or now_ms()})
         attempts = ", ".join(f"{i} {how}" for i, how in enumerate(self._history.attempts, start=1))
-        self.set_tags({"globallocal.status": reason, "globallocal.attempts": attempts})
+        self.set_tags({STATUS_TAG: reason, "globallocal.attempts": attempts})
 
     def _begin_attempt(
         self, params: Mapping[str, Any], tags: Mapping[str, Any], dataset: Mapping[str, str] | None

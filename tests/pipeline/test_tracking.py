@@ -84,7 +84,9 @@ def test_resumed_runs_go_on_in_the_same_run_and_repeat_no_step(store: str, tmp_p
         tracker = start(store, tmp_path / "run", said, dataset=DATASET)
         for step in range(first, last):
             tracker.log_metrics({"loss": step / 2}, step)
-        assert tracker.close(status, reason="preempted" if status == "KILLED" else None)
+        if status == "KILLED":
+            tracker.set_tags({"globallocal.status": "preempted"})
+        assert tracker.close(status)
         run = only_run(store)
         assert run.info.status == status
         assert run.data.tags["globallocal.status"] == {"KILLED": "preempted"}.get(status, status.lower())

@@ -145,7 +145,7 @@ def test_a_server_that_is_late_dies_and_returns_misses_nothing(server: Server, s
     while not any("cannot be used" in line for line in said[2:]):
         time.sleep(0.05)
     server.start()
-    assert tracker.close(deadline_seconds=60) is True
+    assert tracker.close(deadline_seconds=300) is True, said
 
     run = only_run(server.store)
     assert run.info.run_id == run_id == tracker.run_id
