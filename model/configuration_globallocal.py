@@ -4,6 +4,7 @@ Symbols used in the folder: B batch, S sequence, T = B·S tokens, h hidden_size,
 D pool_dim, R router_hidden_size, k router_top_k, K conv_kernel_size, L num_hidden_layers.
 """
 
+import math
 from dataclasses import field, fields
 from typing import Any
 
@@ -33,6 +34,8 @@ class GlobalLocalConfig(PreTrainedConfig):
         router_top_k: pool rows that a token mixes.
         router_temperature: initial value of the learned temperature, held in 0.1 … 5.
         router_hidden_size: width of the score network's hidden layer; 0 stands for min(1024, pool_size).
+        router_scores: "dense" (one key a pool row) or "product_key" (√pool_size keys a side, so that a pool of
+            millions costs little more than one of thousands).
         dropout: probability, applied where the seed applies it.
         diversity_loss_scale: factor of each router's loss; the sum over routers is scaled by a further 0.01.
         norm_placement: "pre" (norm in front of each sublayer) or "post" (norm after the residual sum).
@@ -60,6 +63,7 @@ class GlobalLocalConfig(PreTrainedConfig):
     router_top_k: int = 2
     router_temperature: float | int = 0.5
     router_hidden_size: int = 0
+    router_scores: str = "dense"
     dropout: float | int = 0.0
     diversity_loss_scale: float | int = 0.01
     norm_placement: str = "pre"
@@ -118,15 +122,28 @@ class GlobalLocalConfig(PreTrainedConfig):
         reach = sum(max(self.dilations_of_layer(layer)) for layer in range(self.num_hidden_layers))
         return 1 + (self.conv_kernel_size - 1) * reach
 
+    @property
+    def product_key_shape(self) -> tuple[int, int]:
+        """Keys on the left and the right: the two most equal factors of `pool_size`, the smaller first."""
+        smaller = next(a for a in range(math.isqrt(self.pool_size), 0, -1) if self.pool_size % a == 0)
+        return smaller, self.pool_size // smaller
+
+    @property
+    def _key_parameters(self) -> int:
+        """Weights and biases of one router's keys."""
+        if self.router_scores == "dense":
+            return self.pool_size * (self.router_hidden_size + 1)
+        return sum(self.product_key_shape) * (self.router_hidden_size // 2 + 1)
+
     def parameter_counts(self) -> dict[str, int]:
         """Trainable parameters by part; their sum is the model's number of parameters.
 
         The tensor pool is not among them: it is a frozen buffer of `pool_size · pool_dim` elements.
         """
         h, layers, ffn = self.hidden_size, self.num_hidden_layers, self.intermediate_size
-        pool, dim, score = self.pool_size, self.pool_dim, self.router_hidden_size
+        dim, score = self.pool_dim, self.router_hidden_size
         router = (
-            (h * score + score) + (score * pool + pool) + 1  # scores and temperature
+            (h * score + score) + self._key_parameters + 1  # scores and temperature
             + (h * dim + dim) + 2 * dim  # input projection and its norm
             + (2 * dim * dim + dim) + (dim * h + h)  # mapping and output projection
         )  # fmt: skip
@@ -162,7 +179,7 @@ class GlobalLocalConfig(PreTrainedConfig):
         routers = self.num_hidden_layers * ROUTERS_PER_LAYER * router
         feed_forward = self.num_hidden_layers * 2 * h * self.intermediate_size
         trained = convolution + routers + feed_forward + self.num_hidden_layers * h + self.vocab_size * h
-        forward_only = self.num_hidden_layers * ROUTERS_PER_LAYER * score * self.pool_size
+        forward_only = self.num_hidden_layers * ROUTERS_PER_LAYER * self._key_parameters
         return 6.0 * trained + 2.0 * forward_only
 
     def _problems(self) -> list[str]:
@@ -182,6 +199,7 @@ class GlobalLocalConfig(PreTrainedConfig):
             problems.append(
                 f"conv_dilations is {self.conv_dilations}; every layer needs one dilation or more, each at least 1"
             )
+        problems += self._score_problems()
         if self.norm_placement not in ("pre", "post"):
             problems.append(f"norm_placement is {self.norm_placement!r}; it must be 'pre' or 'post'")
         if not 0.0 <= self.dropout < 1.0:
@@ -190,6 +208,25 @@ class GlobalLocalConfig(PreTrainedConfig):
             problems.append(
                 f"activation_checkpointing is {self.activation_checkpointing!r}; "
                 f"it must be 'none', 'full', 'selective' or 'every-N' with N at least 1"
+            )
+        return problems
+
+    def _score_problems(self) -> list[str]:
+        if self.router_scores not in ("dense", "product_key"):
+            return [f"router_scores is {self.router_scores!r}; it must be 'dense' or 'product_key'"]
+        if self.router_scores == "dense" or self.pool_size < 1:
+            return []
+        problems = []
+        if self.router_hidden_size % 2:
+            problems.append(
+                f"router_hidden_size is {self.router_hidden_size}; product keys halve it, so it must be even"
+            )
+        left, right = self.product_key_shape
+        if right > 4 * left:
+            root = math.isqrt(self.pool_size)
+            problems.append(
+                f"pool_size is {self.pool_size} = {left} × {right}; product keys need two factors within 4 times "
+                f"of each other; nearest squares: {root**2}, {(root + 1) ** 2}"
             )
         return problems
 

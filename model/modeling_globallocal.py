@@ -22,9 +22,9 @@ from .layers_globallocal import (
     FeedForward,
     GlobalLocalBlock,
     GlobalLocalCache,
-    TensorRouter,
 )
 from .ops_globallocal import vocabulary_loss
+from .router_globallocal import RouterScores, TensorRouter
 
 # The seed scales each router's diversity loss by diversity_loss_scale, and their sum by this once more.
 DIVERSITY_LOSS_TOTAL_SCALE = 0.01
@@ -109,7 +109,7 @@ class GlobalLocalPreTrainedModel(PreTrainedModel):
             std = self.config.initializer_range if is_head else module.in_features**-0.5
             init.normal_(module.weight, std=std)
             init.zeros_(module.bias)
-        elif isinstance(module, TensorRouter):
+        elif isinstance(module, TensorRouter | RouterScores):
             self._init_router(module, residual)
         elif isinstance(module, GlobalLocalModel):
             pool = make_pool(self.config.pool_seed, self.config.pool_size, self.config.pool_dim)
@@ -120,7 +120,7 @@ class GlobalLocalPreTrainedModel(PreTrainedModel):
             init.normal_(module.branch_weight, std=module.branch_weight.shape[-1] ** -0.5)
             init.zeros_(module.branch_bias)
 
-    def _init_router(self, router: TensorRouter, residual: float) -> None:
+    def _init_router(self, router: nn.Module, residual: float) -> None:
         for name, parameter in router.named_parameters(recurse=False):
             if name.endswith("weight") and parameter.dim() == 2:
                 gain = residual if name == "output_weight" else 1.0

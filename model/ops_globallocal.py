@@ -114,13 +114,15 @@ def sum_by_row(values: Tensor, choice: RowChoice) -> Tensor:
 
 
 @torch.no_grad()
-def top_rows(tokens: Tensor, table: Tensor, bias: Tensor, k: int) -> Tensor:
-    """Indices of the k largest of `tokens @ table.T + bias`: int64 [T, k].
+def top_rows(tokens: Tensor, table: Tensor, bias: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """Values and int64 indices, each [T, min(k, N)], of the largest of `tokens @ table.T + bias`.
 
     Works in blocks of tokens, so that the [T, N] scores never exist.
     """
+    k = min(k, table.shape[0])
     block = max(1, SCORE_BLOCK_ELEMENTS // table.shape[0])
-    return torch.cat([F.linear(part, table, bias).topk(k, dim=-1).indices for part in tokens.split(block)])
+    parts = [F.linear(part, table, bias).topk(k, dim=-1) for part in tokens.split(block)]
+    return torch.cat([part.values for part in parts]), torch.cat([part.indices for part in parts])
 
 
 def _taps(padded: Tensor, length: int, kernel_size: int, dilation: int) -> list[Tensor]:

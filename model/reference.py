@@ -42,10 +42,20 @@ def local_branch(weights: Weights, config: GlobalLocalConfig, layer: int, x: Ten
     return linear(part(weights, "projection"), torch.cat(outputs, dim=-1))
 
 
+def pool_scores(weights: Weights, config: GlobalLocalConfig, x: Tensor) -> Tensor:
+    """The score of every pool row: [B, S, N]."""
+    hidden = F.relu(x @ weights["hidden_weight"].T + weights["hidden_bias"])
+    if config.router_scores == "dense":
+        return hidden @ weights["keys_weight"].T + weights["keys_bias"]
+    left, right = hidden.chunk(2, dim=-1)
+    left_scores = left @ weights["left_weight"].T + weights["left_bias"]
+    right_scores = right @ weights["right_weight"].T + weights["right_bias"]
+    return (left_scores.unsqueeze(-1) + right_scores.unsqueeze(-2)).flatten(-2)
+
+
 def router(weights: Weights, config: GlobalLocalConfig, x: Tensor, pool: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
     """Output projection of mapping([LayerNorm(input(x)), Σ_j w_j pool[i_j]]), and the diversity loss."""
-    hidden = F.relu(x @ weights["score_hidden_weight"].T + weights["score_hidden_bias"])
-    scores = hidden @ weights["score_weight"].T + weights["score_bias"]
+    scores = pool_scores(part(weights, "scores"), config, x)
     # Clamping only creates ties; among those the larger plain score wins.
     chosen = scores.topk(config.router_top_k, dim=-1).indices
     scaled = (scores / weights["temperature"].clamp(0.1, 5.0)).clamp(-10.0, 10.0)

@@ -7,11 +7,13 @@ from model.configuration_globallocal import PRESETS, GlobalLocalConfig
 from model.modeling_globallocal import GlobalLocalForCausalLM
 from tests.model.helpers import tiny_config
 
+PRODUCT_KEYS = {"router_scores": "product_key", "pool_size": 10_000}
+
 
 @pytest.mark.parametrize("name", PRESETS)
-@pytest.mark.parametrize("tied", [True, False])
-def test_parameter_counts_are_the_real_ones(name, tied):
-    config = GlobalLocalConfig.from_preset(name, tie_word_embeddings=tied)
+@pytest.mark.parametrize("options", [{"tie_word_embeddings": True}, {"tie_word_embeddings": False}, PRODUCT_KEYS])
+def test_parameter_counts_are_the_real_ones(name, options):
+    config = GlobalLocalConfig.from_preset(name, **options)
     with torch.device("meta"):
         model = GlobalLocalForCausalLM(config)
     counts = config.parameter_counts()
@@ -85,6 +87,33 @@ def test_all_problems_are_named_at_once():
         "dropout is 1.0; it must be at least 0 and below 1",
         "activation_checkpointing is 'every-0'; it must be 'none', 'full', 'selective' or 'every-N' with N at least 1",
     ]
+
+
+def test_product_keys_need_a_pool_with_two_similar_factors():
+    assert tiny_config(router_scores="product_key", pool_size=100_000, router_hidden_size=8).product_key_shape == (
+        250,
+        400,
+    )
+    with pytest.raises(ValueError, match="router_hidden_size is 9") as caught:
+        tiny_config(router_scores="product_key", pool_size=10_007)
+    assert str(caught.value).splitlines() == [
+        "router_hidden_size is 9; product keys halve it, so it must be even",
+        "pool_size is 10007 = 1 × 10007; product keys need two factors within 4 times of each other; "
+        "nearest squares: 10000, 10201",
+    ]
+    with pytest.raises(ValueError, match="router_scores is 'sparse'; it must be 'dense' or 'product_key'"):
+        tiny_config(router_scores="sparse")
+
+
+def test_product_keys_cost_the_square_root_of_the_pool():
+    def scores_flops(pool_size, scores):
+        options = {"router_scores": scores, "router_hidden_size": 64}
+        config = tiny_config(pool_size=pool_size, **options)
+        return config.flops_per_token(1) - tiny_config(pool_size=4, **options).flops_per_token(1)
+
+    assert scores_flops(10**6, "dense") > 90 * scores_flops(10**4, "dense")
+    assert scores_flops(10**6, "product_key") < 12 * scores_flops(10**4, "product_key")
+    assert scores_flops(10**6, "product_key") < scores_flops(10**6, "dense") / 400
 
 
 def test_unknown_names_list_the_known_ones():

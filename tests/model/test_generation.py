@@ -8,6 +8,11 @@ from tests.model.helpers import make_model, random_ids, tiny_config
 CONFIG = {"eos_token_id": 30, "pad_token_id": 0, "bos_token_id": 1}
 
 
+def prompt_ids(config, batch, length, seed=1):
+    """No padding id inside: `generate` would take it for padding."""
+    return random_ids(config, batch, length, seed).clamp_min(1)
+
+
 @pytest.fixture(scope="module")
 def model():
     return make_model(tiny_config(**CONFIG), noise=0.3)
@@ -25,7 +30,7 @@ def model():
     ids=str,
 )
 def test_generate_is_the_same_with_cache_without_and_left_padded(model, strategy):
-    ids = random_ids(model.config, 2, 6)
+    ids = prompt_ids(model.config, 2, 6)
     padded = torch.nn.functional.pad(ids, (5, 0))
     mask = torch.nn.functional.pad(torch.ones_like(ids), (5, 0))
     results = []
@@ -37,7 +42,7 @@ def test_generate_is_the_same_with_cache_without_and_left_padded(model, strategy
 
 
 def test_prompts_of_different_lengths_in_one_batch(model):
-    prompts = [random_ids(model.config, 1, length, length) for length in (2, 7, 11)]
+    prompts = [prompt_ids(model.config, 1, length, length) for length in (2, 7, 11)]
     width = 11
     batch = torch.cat([torch.nn.functional.pad(p, (width - p.shape[1], 0)) for p in prompts])
     mask = torch.cat([torch.nn.functional.pad(torch.ones_like(p), (width - p.shape[1], 0)) for p in prompts])
@@ -49,7 +54,7 @@ def test_prompts_of_different_lengths_in_one_batch(model):
 
 @pytest.mark.parametrize("pieces", [[13], [1] * 13, [5, 1, 7], [12, 1]])
 def test_any_split_of_a_sequence_gives_the_same_logits(model, pieces):
-    ids = random_ids(model.config, 2, 13)
+    ids = prompt_ids(model.config, 2, 13)
     cache, parts = None, []
     for piece in ids.split(pieces, dim=1):
         output = model(piece, cache=cache, use_cache=True)
@@ -63,15 +68,15 @@ def test_cache_does_not_grow(model):
     def cache_bytes(cache):
         return sum(t.untyped_storage().nbytes() for t in cache.history)
 
-    first = model(random_ids(model.config, 1, 3), use_cache=True).cache
+    first = model(prompt_ids(model.config, 1, 3), use_cache=True).cache
     size = cache_bytes(first)
-    later = model(random_ids(model.config, 1, 200), cache=first, use_cache=True).cache
+    later = model(prompt_ids(model.config, 1, 200), cache=first, use_cache=True).cache
     assert cache_bytes(later) == size
     assert [t.shape[1] for t in later.history] == [4, 8]  # (K − 1) · the largest dilation of each layer
 
 
 def test_training_does_not_build_a_cache(model):
-    ids = random_ids(model.config, 1, 5)
+    ids = prompt_ids(model.config, 1, 5)
     assert model(ids, shift_labels=ids).cache is None
     assert model(ids).past_key_values is not None
     model.train()
@@ -80,5 +85,5 @@ def test_training_does_not_build_a_cache(model):
 
 
 def test_logits_to_keep(model):
-    ids = random_ids(model.config, 2, 9)
+    ids = prompt_ids(model.config, 2, 9)
     assert torch.allclose(model(ids, logits_to_keep=2).logits, model(ids).logits[:, -2:], atol=1e-12)
