@@ -3,6 +3,7 @@
 import logging
 import math
 import os
+import warnings
 from collections.abc import Iterator
 from typing import Any
 
@@ -20,7 +21,7 @@ _DENIALS = {"UNAUTHENTICATED", "PERMISSION_DENIED", "CUSTOMER_UNAUTHORIZED"}
 
 
 def is_refusal(error: BaseException) -> bool:
-    """Whether the store will never take this request."""
+    """Whether the store will never take this request (or MLflow's client could not even build it)."""
     return getattr(error, "error_code", None) in _REFUSALS or isinstance(error, TypeError | ValueError)
 
 
@@ -68,6 +69,7 @@ class MlflowRun:
 
             for noisy in ("alembic", "mlflow.store.db.utils", "urllib3.connectionpool"):
                 logging.getLogger(noisy).setLevel(logging.ERROR)
+            warnings.filterwarnings("ignore", module=r"alembic\.")  # a new SQLite store, every time
             self._client = MlflowClient(self._uri)
         return self._client
 
