@@ -14,6 +14,7 @@ from yaml import YAMLError
 
 from data_prep.errors import UserError
 from model.configuration_globallocal import PRESETS, GlobalLocalConfig
+from pipeline.redact import redact
 
 
 class Section(BaseModel):
@@ -157,11 +158,12 @@ class RunConfig(Section):
         return self.run.seed if self.data.order_seed is None else self.data.order_seed
 
     def flat(self) -> dict[str, Any]:
-        """Dotted keys, as given on the command line: {"training.max_steps": 100, …}."""
-        return flatten(self.model_dump(mode="json"))
+        """Dotted keys, as given on the command line, without secrets: {"training.max_steps": 100, …}."""
+        return flatten(redact(self.model_dump(mode="json")))
 
     def save(self, path: Path) -> None:
-        OmegaConf.save(OmegaConf.create(self.model_dump(mode="json")), path)
+        """Write the settings as YAML, without secrets."""
+        OmegaConf.save(OmegaConf.create(redact(self.model_dump(mode="json"))), path)
 
 
 def load_config(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> RunConfig:

@@ -44,6 +44,7 @@ from pipeline.engine import deepspeed_config, initialize, resolve_precision, zer
 from pipeline.evaluate import continuations, perplexities, summed_loss
 from pipeline.metrics import Clock
 from pipeline.optim import describe_groups, parameter_groups
+from pipeline.redact import redact
 from pipeline.resume import Resumed, resume
 from pipeline.tracking import NullTracker, open_tracker
 from pipeline.trainer import Trainer
@@ -110,13 +111,13 @@ def build(config: RunConfig, world: World, stop: StopRequest) -> Trainer:
         settings = deepspeed_config(config, layout, precision)
     check_dataset(config, dataset, world)
 
-    torch.manual_seed(config.run.seed)
+    transformers.set_seed(config.run.seed)
     model = GlobalLocalForCausalLM(model_config)
     torch.nn.Module.to(model, world.device)  # transformers' own `to` is typed too narrowly
     narrate(config, world, dataset, source, layout, model, precision, settings)
     engine = initialize(model, config, settings)
     engine.checkpoint_engine = checkpoint.HashingCheckpointEngine()
-    torch.manual_seed(config.run.seed + world.rank)  # dropout differs between ranks
+    transformers.set_seed(config.run.seed + world.rank)  # dropout differs between ranks
     resumed = resume(config, world, engine, source, layout, dataset, precision, zero_stage(settings), model_config)
 
     tokenizer = load_tokenizer(dataset)
@@ -157,7 +158,7 @@ def build(config: RunConfig, world: World, stop: StopRequest) -> Trainer:
             world_size=world.size,
             zero_stage=zero_stage(settings),
             precision=precision,
-            config=config.model_dump(mode="json"),
+            config=redact(config.model_dump(mode="json")),
             mlflow_run_id=run_id,
             next_batch_hash=batch_hash(source, layout, trainer.step),
             logit_fingerprint=checkpoint.logit_fingerprint(engine, model_config.vocab_size),
@@ -243,12 +244,13 @@ def start_tracker(
         config.run.name,
         resumed.mlflow_run_id,
         {**config.flat(), "precision": precision, "world_size": world.size},
-        {"command": " ".join(sys.argv), **versions()},
+        {},
         {
             "source": str(Path(config.data.dataset)),
             "name": dataset.manifest.source.name,
             "dataset_id": dataset.manifest.dataset_id,
         },
+        say=log.info,
     )
 
 

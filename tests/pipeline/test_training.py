@@ -45,7 +45,8 @@ def assert_same_state(one: Path, other: Path) -> None:
     with only_weights():
         for name in names:
             left, right = (plain(torch.load(folder / name)) for folder in (one, other))
-            for key in left.keys() | right.keys():
+            # Python's own generator is left out: libraries' threads draw from it, training does not.
+            for key in (left.keys() | right.keys()) - {"python"}:
                 assert left[key] == right[key], f"{name}: {key} differs"
 
 
