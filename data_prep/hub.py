@@ -15,8 +15,11 @@ from data_prep.errors import UserError
 from data_prep.files import row_document
 from data_prep.packing import START, Position
 
-RETRY_SECONDS = (1, 2, 4, 8, 16, 32)  # waits between attempts; a row that arrives starts them anew
+# Waits between attempts; a row that arrives starts them anew. Within each attempt the libraries below
+# retry single requests, for some two minutes.
+RETRY_SECONDS = (5, 15, 45)
 SPLIT_NAMES = {"validation": "valid", "dev": "valid"}
+SPLIT_ORDER = ["train", "valid", "test"]
 
 
 @dataclass(frozen=True)
@@ -74,7 +77,9 @@ class HubSource:
             ),
             self._where,
         )
-        return {SPLIT_NAMES.get(name, name): name for name in names}
+        splits = {SPLIT_NAMES.get(name, name): name for name in names}
+        known = [split for split in SPLIT_ORDER if split in splits]
+        return {split: splits[split] for split in [*known, *(split for split in splits if split not in known)]}
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -148,12 +153,13 @@ def _wait_or_refuse(where: str, error: Exception, failures: int) -> None:
     """Sleeps before the next attempt; raises UserError if it would be in vain or there were enough."""
     text = " ".join(str(error).split())[:300]
     kind = type(error).__name__
-    if kind in ("DatasetNotFoundError", "RepositoryNotFoundError", "RevisionNotFoundError", "GatedRepoError"):
+    status = getattr(getattr(error, "response", None), "status_code", None)
+    if "NotFound" in kind or "Gated" in kind or status in (401, 403, 404):
         raise UserError(
             f"{where}: not on the hub, or not open to you ({text}); check the id, the revision and your token"
         ) from error
     if isinstance(error, ValueError):
-        raise UserError(f"{where}: the hub's answer does not fit ({text}); check config and split") from error
+        raise UserError(f"{where}: the hub has no such configuration or split ({text})") from error
     if failures > len(RETRY_SECONDS):
         raise UserError(
             f"{where}: the hub could not be read in {failures} attempts over {sum(RETRY_SECONDS)} seconds "
@@ -165,14 +171,14 @@ def _wait_or_refuse(where: str, error: Exception, failures: int) -> None:
 class WikitextSource(HubSource):
     """wikitext-103 (raw), whose documents joined are the published files, byte for byte.
 
-    On the hub a row is a line, and a blank line (" \\n" in the file) an empty row. Rows are joined into
-    articles; counts are checked against the published ones.
+    On the hub a row is a line, and a blank line (" \n" in the file) an empty row. Rows are joined into
+    articles. Counts are checked against those in the hub's own record of this revision.
     """
 
     name = "wikitext-103"
     REVISION = "b08601e04326c79dfdd32d625aee71d232d685c3"
     ROWS: ClassVar = {"train": 1_801_350, "valid": 3_760, "test": 4_358}
-    BYTES: ClassVar = {"valid": 1_146_846, "test": 1_290_590}
+    ROW_BYTES: ClassVar = {"train": 539_295_549, "valid": 1_144_248, "test": 1_287_656}
 
     def __init__(self) -> None:
         super().__init__(HubSettings("Salesforce/wikitext", "wikitext-103-raw-v1", self.REVISION))
@@ -181,30 +187,29 @@ class WikitextSource(HubSource):
     def _hub_splits(self) -> dict[str, str]:
         return {"train": "train", "valid": "validation", "test": "test"}
 
-    def _rows(self, split: str) -> Iterator[Document | None]:
-        return self._articles(split)
+    def total_bytes(self, split: str) -> int | None:
+        return self.ROW_BYTES[split]
 
-    def _articles(self, split: str) -> Iterator[Document]:
-        rows = total_bytes = 0
+    def _rows(self, split: str) -> Iterator[Document]:
+        rows = row_bytes = 0
 
         def lines() -> Iterator[str]:
-            nonlocal rows, total_bytes
+            nonlocal rows, row_bytes
             for row in self._stream(self._hub_splits[split]):
-                line = row["text"] or " \n"
-                rows, total_bytes = rows + 1, total_bytes + len(line.encode())
-                yield line
+                text = row["text"]
+                rows, row_bytes = rows + 1, row_bytes + len(text.encode())
+                yield text or " \n"
 
         for number, (title, text) in enumerate(join_articles(lines())):
             yield Document(f"{number}:{title}", text)
-        for unit, seen, published in (
-            ("rows", rows, self.ROWS[split]),
-            ("bytes", total_bytes, self.BYTES.get(split, total_bytes)),
-        ):
-            if seen != published:
-                raise UserError(
-                    f"{self._where}: split '{split}' has {seen:,} {unit}, published are {published:,}; the "
-                    "hub's copy is another text: use --source hub for it"
-                )
+        counted = (("rows", rows, self.ROWS), ("bytes", row_bytes, self.ROW_BYTES))
+        if problems := [
+            f"{self._where}: split '{split}' has {seen:,} {unit}, published are {published[split]:,}; "
+            "the hub's copy is another text: use --source hub for it"
+            for unit, seen, published in counted
+            if seen != published[split]
+        ]:
+            raise UserError(problems)
 
 
 HEADING = re.compile(r" = ([^=].*[^=]|[^=]) = \n")

@@ -1,0 +1,238 @@
+"""Streaming from the hub: the published bytes, however badly the server behaves, or one clear error.
+
+The server runs here; the client is a process of its own, as the hub's address is fixed at its start.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pyarrow
+import pyarrow.parquet
+import pytest
+
+from data_prep.documents import BatchTask, Document, ReadCounts
+from data_prep.hub import WikitextSource, join_articles
+from data_prep.manifest import open_dataset
+from data_prep.packing import START, Position
+from data_prep.prepare import PrepareSettings, prepare
+from data_prep.verify import verify_dataset
+from tests.data_prep.conftest import folder_bytes
+from tests.data_prep.hub_server import HubServer
+
+README = """---
+configs:
+- config_name: wikitext-103-raw-v1
+  data_files:
+  - split: test
+    path: wikitext-103-raw-v1/test-*
+  - split: validation
+    path: wikitext-103-raw-v1/validation-*
+---
+"""
+
+PROGRAM = """
+import sys, time
+from data_prep import hub
+from data_prep.errors import UserError
+from data_prep.prepare import PrepareSettings, prepare
+from data_prep.tokenizer import load_tokenizer
+
+sleep = time.sleep
+time.sleep = lambda seconds: sleep(min(seconds, 0.1))  # all retries, without most of the waiting
+
+class HeldOut(hub.WikitextSource):
+    splits = ["valid", "test"]
+
+tokenizer, output = sys.argv[1:]
+settings = PrepareSettings(HeldOut(), load_tokenizer(tokenizer), output, chunk_tokens=4096, chunks_per_shard=4)
+
+def progress(state):
+    print(state.split, state.documents, flush=True)
+    sys.stdin.readline()
+
+try:
+    prepare(settings, progress)
+except UserError as error:
+    print(*error.problems, sep="\\n", file=sys.stderr)
+    sys.exit(2)
+"""
+
+
+def parquet_of(text: str) -> bytes:
+    """The hub's form of a wikitext file: a row a line, blank lines empty."""
+    lines = [line + "\n" for line in text.split("\n")[:-1]]
+    table = pyarrow.table({"text": ["" if line == " \n" else line for line in lines]})
+    buffer = io.BytesIO()
+    pyarrow.parquet.write_table(table, buffer, row_group_size=500)
+    return buffer.getvalue()
+
+
+@pytest.fixture(scope="module")
+def texts(real_text: Path) -> dict[str, str]:
+    return {s: (real_text / "wikitext" / f"wiki.{s}.raw").read_bytes().decode() for s in ("valid", "test")}
+
+
+@pytest.fixture
+def hub(texts: dict[str, str]) -> Iterator[HubServer]:
+    files = {
+        "README.md": README.encode(),
+        "wikitext-103-raw-v1/validation-00000-of-00001.parquet": parquet_of(texts["valid"]),
+        "wikitext-103-raw-v1/test-00000-of-00001.parquet": parquet_of(texts["test"]),
+    }
+    with HubServer("Salesforce/wikitext", WikitextSource.REVISION, files) as server:
+        yield server
+
+
+def start(hub: HubServer, tokenizer: Path, output: Path) -> subprocess.Popen[str]:
+    home = output.parent / "hub-home"
+    environment = {**os.environ, "HF_ENDPOINT": hub.url, "HF_HOME": str(home), "PYTHONPATH": os.getcwd()}
+    environment.pop("HF_HUB_OFFLINE", None)
+    command = [sys.executable, "-c", PROGRAM, str(tokenizer), str(output)]
+    pipe = subprocess.PIPE
+    return subprocess.Popen(command, env=environment, stdin=pipe, stdout=pipe, stderr=pipe, text=True)
+
+
+def finish(job: subprocess.Popen[str]) -> tuple[int, str]:
+    _, errors = job.communicate("\n" * 10_000, timeout=120)
+    return job.returncode, errors
+
+
+@dataclass
+class ArticlesSource:
+    """The articles of the local files, from memory."""
+
+    texts: dict[str, str]
+    name: str = "articles"
+
+    settings = {}  # noqa: RUF012
+
+    @property
+    def splits(self):
+        return list(self.texts)
+
+    def fingerprint(self):
+        return ""
+
+    def total_bytes(self, split):
+        return None
+
+    def tasks(self, split, start=START):
+        lines = (line + "\n" for line in self.texts[split].split("\n")[:-1])
+        articles = [Document(f"{i}:{title}", text) for i, (title, text) in enumerate(join_articles(lines))]
+        yield BatchTask(Position(0, 0), 0, articles, ReadCounts(rows=len(articles)))
+
+
+@pytest.fixture(scope="module")
+def expected(texts, real_tokenizer, tmp_path_factory) -> dict[str, bytes]:
+    """Every file of the dataset made from the local files, but for the manifest, which names its source."""
+    folder = tmp_path_factory.mktemp("expected") / "dataset"
+    prepare(PrepareSettings(ArticlesSource(texts), real_tokenizer, folder, chunk_tokens=4096, chunks_per_shard=4))
+    return {name: content for name, content in folder_bytes(folder).items() if name != "manifest.json"}
+
+
+def content_of(folder: Path) -> dict[str, bytes]:
+    return {name: content for name, content in folder_bytes(folder).items() if name != "manifest.json"}
+
+
+@pytest.fixture(scope="module")
+def tokenizer_path(real_tokenizer) -> Path:
+    return Path(real_tokenizer.where).parent
+
+
+def test_bad_server_and_a_restart_change_no_byte(hub, tokenizer_path, expected, texts, tmp_path):
+    hub.faults.bad_gateway, hub.faults.cut_body, hub.faults.slow = 3, 2, 1
+    job = start(hub, tokenizer_path, tmp_path / "dataset")
+    assert job.stdout is not None
+    assert job.stdin is not None
+    assert job.stdout.readline().startswith("valid"), job.stderr
+    hub.stop()
+    job.stdin.write("\n" * 10_000)
+    job.stdin.flush()
+    time.sleep(1)
+    hub.start()
+    code, errors = finish(job)
+    assert code == 0, errors
+    assert (hub.faults.bad_gateway, hub.faults.cut_body, hub.faults.slow) == (0, 0, 0)
+    assert content_of(tmp_path / "dataset") == expected
+    dataset = open_dataset(tmp_path / "dataset")
+    assert dataset.manifest.source.fingerprint == WikitextSource.REVISION
+    for split, text in texts.items():
+        info = dataset.manifest.splits[split]
+        assert (info.documents, info.source_bytes) == (60, len(text.encode()))
+        assert info.words + info.lines == {"valid": 217_646, "test": 245_569}[split]
+    assert verify_dataset(tmp_path / "dataset").problems == []
+
+
+def test_hub_that_stays_away_is_one_clear_error_and_a_rerun_goes_on(hub, tokenizer_path, expected, tmp_path):
+    job = start(hub, tokenizer_path, tmp_path / "dataset")
+    assert job.stdout is not None
+    job.stdout.readline()
+    hub.faults.broken = True
+    code, errors = finish(job)
+    lines = [line for line in errors.splitlines() if line.startswith("Salesforce")]
+    assert (code, len(lines)) == (2, 1), errors
+    assert "the hub could not be read in 4 attempts over 65 seconds" in lines[0]
+    assert "check the network and HF_ENDPOINT, then run the same command again" in lines[0]
+    assert "Traceback" not in errors
+    assert not (tmp_path / "dataset" / "manifest.json").exists()
+    hub.faults.broken = False
+    code, errors = finish(start(hub, tokenizer_path, tmp_path / "dataset"))
+    assert code == 0, errors
+    assert content_of(tmp_path / "dataset") == expected
+
+
+def test_another_text_under_the_same_name_is_refused(hub, texts, tokenizer_path, tmp_path):
+    name = "wikitext-103-raw-v1/validation-00000-of-00001.parquet"
+    hub.files[name] = parquet_of(texts["valid"].removesuffix(" \n"))
+    code, errors = finish(start(hub, tokenizer_path, tmp_path / "dataset"))
+    assert code == 2
+    assert "split 'valid' has 3,759 rows, published are 3,760; the hub's copy is another text" in errors
+
+
+HUB_PROGRAM = """
+import json, sys
+from data_prep.documents import read_documents
+from data_prep.errors import UserError
+from data_prep.hub import HubSettings, HubSource
+try:
+    source = HubSource(HubSettings(*sys.argv[1:3], text_column=sys.argv[3], valid_share=float(sys.argv[4])))
+    documents = {split: [(d.id, d.text) for d in read_documents(source, split)] for split in source.splits}
+    print(json.dumps([source.settings["revision"], documents]))
+except UserError as error:
+    print(*error.problems, sep="\\n")
+"""
+
+
+def ask(hub: HubServer, tmp_path: Path, *arguments: str) -> str:
+    environment = {**os.environ, "HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path), "PYTHONPATH": os.getcwd()}
+    job = subprocess.run(
+        [sys.executable, "-c", HUB_PROGRAM, *arguments], env=environment, capture_output=True, text=True, timeout=120
+    )
+    assert job.returncode == 0, job.stderr
+    return job.stdout
+
+
+def test_any_dataset_of_the_hub(tmp_path):
+    rows = [{"id": i, "content": f"text {i}"} for i in range(200)]
+    buffer = io.BytesIO()
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), buffer)
+    files = {"data/train-00000-of-00001.parquet": buffer.getvalue()}
+    with HubServer("someone/text", "c" * 40, files) as hub:
+        revision, documents = json.loads(ask(hub, tmp_path, "someone/text", "default", "content", "0.1"))
+        assert revision == "c" * 40
+        assert sorted(documents) == ["train", "valid"]
+        together = sorted(int(id.split(":")[1]) for part in documents.values() for id, _ in part)
+        assert together == list(range(200))
+        assert all(text == f"text {id.split(':')[1]}" for part in documents.values() for id, text in part)
+        assert "no column 'text'; it has id, content" in ask(hub, tmp_path, "someone/text", "default", "text", "0")
+        unknown = ask(hub, tmp_path, "someone/else", "default", "text", "0")
+        assert "not on the hub, or not open to you" in unknown
