@@ -36,6 +36,8 @@ class GlobalLocalConfig(PreTrainedConfig):
         router_hidden_size: width of the score network's hidden layer; 0 stands for min(1024, pool_size).
         router_scores: "dense" (one key a pool row) or "product_key" (√pool_size keys a side, so that a pool of
             millions costs little more than one of thousands).
+        router_context: what the attention's router reads: "token" (the seed) or "summary" (the token and a gated
+            running summary of everything before it, so that the global branch sees the whole prefix).
         dropout: probability, applied where the seed applies it.
         diversity_loss_scale: factor of each router's loss; the sum over routers is scaled by a further 0.01.
         norm_placement: "pre" (norm in front of each sublayer) or "post" (norm after the residual sum).
@@ -64,6 +66,7 @@ class GlobalLocalConfig(PreTrainedConfig):
     router_temperature: float | int = 0.5
     router_hidden_size: int = 0
     router_scores: str = "dense"
+    router_context: str = "token"
     dropout: float | int = 0.0
     diversity_loss_scale: float | int = 0.01
     norm_placement: str = "pre"
@@ -118,7 +121,10 @@ class GlobalLocalConfig(PreTrainedConfig):
 
     @property
     def receptive_field(self) -> int:
-        """Positions, the current one included, that can influence one output position."""
+        """Positions, the current one included, that the convolutions can carry to one output position.
+
+        A running summary reaches all the way back, whatever this says.
+        """
         reach = sum(max(self.dilations_of_layer(layer)) for layer in range(self.num_hidden_layers))
         return 1 + (self.conv_kernel_size - 1) * reach
 
@@ -127,6 +133,12 @@ class GlobalLocalConfig(PreTrainedConfig):
         """Keys on the left and the right: the two most equal factors of `pool_size`, the smaller first."""
         smaller = next(a for a in range(math.isqrt(self.pool_size), 0, -1) if self.pool_size % a == 0)
         return smaller, self.pool_size // smaller
+
+    @property
+    def _summary_parameters(self) -> int:
+        """Weights and biases of all layers' running summaries."""
+        h = self.hidden_size
+        return self.num_hidden_layers * 3 * (h * h + h) if self.router_context == "summary" else 0
 
     @property
     def _key_parameters(self) -> int:
@@ -153,6 +165,7 @@ class GlobalLocalConfig(PreTrainedConfig):
             "embedding": self.vocab_size * h,
             "convolutions": convolution,
             "routers": layers * ROUTERS_PER_LAYER * router,
+            "summaries": self._summary_parameters,
             "gates": layers * (h + 1),
             "feed_forward": layers * (2 * h * ffn + ffn + h),
             "norms": (3 * layers + 1) * 2 * h,
@@ -178,7 +191,8 @@ class GlobalLocalConfig(PreTrainedConfig):
         router = 2 * h * h + dim * h + h * score + 2 * self.router_top_k * score
         routers = self.num_hidden_layers * ROUTERS_PER_LAYER * router
         feed_forward = self.num_hidden_layers * 2 * h * self.intermediate_size
-        trained = convolution + routers + feed_forward + self.num_hidden_layers * h + self.vocab_size * h
+        rest = self._summary_parameters + self.num_hidden_layers * h + self.vocab_size * h
+        trained = convolution + routers + feed_forward + rest
         forward_only = self.num_hidden_layers * ROUTERS_PER_LAYER * self._key_parameters
         return 6.0 * trained + 2.0 * forward_only
 
@@ -200,6 +214,8 @@ class GlobalLocalConfig(PreTrainedConfig):
                 f"conv_dilations is {self.conv_dilations}; every layer needs one dilation or more, each at least 1"
             )
         problems += self._score_problems()
+        if self.router_context not in ("token", "summary"):
+            problems.append(f"router_context is {self.router_context!r}; it must be 'token' or 'summary'")
         if self.norm_placement not in ("pre", "post"):
             problems.append(f"norm_placement is {self.norm_placement!r}; it must be 'pre' or 'post'")
         if not 0.0 <= self.dropout < 1.0:

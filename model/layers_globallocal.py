@@ -5,15 +5,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .configuration_globallocal import GlobalLocalConfig
-from .ops_globallocal import causal_convolutions
+from .ops_globallocal import causal_convolutions, linear_recurrence
 from .router_globallocal import FoldedRouter, TensorRouter, at_least_float32
 
 
 class GlobalLocalCache:
-    """Decoding state of constant size: per layer the last inputs of the convolutions, and the folds.
+    """Decoding state of constant size.
 
     Attributes:
         history: per layer [B, (K − 1) · max dilation, h], zeros in front of the first token.
+        summary: per layer [B, h], the state of the running summary.
         folds: per router, filled at the first call; valid as long as the weights do not change.
     """
 
@@ -21,6 +22,7 @@ class GlobalLocalCache:
 
     def __init__(self, num_layers: int) -> None:
         self.history: list[Tensor | None] = [None] * num_layers
+        self.summary: list[Tensor | None] = [None] * num_layers
         self.folds: dict[nn.Module, FoldedRouter] = {}
         self.seen_tokens = 0
 
@@ -30,7 +32,8 @@ class GlobalLocalCache:
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Beam search: row i continues what was row beam_idx[i]."""
-        self.history = [h if h is None else h.index_select(0, beam_idx.to(h.device)) for h in self.history]
+        for states in (self.history, self.summary):
+            states[:] = [s if s is None else s.index_select(0, beam_idx.to(s.device)) for s in states]
 
 
 class CausalConvolution(nn.Module):
@@ -59,12 +62,41 @@ class CausalConvolution(nn.Module):
         return self.projection(F.gelu(branches))
 
 
+class RunningSummary(nn.Module):
+    """What the prefix held, in constant memory: a gated linear recurrence, added to each token.
+
+    state[t] = a[t] · state[t − 1] + (1 − a[t]) · u[t], with keep gate a = σ(...) and content u of the token.
+    """
+
+    def __init__(self, config: GlobalLocalConfig, layer: int) -> None:
+        super().__init__()
+        self.layer = layer
+        self.input = nn.Linear(config.hidden_size, 2 * config.hidden_size)
+        self.output = nn.Linear(config.hidden_size, config.hidden_size)
+
+    def forward(self, x: Tensor, mask: Tensor | None, cache: GlobalLocalCache | None) -> Tensor:
+        """x [B, S, h], mask [B, S, 1] or None → [B, S, h]."""
+        keep, content = at_least_float32(self.input(x)).chunk(2, dim=-1)
+        keep = keep.sigmoid()
+        update = (1.0 - keep) * content
+        if mask is not None:
+            update = update * mask  # in front of the sequence the state stays 0
+        if cache is not None and (state := cache.summary[self.layer]) is not None:
+            first = torch.addcmul(update[:, :1], keep[:, :1], state.unsqueeze(1))
+            update = torch.cat([first, update[:, 1:]], dim=1)
+        states = linear_recurrence(keep, update)
+        if cache is not None:
+            cache.summary[self.layer] = states[:, -1].clone()
+        return x + self.output(states.to(x.dtype))
+
+
 class GlobalLocalAttention(nn.Module):
-    """Per token, a gate between the local branch (convolutions) and the global one (router)."""
+    """Per token, a gate between the local branch (convolutions) and the global one (router, of the summary)."""
 
     def __init__(self, config: GlobalLocalConfig, layer: int) -> None:
         super().__init__()
         self.local = CausalConvolution(config, layer)
+        self.summary = RunningSummary(config, layer) if config.router_context == "summary" else None
         self.router = TensorRouter(config)
         self.gate = nn.Linear(config.hidden_size, 1)
         self.dropout = nn.Dropout(config.dropout)
@@ -75,7 +107,8 @@ class GlobalLocalAttention(nn.Module):
         """x [B, S, h] → output [B, S, h], diversity loss, router statistics [2], mean gate."""
         local = self.dropout(self.local(x, mask, cache))
         folds = None if cache is None else cache.folds
-        routed, diversity, statistics = self.router(x, pool, mask, folds)
+        query = x if self.summary is None else self.summary(x, mask, cache)
+        routed, diversity, statistics = self.router(query, pool, mask, folds)
         gate = torch.sigmoid(self.gate(x))
         mean_gate = at_least_float32(gate.detach()).mean()
         return self.dropout(torch.lerp(routed, local, gate)), diversity, statistics, mean_gate

@@ -22,6 +22,7 @@ from .layers_globallocal import (
     FeedForward,
     GlobalLocalBlock,
     GlobalLocalCache,
+    RunningSummary,
 )
 from .ops_globallocal import vocabulary_loss
 from .router_globallocal import RouterScores, TensorRouter
@@ -116,6 +117,9 @@ class GlobalLocalPreTrainedModel(PreTrainedModel):
             init.copy_(module.pool, pool)
         if isinstance(module, CausalConvolution | FeedForward):  # their children were initialised before them
             init.normal_(module.projection.weight, std=residual * module.projection.in_features**-0.5)
+        if isinstance(module, RunningSummary):  # half-lives from one token to about a hundred
+            h = self.config.hidden_size
+            init.copy_(module.input.bias, torch.cat([torch.linspace(0.0, 5.0, h), torch.zeros(h)]))
         if isinstance(module, CausalConvolution):
             init.normal_(module.branch_weight, std=module.branch_weight.shape[-1] ** -0.5)
             init.zeros_(module.branch_bias)

@@ -177,6 +177,42 @@ def causal_convolutions(padded: Tensor, weight: Tensor, bias: Tensor, length: in
     return _CausalConvolutions.apply(padded, weight, bias, length, dilations)
 
 
+def _scan(decay: Tensor, update: Tensor) -> Tensor:
+    """state[t] = decay[t] · state[t − 1] + update[t] from state 0, in log₂ S passes over [B, S, c]."""
+    distance, length = 1, update.shape[1]
+    while distance < length:
+        joined = torch.addcmul(update[:, distance:], decay[:, distance:], update[:, :-distance])
+        update = torch.cat([update[:, :distance], joined], dim=1)
+        decay = torch.cat([decay[:, :distance], decay[:, distance:] * decay[:, :-distance]], dim=1)
+        distance *= 2
+    return update
+
+
+class _LinearRecurrence(Function):
+    """The gradient of a linear recurrence is the same recurrence backwards in time."""
+
+    @staticmethod
+    def forward(ctx, decay, update):
+        state = _scan(decay, update)
+        ctx.save_for_backward(decay, state)
+        return state
+
+    @staticmethod
+    def backward(ctx, grad):
+        decay, state = ctx.saved_tensors
+        later_decay = F.pad(decay[:, 1:], (0, 0, 0, 1))
+        grad_update = _scan(later_decay.flip(1), grad.flip(1)).flip(1)
+        return grad_update * F.pad(state[:, :-1], (0, 0, 1, 0)), grad_update
+
+
+def linear_recurrence(decay: Tensor, update: Tensor) -> Tensor:
+    """state[t] = decay[t] · state[t − 1] + update[t] along dimension 1, from state 0: [B, S, c] each.
+
+    Decays in [0, 1] keep every intermediate product there: nothing is divided.
+    """
+    return _LinearRecurrence.apply(decay, update)
+
+
 class _VocabularyLoss(Function):
     """Sum of cross entropies; its gradient is computed block by block along with the loss."""
 

@@ -76,12 +76,26 @@ def router(weights: Weights, config: GlobalLocalConfig, x: Tensor, pool: Tensor,
     return output, diversity * config.diversity_loss_scale
 
 
+def running_summary(weights: Weights, x: Tensor, mask: Tensor) -> Tensor:
+    """x + output(state), state[t] = a[t] · state[t − 1] + (1 − a[t]) · u[t], one position after another."""
+    gate, content = linear(part(weights, "input"), x).chunk(2, dim=-1)
+    keep = torch.sigmoid(gate)
+    state, states = torch.zeros_like(x[:, 0]), []
+    for t in range(x.shape[1]):
+        state = keep[:, t] * state + (1 - keep[:, t]) * content[:, t] * mask[:, t]
+        states.append(state)
+    return x + linear(part(weights, "output"), torch.stack(states, dim=1))
+
+
 def attention(
     weights: Weights, config: GlobalLocalConfig, layer: int, x: Tensor, pool: Tensor, mask: Tensor
 ) -> tuple[Tensor, Tensor]:
     """gate · local + (1 − gate) · global, and the diversity loss."""
     local = local_branch(part(weights, "local"), config, layer, x, mask)
-    routed, diversity = router(part(weights, "router"), config, x, pool, mask)
+    query = x
+    if config.router_context == "summary":
+        query = running_summary(part(weights, "summary"), x, mask)
+    routed, diversity = router(part(weights, "router"), config, query, pool, mask)
     gate = torch.sigmoid(linear(part(weights, "gate"), x))
     return gate * local + (1 - gate) * routed, diversity
 

@@ -12,9 +12,11 @@ from model.modeling_globallocal import GlobalLocalForCausalLM
 from tests.model.helpers import make_model, random_ids, scaled_preset
 
 
-@pytest.fixture(scope="module", params=PRESETS)
+@pytest.fixture(scope="module", params=[*PRESETS, "seed with summary and product keys"])
 def preset_model(request):
-    return make_model(scaled_preset(request.param))
+    name, _, extra = request.param.partition(" ")
+    options = {"router_context": "summary", "router_scores": "product_key", "router_hidden_size": 8, "pool_size": 16}
+    return make_model(scaled_preset(name, **(options if extra else {})))
 
 
 @settings(max_examples=15, deadline=None)
@@ -31,13 +33,16 @@ def test_editing_a_token_changes_nothing_before_it(preset_model, position, token
     assert (cached - after[:, position:]).abs().max() < 1e-12
 
 
-def test_gradients_reach_back_to_the_receptive_field_and_no_further(preset_model):
-    config = preset_model.config
+@pytest.mark.parametrize("preset", PRESETS)
+@pytest.mark.parametrize("context", ["token", "summary"])
+def test_gradients_reach_back_as_far_as_the_config_says(preset, context):
+    config = scaled_preset(preset, router_context=context)
+    model = make_model(config)
     length = config.receptive_field + 5
     inputs = torch.randn(1, length, config.hidden_size, dtype=torch.float64, requires_grad=True)
-    preset_model(inputs_embeds=inputs).logits[0, -1].sum().backward()
+    model(inputs_embeds=inputs).logits[0, -1].sum().backward()
     touched = inputs.grad.abs().sum(dim=-1)[0].nonzero().flatten()
-    assert touched.min().item() == length - config.receptive_field
+    assert touched.min().item() == (length - config.receptive_field if context == "token" else 0)
 
 
 @pytest.mark.parametrize("target_is_visible", [False, True])

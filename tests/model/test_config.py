@@ -7,11 +7,11 @@ from model.configuration_globallocal import PRESETS, GlobalLocalConfig
 from model.modeling_globallocal import GlobalLocalForCausalLM
 from tests.model.helpers import tiny_config
 
-PRODUCT_KEYS = {"router_scores": "product_key", "pool_size": 10_000}
+EXTRAS = {"router_scores": "product_key", "pool_size": 10_000, "router_context": "summary"}
 
 
 @pytest.mark.parametrize("name", PRESETS)
-@pytest.mark.parametrize("options", [{"tie_word_embeddings": True}, {"tie_word_embeddings": False}, PRODUCT_KEYS])
+@pytest.mark.parametrize("options", [{"tie_word_embeddings": True}, {"tie_word_embeddings": False}, EXTRAS])
 def test_parameter_counts_are_the_real_ones(name, options):
     config = GlobalLocalConfig.from_preset(name, **options)
     with torch.device("meta"):
@@ -19,6 +19,7 @@ def test_parameter_counts_are_the_real_ones(name, options):
     counts = config.parameter_counts()
     assert sum(counts.values()) == sum(p.numel() for p in model.parameters())
     real = {
+        "summaries": sum(p.numel() for n, p in model.named_parameters() if ".summary." in n),
         "routers": sum(p.numel() for n, p in model.named_parameters() if ".router." in n),
         "convolutions": sum(p.numel() for n, p in model.named_parameters() if ".local." in n),
         "feed_forward": sum(p.numel() for n, p in model.named_parameters() if ".feed_forward." in n),
@@ -73,6 +74,7 @@ def test_all_problems_are_named_at_once():
             router_top_k=9,
             pool_size=4,
             norm_placement="middle",
+            router_context="all",
             dropout=1.0,
             conv_dilations=[[1], []],
             activation_checkpointing="every-0",
@@ -83,6 +85,7 @@ def test_all_problems_are_named_at_once():
         "num_hidden_layers is 0; it must be at least 1",
         "router_top_k is 9, but the pool has only 4 rows; lower router_top_k or raise pool_size",
         "conv_dilations is [[1], []]; every layer needs one dilation or more, each at least 1",
+        "router_context is 'all'; it must be 'token' or 'summary'",
         "norm_placement is 'middle'; it must be 'pre' or 'post'",
         "dropout is 1.0; it must be at least 0 and below 1",
         "activation_checkpointing is 'every-0'; it must be 'none', 'full', 'selective' or 'every-N' with N at least 1",

@@ -13,9 +13,9 @@ def prompt_ids(config, batch, length, seed=1):
     return random_ids(config, batch, length, seed).clamp_min(1)
 
 
-@pytest.fixture(scope="module")
-def model():
-    return make_model(tiny_config(**CONFIG), noise=0.3)
+@pytest.fixture(scope="module", params=["token", "summary"])
+def model(request):
+    return make_model(tiny_config(router_context=request.param, **CONFIG), noise=0.3)
 
 
 @pytest.mark.parametrize(
@@ -66,7 +66,8 @@ def test_any_split_of_a_sequence_gives_the_same_logits(model, pieces):
 
 def test_cache_does_not_grow(model):
     def cache_bytes(cache):
-        return sum(t.untyped_storage().nbytes() for t in cache.history)
+        states = [t for t in (*cache.history, *cache.summary) if t is not None]
+        return sum(t.untyped_storage().nbytes() for t in states)
 
     first = model(prompt_ids(model.config, 1, 3), use_cache=True).cache
     size = cache_bytes(first)

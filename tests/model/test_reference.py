@@ -37,16 +37,18 @@ def largest_difference(model, ids, labels):
     norm_placement=st.sampled_from(["pre", "post"]),
     tied=st.booleans(),
     scores=st.sampled_from(["dense", "product_key"]),
+    context=st.sampled_from(["token", "summary"]),
     seed=st.integers(0, 99),
 )
 def test_double_precision_agrees(
-    batch, length, kernel_size, dilations, top_k, pool_size, norm_placement, tied, scores, seed
+    batch, length, kernel_size, dilations, top_k, pool_size, norm_placement, tied, scores, context, seed
 ):
     config = tiny_config(
         conv_kernel_size=kernel_size,
         conv_dilations=dilations,
         router_top_k=top_k,
         router_scores=scores,
+        router_context=context,
         router_hidden_size=8,
         pool_size=pool_size,
         norm_placement=norm_placement,
@@ -121,8 +123,9 @@ def test_blocks_do_not_change_the_result(monkeypatch):
     assert max(*whole, *largest_difference(model, ids, labels)) < 1e-10
 
 
-def test_padding_counts_in_no_loss():
-    config = tiny_config(diversity_loss_scale=50.0)
+@pytest.mark.parametrize("context", ["token", "summary"])
+def test_padding_counts_in_no_loss(context):
+    config = tiny_config(diversity_loss_scale=50.0, router_context=context)
     model = make_model(config)
     ids = random_ids(config, 2, 7)
     padded = torch.nn.functional.pad(ids, (4, 0), value=3)

@@ -139,9 +139,10 @@ def test_bitwise_the_same_from_run_to_run(threads):
         torch.set_num_threads(before)
 
 
-def test_every_module_needs_its_own_parameters_only():
+@pytest.mark.parametrize("options", [{}, {"router_scores": "product_key", "pool_size": 20, "router_hidden_size": 8}])
+def test_every_module_needs_its_own_parameters_only(options):
     """ZeRO-3 hands out a module's direct parameters around its forward; everything else is empty."""
-    model = make_model(tiny_config(tie_word_embeddings=False))
+    model = make_model(tiny_config(tie_word_embeddings=False, router_context="summary", **options))
     ids = random_ids(model.config, 2, 9)
     expected = model(ids, shift_labels=ids).loss.item()
     whole = {name: parameter.data for name, parameter in model.named_parameters()}
