@@ -43,6 +43,8 @@ class Launch:
         elsewhere: the ranks on other hosts, where there are any.
         failure: a line of output that matches says that a node has failed; group 1 names it.
         stop_signal: sent to the command itself where the ranks are not its descendants here (srun forwards it).
+        echo: copy the output to ours.
+        limit_seconds: the job is killed when it takes longer.
     """
 
     command: Sequence[str]
@@ -52,6 +54,8 @@ class Launch:
     elsewhere: Elsewhere | None = None
     failure: "re.Pattern[str] | None" = None
     stop_signal: signal.Signals = signal.SIGTERM
+    echo: bool = True
+    limit_seconds: float | None = None
 
 
 @dataclass(frozen=True)
@@ -118,6 +122,7 @@ def run_session(launch: Launch) -> Ended:
 
 
 def _wait(job: "subprocess.Popen[bytes]", launch: Launch, watch: _Watch) -> None:
+    limit = time.monotonic() + launch.limit_seconds if launch.limit_seconds else None
     deadline = None
     told: set[int] = set()
     while job.poll() is None:
@@ -130,7 +135,8 @@ def _wait(job: "subprocess.Popen[bytes]", launch: Launch, watch: _Watch) -> None
             deadline = time.monotonic() + FAILURE_GRACE_SECONDS
         if watch.asked and not launch.elsewhere:
             _tell(job.pid, told, launch.stop_signal)
-        if len(watch.asked) > 1 or (deadline is not None and time.monotonic() > deadline):
+        over = any(moment is not None and time.monotonic() > moment for moment in (deadline, limit))
+        if over or len(watch.asked) > 1:
             end_session(job.pid, patience_seconds=0)
         time.sleep(0.1)
 
@@ -196,9 +202,10 @@ def _copy(source: BinaryIO, launch: Launch, watch: _Watch) -> None:
         for line in source:
             file.write(line)
             file.flush()
-            with suppress(OSError, ValueError):  # our own output may be closed; the job goes on
-                sys.stdout.buffer.write(line)
-                sys.stdout.buffer.flush()
+            if launch.echo:
+                with suppress(OSError, ValueError):  # our own output may be closed; the job goes on
+                    sys.stdout.buffer.write(line)
+                    sys.stdout.buffer.flush()
             match = launch.failure and launch.failure.search(line.decode(errors="replace"))
             if match:
                 watch.failed.append(match[1])

@@ -19,6 +19,7 @@ Overrides = Annotated[
 
 def register(app: typer.Typer) -> None:
     app.command()(estimate)
+    app.command()(doctor)
     app.command()(train)
     app.command()(launch)
 
@@ -55,7 +56,9 @@ def estimate(
 
     from data_prep.errors import UserError
     from launch import estimate as room
+    from launch.submit import choose_accelerator
 
+    choose_accelerator()
     if (config is None) == (preset is None):
         raise UserError("give --config RUN.yaml or --preset NAME")
     machine = room.Machine(ranks, teraflops, utilisation, price_per_hour)
@@ -68,6 +71,50 @@ def estimate(
         typer.echo(result.to_json())
     else:
         room.show(result, machine, Console())
+
+
+def doctor(
+    config: Annotated[Path | None, typer.Option(help="Run file; without one only this machine is looked at.")] = None,
+    overrides: Overrides = None,
+    processes: Annotated[
+        int | None, typer.Option(min=1, help="Ranks on this machine; as `train` chooses when absent.")
+    ] = None,
+    skip_step: Annotated[bool, typer.Option("--skip-step", help="Take no real step (it needs a minute).")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Find every problem of a run before it starts, each with its remedy.
+
+    Versions, devices, compiler; settings, batch, dataset, vocabulary, DeepSpeed JSON; memory, disk, MLflow; and one
+    real step. Exit codes: 0 all is well, 1 warnings, 2 problems.
+
+    Examples:
+
+        globallocal doctor
+
+        globallocal doctor --config launch/runs/quickstart.yaml
+
+        globallocal doctor --config launch/runs/wikitext103-small.yaml --processes 8 --json
+    """
+    from rich.console import Console
+
+    from launch import doctor as room
+    from launch.submit import choose_accelerator, default_ranks
+
+    choose_accelerator()
+    if config is None and overrides:
+        from data_prep.errors import UserError
+
+        raise UserError(f"{' '.join(overrides)}: overrides need --config")
+    findings = list(room.local_findings())
+    if config is not None:
+        findings += room.run_findings(config, overrides or [], processes or default_ranks())
+        if not skip_step and room.exit_code(findings) < 2:
+            findings.append(room.step(config, overrides or [], processes))
+    if as_json:
+        typer.echo(room.to_json(findings))
+    else:
+        room.show(findings, Console())
+    raise typer.Exit(room.exit_code(findings))
 
 
 def train(

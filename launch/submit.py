@@ -67,10 +67,10 @@ class LocalRun:
         devices = local_devices()
         if self.processes and devices and self.processes > devices:
             raise UserError(f"{self.processes} processes, but this machine has {devices} devices; ask for fewer")
-        ranks = self.processes or devices or min(CPU_RANKS, os.cpu_count() or 1)
+        ranks = self.processes or default_ranks()
         command = [
             str(deepspeed_program()),
-            "--quiet",
+            "--log_level=critical",  # what went wrong is said by the ranks, and by us
             "--hostfile=none",  # DeepSpeed takes /job/hostfile, should there be one
             f"--num_accelerators={ranks}",
             f"--master_port={port}",
@@ -89,6 +89,17 @@ def local_devices() -> int:
     import torch
 
     return torch.accelerator.device_count() if torch.accelerator.is_available() else 0
+
+
+def choose_accelerator() -> None:
+    """Spare DeepSpeed its search, and the person its warning, where there are only CPU cores."""
+    if local_devices() == 0:
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+
+
+def default_ranks() -> int:
+    """A rank for each device; where there is none, two on the CPU's cores."""
+    return local_devices() or min(CPU_RANKS, os.cpu_count() or 1)
 
 
 def launch_log(settings: "RunConfig") -> Path:

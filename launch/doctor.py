@@ -1,0 +1,340 @@
+"""Preflight: every problem of a run in one table, each with its remedy, before anything is spent."""
+
+import importlib.metadata
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Literal
+
+import psutil
+from packaging.requirements import Requirement
+from rich.console import Console
+from rich.table import Table
+
+from data_prep.errors import UserError
+from data_prep.manifest import Dataset, check_shards, open_dataset
+from launch import node
+from launch.estimate import Machine, estimate, gibibytes
+from launch.processes import Launch, run_session
+from launch.submit import LocalRun, local_devices
+from pipeline.config import RunConfig, load_config
+from pipeline.data import BatchLayout, SampleSource
+
+Level = Literal["ok", "warning", "problem"]
+TRACKING_SECONDS = 30
+STEP_SECONDS = 600
+MASTER_STATE_BYTES = 16
+"""Bytes a parameter in a checkpoint, at most: 16-bit weights, fp32 master weights and two moments, rounded up."""
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What one check found; a problem or a warning says what to do."""
+
+    check: str
+    level: Level
+    found: str
+    remedy: str = ""
+
+
+def exit_code(findings: Sequence[Finding]) -> int:
+    """0: all is well; 1: warnings; 2: problems."""
+    levels = {finding.level for finding in findings}
+    return 2 if "problem" in levels else 1 if "warning" in levels else 0
+
+
+def local_findings() -> Iterator[Finding]:
+    """This machine, whatever the run."""
+    yield from packages()
+    yield devices()
+    yield compiler()
+
+
+def packages() -> Iterator[Finding]:
+    """Installed versions against those that the project asks for."""
+    wanted = [Requirement(line) for line in importlib.metadata.requires("globallocal") or []]
+    shown = []
+    for requirement in wanted:
+        if requirement.marker is not None and not requirement.marker.evaluate({"extra": ""}):
+            continue
+        try:
+            version = importlib.metadata.version(requirement.name)
+        except importlib.metadata.PackageNotFoundError:
+            yield Finding("packages", "problem", f"{requirement.name} is not installed", f"pip install '{requirement}'")
+            continue
+        if not requirement.specifier.contains(version, prereleases=True):
+            yield Finding(
+                "packages",
+                "problem",
+                f"{requirement.name} {version}, needed: {requirement.specifier}",
+                f"pip install '{requirement}'",
+            )
+        if requirement.name in ("torch", "deepspeed", "transformers", "mlflow"):
+            shown.append(f"{requirement.name} {version}")
+    yield Finding("packages", "ok", ", ".join(shown))
+
+
+def devices() -> Finding:
+    """Accelerators and their free memory, or cores."""
+    import torch
+
+    if local_devices() == 0:
+        free = psutil.virtual_memory().available
+        return Finding(
+            "devices", "ok", f"CPU, {len(os.sched_getaffinity(0))} cores, {gibibytes(free)} GiB of memory free"
+        )
+    names = {torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())}
+    free = min(device_free_bytes())
+    nccl = ".".join(map(str, torch.cuda.nccl.version()))
+    return Finding(
+        "devices",
+        "ok",
+        f"{torch.cuda.device_count()} × {', '.join(names)}, {gibibytes(free)} GiB free on the fullest, NCCL {nccl}",
+    )
+
+
+def device_free_bytes() -> list[int]:
+    """Free memory of each device; for the CPU, this machine's."""
+    import torch
+
+    if local_devices() == 0:
+        return [psutil.virtual_memory().available]
+    return [torch.cuda.mem_get_info(i)[0] for i in range(torch.cuda.device_count())]
+
+
+def compiler() -> Finding:
+    """DeepSpeed compiles its operators when they are first used."""
+    missing = [name for name in ("ninja", "g++") if shutil.which(name, path=search_path()) is None]
+    if missing:
+        return Finding(
+            "compiler",
+            "problem",
+            f"{' and '.join(missing)} not found; DeepSpeed compiles its operators with them",
+            "pip install ninja; apt install g++",
+        )
+    cache = os.environ.get("TORCH_EXTENSIONS_DIR", str(Path.home() / ".cache" / "torch_extensions"))
+    return Finding("compiler", "ok", f"ninja and g++; compiled operators are kept in {cache}")
+
+
+def search_path() -> str:
+    return f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
+
+
+def run_findings(path: Path, overrides: Sequence[str], ranks: int) -> Iterator[Finding]:
+    """The run's settings against the dataset, the batch, the memory, the disk and the tracking store."""
+    try:
+        config = load_config(path, overrides)
+    except UserError as error:
+        yield from problems("config", error)
+        return
+    yield Finding("config", "ok", f"{path}: run {config.run.name} in {config.run_folder}")
+    layout = None
+    try:
+        layout = BatchLayout(config.training.global_batch_size, config.training.micro_batch_size, ranks)
+        yield Finding("batch", "ok", batch_text(config, layout))
+    except UserError as error:
+        yield from problems("batch", error)
+    dataset = None
+    try:
+        dataset = open_dataset(config.data.dataset)
+        yield from data(config, dataset)
+    except UserError as error:
+        yield from problems("dataset", error)
+    if layout is not None:
+        yield from guarded("deepspeed", lambda: deepspeed_json(config, layout))
+        yield from guarded("memory", lambda: memory(config, ranks))
+    yield from guarded("disk", lambda: disk(config))
+    yield tracking(config)
+
+
+def guarded(check: str, look: Callable[[], Finding]) -> Iterator[Finding]:
+    try:
+        yield look()
+    except UserError as error:
+        yield from problems(check, error)
+
+
+def problems(check: str, error: UserError) -> Iterator[Finding]:
+    for line in error.problems:
+        found, _, remedy = line.partition("; ")
+        yield Finding(check, "problem", found, remedy)
+
+
+def batch_text(config: RunConfig, layout: BatchLayout) -> str:
+    return (
+        f"{layout.global_batch_size} samples = {layout.micro_batch_size} micro-batch × {layout.world_size} ranks × "
+        f"{layout.gradient_accumulation_steps} accumulation steps; "
+        f"{layout.global_batch_size * config.data.sequence_length:,} tokens a step"
+    )
+
+
+def data(config: RunConfig, dataset: Dataset) -> Iterator[Finding]:
+    """The splits that the run reads: there, whole by size, long enough; and the tokenizer against the model."""
+    from pipeline.train import build_model_config
+
+    for name in (config.data.train_split, config.evaluation.split):
+        if name is None:
+            continue
+        split = dataset.split(name)
+        faults = check_shards(dataset, name, range(split.num_shards), hashes=False)
+        for fault in faults:
+            yield Finding("dataset", "problem", fault, f"globallocal verify {config.data.dataset}")
+        if not faults:
+            found = f"{name}: {split.tokens:,} tokens in {split.num_shards:,} shards, sizes right"
+            yield Finding("dataset", "ok", found)
+    SampleSource(dataset, config.data.train_split, config.data.sequence_length, config.order_seed)
+    model = build_model_config(config, dataset)
+    tokenizer = dataset.manifest.tokenizer
+    yield Finding("vocabulary", "ok", f"tokenizer {tokenizer.vocab_size:,} ids, model {model.vocab_size:,}")
+
+
+def deepspeed_json(config: RunConfig, layout: BatchLayout) -> Finding:
+    """The JSON against the run, and the operators that it needs."""
+    from pipeline.engine import deepspeed_config
+
+    precision = config.training.precision
+    settings = deepspeed_config(config, layout, "bf16" if precision == "auto" else precision)
+    zero = settings.get("zero_optimization", {})
+    needed = {(zero.get(key) or {}).get("device", "none") for key in ("offload_optimizer", "offload_param")}
+    for device, name in (("cpu", "CPUAdamBuilder"), ("nvme", "AsyncIOBuilder")):
+        if device in needed or (device == "cpu" and "nvme" in needed):
+            lack = operator_lack(name)
+            if lack:
+                return Finding("deepspeed", "problem", f"{config.deepspeed.config}: {lack[0]}", lack[1])
+    for key in ("offload_optimizer", "offload_param"):
+        folder = (zero.get(key) or {}).get("nvme_path")
+        if folder and not os.access(folder, os.W_OK):
+            return Finding(
+                "deepspeed",
+                "problem",
+                f"{config.deepspeed.config}: nvme_path {folder} cannot be written",
+                "name a folder on a local NVMe disk in the JSON",
+            )
+    return Finding("deepspeed", "ok", f"{config.deepspeed.config}: ZeRO stage {zero.get('stage', 0)}")
+
+
+def operator_lack(builder: str) -> tuple[str, str] | None:
+    """(What keeps DeepSpeed from compiling an operator here, remedy), or None."""
+    from deepspeed.ops import op_builder
+
+    if getattr(op_builder, builder)().is_compatible(verbose=False):
+        return None
+    if builder == "AsyncIOBuilder":
+        return "its async_io operator needs libaio", "apt install libaio-dev"
+    return f"DeepSpeed's {builder} cannot be compiled here", "run ds_report for the reason"
+
+
+def memory(config: RunConfig, ranks: int) -> Finding:
+    """The forecast for one rank against what is free."""
+    result = estimate(config, Machine(ranks=ranks))
+    need = result.memory[result.zero_stage].total
+    free = min(device_free_bytes())
+    if local_devices() == 0:
+        need *= ranks
+    text = f"{gibibytes(need)} GiB needed{' by all ranks' if local_devices() == 0 else ''}, {gibibytes(free)} GiB free"
+    if need > free:
+        smaller = "a smaller training.micro_batch_size, model.activation_checkpointing=full or a higher ZeRO stage"
+        return Finding("memory", "problem", text, f"{smaller}; globallocal estimate shows each")
+    if need > 0.9 * free:
+        return Finding("memory", "warning", text, "little room is left: a smaller training.micro_batch_size is safer")
+    return Finding("memory", "ok", text)
+
+
+def disk(config: RunConfig) -> Finding:
+    """Room for the checkpoints that retention keeps, and the one being written."""
+    result = estimate(config, Machine())
+    need = MASTER_STATE_BYTES * sum(result.parameters.values()) * (config.checkpoint.keep_last + 1)
+    folder = config.run_folder.absolute()
+    while not folder.exists():
+        folder = folder.parent
+    if not os.access(folder, os.W_OK):
+        return Finding("disk", "problem", f"{folder} cannot be written", "choose run.output_dir where you may write")
+    free = shutil.disk_usage(folder).free
+    count = config.checkpoint.keep_last + 1
+    text = f"{gibibytes(need)} GiB for {count} checkpoints, {gibibytes(free)} GiB free in {folder}"
+    if need > free:
+        return Finding("disk", "problem", text, "a smaller checkpoint.keep_last, or run.output_dir on a larger disk")
+    return Finding("disk", "ok", text)
+
+
+def tracking(config: RunConfig) -> Finding:
+    """MLflow takes a run, or says within a bound why not."""
+    if not config.tracking.enabled:
+        return Finding("mlflow", "ok", "tracking.enabled is false")
+    from pipeline.tracking import tracking_uri
+
+    uri = tracking_uri(config.tracking.uri)
+    environment = {**os.environ, "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1", "MLFLOW_HTTP_REQUEST_TIMEOUT": "10"}
+    remedy = "start the server, set MLFLOW_TRACKING_URI, or tracking.enabled=false"
+    try:
+        done = subprocess.run(
+            [sys.executable, "-m", "launch.tracking_probe", uri, config.tracking.experiment],
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=TRACKING_SECONDS,
+        )
+    except subprocess.TimeoutExpired:
+        return Finding("mlflow", "warning", f"{uri}: no answer within {TRACKING_SECONDS} s", remedy)
+    if done.returncode:
+        reason = done.stderr.strip().splitlines()[-1:] or [f"exit code {done.returncode}"]
+        return Finding("mlflow", "warning", f"{uri}: {reason[0][:200]}", remedy)
+    return Finding("mlflow", "ok", f"{uri}: a run was written, and deleted again")
+
+
+STEP_OVERRIDES = (
+    "training.max_steps=1",
+    "training.max_epochs=null",
+    "tracking.enabled=false",
+    "evaluation.split=null",
+    "data.verify=none",
+    "checkpoint.resume=none",
+)
+
+
+def step(path: Path, overrides: Sequence[str], processes: int | None) -> Finding:
+    """One real optimizer step of the run itself, saved and thrown away."""
+    config = load_config(path, overrides)
+    root = config.run_folder.absolute().parent
+    root.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".doctor-", dir=root) as folder:
+        extra = (*overrides, *STEP_OVERRIDES, f"run.output_dir={folder}")
+        run = LocalRun(path, extra, load_config(path, extra), processes)
+        job = run.job(node.free_port())
+        log = Path(tempfile.gettempdir()) / f"globallocal-doctor-{os.getpid()}.log"
+        ended = run_session(Launch(job.command, job.whole_environment(), log, echo=False, limit_seconds=STEP_SECONDS))
+    text = log.read_text(errors="replace")
+    if ended.code:
+        return Finding("step", "problem", last_error(text, ended.code), f"the whole output is in {log}")
+    log.unlink()
+    return Finding("step", "ok", "one step of the run was taken, saved and thrown away")
+
+
+def last_error(text: str, code: int) -> str:
+    """The line of a failed job's output that says most."""
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    for line in reversed(lines):
+        if "error: " in line or "Error: " in line:
+            return line
+    return lines[-1] if lines else f"exit code {code}"
+
+
+def show(findings: Sequence[Finding], console: Console) -> None:
+    """All findings in one table, problems in red."""
+    table = Table(show_lines=False)
+    for column in ("check", "", "found", "remedy"):
+        table.add_column(column, overflow="fold")
+    styles = {"ok": "green", "warning": "yellow", "problem": "red"}
+    for finding in findings:
+        table.add_row(finding.check, f"[{styles[finding.level]}]{finding.level}[/]", finding.found, finding.remedy)
+    console.print(table)
+
+
+def to_json(findings: Sequence[Finding]) -> str:
+    return json.dumps({"exit_code": exit_code(findings), "findings": [asdict(item) for item in findings]}, indent=2)
