@@ -132,7 +132,7 @@ class HubSource:
                     done, failures = done + 1, 0
                     yield row
                 return
-            except (UserError, GeneratorExit):
+            except UserError:
                 raise
             except Exception as error:
                 failures += 1
@@ -144,6 +144,8 @@ def _retried(call: Any, where: str) -> Any:
     while True:
         try:
             return call()
+        except UserError:
+            raise
         except Exception as error:
             failures += 1
             _wait_or_refuse(where, error, failures)

@@ -235,4 +235,5 @@ def test_any_dataset_of_the_hub(tmp_path):
         assert all(text == f"text {id.split(':')[1]}" for part in documents.values() for id, text in part)
         assert "no column 'text'; it has id, content" in ask(hub, tmp_path, "someone/text", "default", "text", "0")
         unknown = ask(hub, tmp_path, "someone/else", "default", "text", "0")
-        assert "not on the hub, or not open to you" in unknown
+        assert unknown.startswith("someone/else (default): not on the hub, or not open to you (404 Client Error.")
+        assert unknown.endswith("check the id, the revision and your token\n")
