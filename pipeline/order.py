@@ -89,9 +89,9 @@ def _feistel(value: np.ndarray, key: np.ndarray, bits: int) -> np.ndarray:
     for number in range(_ROUNDS):
         round_key = round_key + _GOLDEN
         if number % 2 == 0:
-            left = left ^ (mix(right ^ mix(round_key)) & left_mask)
+            left = left ^ (mix(right ^ round_key) & left_mask)
         else:
-            right = right ^ (mix(left ^ mix(round_key)) & right_mask)
+            right = right ^ (mix(left ^ round_key) & right_mask)
     return (left << right_bits) | right
 
 
