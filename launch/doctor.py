@@ -146,8 +146,8 @@ def run_findings(path: Path, overrides: Sequence[str], ranks: int) -> Iterator[F
         yield from data(config, dataset)
     except UserError as error:
         yield from problems("dataset", error)
+    yield from guarded("deepspeed", lambda: deepspeed_json(config, ranks))
     if layout is not None:
-        yield from guarded("deepspeed", lambda: deepspeed_json(config, layout))
         yield from guarded("memory", lambda: memory(config, ranks))
     yield from guarded("disk", lambda: disk(config))
     yield tracking(config)
@@ -176,7 +176,7 @@ def batch_text(config: RunConfig, layout: BatchLayout) -> str:
 
 def data(config: RunConfig, dataset: Dataset) -> Iterator[Finding]:
     """The splits that the run reads: there, whole by size, long enough; and the tokenizer against the model."""
-    from pipeline.train import build_model_config
+    from pipeline.weights import build_model_config
 
     for name in (config.data.train_split, config.evaluation.split):
         if name is None:
@@ -194,11 +194,15 @@ def data(config: RunConfig, dataset: Dataset) -> Iterator[Finding]:
     yield Finding("vocabulary", "ok", f"tokenizer {tokenizer.vocab_size:,} ids, model {model.vocab_size:,}")
 
 
-def deepspeed_json(config: RunConfig, layout: BatchLayout) -> Finding:
+def deepspeed_json(config: RunConfig, ranks: int) -> Finding:
     """The JSON against the run, and the operators that it needs."""
     from pipeline.engine import deepspeed_config
 
-    precision = config.training.precision
+    precision, training = config.training.precision, config.training
+    try:
+        layout = BatchLayout(training.global_batch_size, training.micro_batch_size, ranks)
+    except UserError:  # said already; the rest of the JSON is looked at all the same
+        layout = BatchLayout(training.global_batch_size, training.global_batch_size, 1)
     settings = deepspeed_config(config, layout, "bf16" if precision == "auto" else precision)
     zero = settings.get("zero_optimization", {})
     needed = {(zero.get(key) or {}).get("device", "none") for key in ("offload_optimizer", "offload_param")}
@@ -207,6 +211,14 @@ def deepspeed_json(config: RunConfig, layout: BatchLayout) -> Finding:
             lack = operator_lack(name)
             if lack:
                 return Finding("deepspeed", "problem", f"{config.deepspeed.config}: {lack[0]}", lack[1])
+    quantized = [key for key, value in zero.items() if key.startswith("zero_quantized") and value]
+    if quantized and local_devices() == 0:
+        return Finding(
+            "deepspeed",
+            "problem",
+            f"{config.deepspeed.config}: {' and '.join(quantized)} need CUDA kernels, this machine has CPU cores only",
+            "take ds_configs/zero3_hpz.json, which communicates unquantized",
+        )
     for key in ("offload_optimizer", "offload_param"):
         folder = (zero.get(key) or {}).get("nvme_path")
         if folder and not os.access(folder, os.W_OK):

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from data_prep.errors import UserError
-from pipeline.checkpoint import sync_folder
+from pipeline.checkpoint_io import sync_folder
 from pipeline.weights import Loaded, load_model
 
 PROBE_TEXT = "GlobalLocal reads a text,\n\n  keeps its spaces, and ½ of the rest: naïve, 東京, 🙂."
@@ -139,7 +139,7 @@ Model settings: `{settings}`.
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 model = AutoModelForCausalLM.from_pretrained("FOLDER", trust_remote_code=True)
-tokenizer = AutoTokenizer.from_pretrained("FOLDER")
+tokenizer = AutoTokenizer.from_pretrained("FOLDER", trust_remote_code=True)
 ids = tokenizer("The history of", add_special_tokens=False, return_tensors="pt").input_ids
 print(tokenizer.decode(model.generate(input_ids=ids, max_new_tokens=48)[0]))
 ```

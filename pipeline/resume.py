@@ -7,7 +7,7 @@ from typing import Any
 
 from data_prep.errors import UserError
 from data_prep.manifest import Dataset
-from pipeline import checkpoint
+from pipeline import checkpoint, checkpoint_io
 from pipeline.config import RunConfig, flatten
 from pipeline.data import BatchLayout, SampleSource, batch_hash
 from pipeline.distributed import World
@@ -63,7 +63,7 @@ def resume(
             raise UserError([f"{folder}: {problem}" for problem in problems])
     for change in changes:
         log.info(f"changed since the checkpoint: {change}")
-    checkpoint.load(engine, folder, world)
+    checkpoint_io.load(engine, folder, world)
     prove(folder, state, engine, source, layout, world, model_config.vocab_size)
     return Resumed(folder, state.step, state.mlflow_run_id, state.evaluation, state.seconds)
 
@@ -143,8 +143,8 @@ def prove(
     problems = []
     if batch_hash(source, layout, state.step) != state.next_batch_hash:
         problems.append(f"{folder}: the next batch is not the one the checkpoint recorded; the data has changed")
-    now = checkpoint.logit_fingerprint(engine, vocab_size)
-    distance = checkpoint.compare_fingerprints(state.logit_fingerprint, now)
+    now = checkpoint_io.logit_fingerprint(engine, vocab_size)
+    distance = checkpoint_io.compare_fingerprints(state.logit_fingerprint, now)
     bound = 1e-4 if state.precision == "fp32" else 5e-2
     if not distance <= bound:
         problems.append(

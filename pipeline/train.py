@@ -1,4 +1,4 @@
-"""The program that `deepspeed` starts, once a rank: builds the parts and runs them.
+"""The program that `deepspeed` starts, once a rank: has the parts built and runs them.
 
     deepspeed pipeline/train.py --config launch/runs/quickstart.yaml training.max_steps=100
 
@@ -15,39 +15,16 @@ if not __package__:  # started as a file: `pipeline/` must not shadow other peop
 
 import fcntl
 import logging
-import math
 import os
 import platform
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
-import deepspeed
-import torch
-import transformers
-
 from data_prep.errors import UserError
-from data_prep.manifest import Dataset, check_shards, open_dataset
-from model.configuration_globallocal import GlobalLocalConfig
-from model.modeling_globallocal import GlobalLocalForCausalLM
-from pipeline import checkpoint
+from pipeline.build import build
 from pipeline.config import RunConfig, load_config
-from pipeline.data import BatchLayout, BatchLoader, SampleSource, TokenStream, batch_hash, evaluation_batches
-from pipeline.distributed import (
-    PREEMPTED_EXIT_CODE,
-    SharedUserError,
-    StopRequest,
-    World,
-    shutdown,
-    start,
-)
-from pipeline.engine import deepspeed_config, initialize, resolve_precision, zero_stage
-from pipeline.evaluate import continuations, perplexities, summed_loss
-from pipeline.metrics import Clock
-from pipeline.optim import describe_groups, parameter_groups
-from pipeline.redact import redact
-from pipeline.resume import Resumed, resume
-from pipeline.tracking import NullTracker, open_tracker
-from pipeline.trainer import Trainer
+from pipeline.distributed import PREEMPTED_EXIT_CODE, SharedUserError, StopRequest, World, shutdown, start
 
 log = logging.getLogger("globallocal")
 
@@ -99,198 +76,6 @@ def run(config: RunConfig, world: World, stop: StopRequest) -> int:
             held.close()
 
 
-def build(config: RunConfig, world: World, stop: StopRequest) -> Trainer:
-    """Every part of a run, from its settings. All that can be wrong is found here, before step 0."""
-    with world.together():
-        dataset = open_dataset(config.data.dataset)
-        source = SampleSource(dataset, config.data.train_split, config.data.sequence_length, config.order_seed)
-        layout = BatchLayout(config.training.global_batch_size, config.training.micro_batch_size, world.size)
-        model_config = build_model_config(config, dataset)
-    precision = resolve_precision(config.training.precision, world)
-    with world.together():
-        settings = deepspeed_config(config, layout, precision)
-    check_dataset(config, dataset, world)
-
-    transformers.set_seed(config.run.seed)
-    model = GlobalLocalForCausalLM(model_config)
-    torch.nn.Module.to(model, world.device)  # transformers' own `to` is typed too narrowly
-    narrate(config, world, dataset, source, layout, model, precision, settings)
-    engine = initialize(model, config, settings)
-    engine.checkpoint_engine = checkpoint.HashingCheckpointEngine()
-    transformers.set_seed(config.run.seed + world.rank)  # dropout differs between ranks
-    resumed = resume(config, world, engine, source, layout, dataset, precision, zero_stage(settings), model_config)
-
-    tokenizer = load_tokenizer(dataset)
-    tracker = start_tracker(config, world, dataset, resumed, model_config, precision)
-    run_id = world.broadcast(tracker.run_id)
-    clock = Clock(resumed.seconds)
-    held_out = config.evaluation.split or ""
-
-    def evaluate() -> dict[str, float]:
-        batches = evaluation_batches(
-            TokenStream(dataset, held_out),
-            config.data.sequence_length,
-            layout.micro_batch_size,
-            world.rank,
-            world.size,
-            config.evaluation.max_samples,
-        )
-        nats, targets = summed_loss(engine, batches, world.device)
-        return perplexities(nats, targets, dataset.manifest.splits[held_out])
-
-    def generate() -> list[str]:
-        return continuations(
-            engine.module,
-            tokenizer,
-            config.evaluation.prompts,
-            config.evaluation.max_new_tokens,
-            world.device,
-            config.run.seed,
-        )
-
-    def describe(trainer: Trainer) -> checkpoint.CheckpointState:
-        return checkpoint.CheckpointState(
-            step=trainer.step,
-            consumed_samples=trainer.step * layout.global_batch_size,
-            consumed_tokens=trainer.step * trainer.tokens_per_step,
-            dataset_id=dataset.manifest.dataset_id,
-            tokenizer_sha256=dataset.manifest.tokenizer.sha256,
-            world_size=world.size,
-            zero_stage=zero_stage(settings),
-            precision=precision,
-            config=redact(config.model_dump(mode="json")),
-            mlflow_run_id=run_id,
-            next_batch_hash=batch_hash(source, layout, trainer.step),
-            logit_fingerprint=checkpoint.logit_fingerprint(engine, model_config.vocab_size),
-            seconds=clock.seconds,
-            evaluation=trainer.evaluation,
-            versions=versions(),
-        )
-
-    return Trainer(
-        config=config,
-        world=world,
-        engine=engine,
-        layout=layout,
-        max_steps=max_steps(config, source.num_samples),
-        batches=BatchLoader(source, layout, world.rank, resumed.step * layout.global_batch_size),
-        evaluate=evaluate if config.evaluation.split else None,
-        generate=generate,
-        describe=describe,
-        tracker=tracker,
-        stop=stop,
-        clock=clock,
-        step=resumed.step,
-        evaluation=resumed.evaluation,
-        saved_step=resumed.step if resumed.folder else None,
-    )
-
-
-def max_steps(config: RunConfig, num_samples: int) -> int:
-    if config.training.max_steps is not None:
-        return config.training.max_steps
-    assert config.training.max_epochs is not None
-    return math.ceil(config.training.max_epochs * num_samples / config.training.global_batch_size)
-
-
-def build_model_config(config: RunConfig, dataset: Dataset) -> GlobalLocalConfig:
-    """The dataset's tokenizer fixes the vocabulary and the special ids; a larger `model.vocab_size` may pad it."""
-    tokenizer = dataset.manifest.tokenizer
-    wanted = config.model.overrides.get("vocab_size", tokenizer.vocab_size)
-    if wanted < tokenizer.vocab_size:
-        raise UserError(
-            f"model.vocab_size = {wanted:,} is below the {tokenizer.vocab_size:,} ids of the dataset's tokenizer "
-            f"({config.data.dataset}); remove it, or raise it to {tokenizer.vocab_size:,} or more"
-        )
-    return config.model.build(
-        vocab_size=tokenizer.vocab_size,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-        max_position_embeddings=config.data.sequence_length,
-    )
-
-
-def check_dataset(config: RunConfig, dataset: Dataset, world: World) -> None:
-    """Look at every shard before step 0, each rank at its share."""
-    problems: list[str] = []
-    wanted = {config.data.train_split, config.evaluation.split} - {None}
-    with world.together():
-        splits = [dataset.split(str(name)) for name in sorted(map(str, wanted))]
-    if config.data.verify != "none":
-        for split in splits:
-            share = range(world.rank, split.num_shards, world.size)
-            problems += check_shards(dataset, split.name, share, config.data.verify == "hashes")
-    world.raise_together(problems)
-
-
-def load_tokenizer(dataset: Dataset) -> Any:
-    return transformers.AutoTokenizer.from_pretrained(dataset.tokenizer_folder, local_files_only=True)
-
-
-def start_tracker(
-    config: RunConfig,
-    world: World,
-    dataset: Dataset,
-    resumed: Resumed,
-    model: GlobalLocalConfig,
-    precision: str,
-) -> Any:
-    if not (world.is_main and config.tracking.enabled):
-        return NullTracker()
-    return open_tracker(
-        config.tracking,
-        config.run_folder,
-        config.run.name,
-        resumed.mlflow_run_id,
-        {**config.flat(), "precision": precision, "world_size": world.size},
-        {},
-        {
-            "source": str(Path(config.data.dataset)),
-            "name": dataset.manifest.source.name,
-            "dataset_id": dataset.manifest.dataset_id,
-        },
-        say=log.info,
-    )
-
-
-def narrate(
-    config: RunConfig,
-    world: World,
-    dataset: Dataset,
-    source: SampleSource,
-    layout: BatchLayout,
-    model: GlobalLocalForCausalLM,
-    precision: str,
-    settings: dict[str, Any],
-) -> None:
-    """What is about to happen, in a few lines."""
-    parameters = sum(parameter.numel() for parameter in model.parameters())
-    train = dataset.split(config.data.train_split)
-    log.info(f"run {config.run.name} in {config.run_folder}")
-    log.info(f"data: {config.data.dataset}, {train.tokens:,} tokens, dataset_id {dataset.manifest.dataset_id[:12]}")
-    log.info(f"model: {config.model.preset}, {parameters:,} parameters, {model.config.vocab_size:,} ids")
-    for line in describe_groups(parameter_groups(model, config.optimizer.weight_decay)):
-        log.info(f"  {line}")
-    log.info(
-        f"batch: {layout.global_batch_size} samples of {config.data.sequence_length} tokens = "
-        f"{layout.micro_batch_size} micro-batch × {world.size} ranks × "
-        f"{layout.gradient_accumulation_steps} accumulation steps; "
-        f"an epoch is {source.num_samples / layout.global_batch_size:,.1f} steps"
-    )
-    chosen = " (auto)" if config.training.precision == "auto" else ""
-    log.info(f"engine: ZeRO stage {zero_stage(settings)}, {precision}{chosen}, {world.device.type}")
-
-
-def versions() -> dict[str, str]:
-    return {
-        "torch": torch.__version__,
-        "deepspeed": deepspeed.__version__,
-        "transformers": transformers.__version__,
-        "python": platform.python_version(),
-    }
-
-
 def lock(run_folder: Path) -> Any:
     """Hold the run folder while this process lives.
 
@@ -313,6 +98,7 @@ def lock(run_folder: Path) -> Any:
 
 def open_log(run_folder: Path, rank: int) -> None:
     """Rank 0 speaks on the terminal; every rank writes its own file, with times."""
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")  # DeepSpeed's calls
     folder = run_folder / "logs"
     folder.mkdir(exist_ok=True)
     to_file = logging.FileHandler(folder / f"rank-{rank:05d}.log")

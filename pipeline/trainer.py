@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from pipeline import checkpoint
+from pipeline import checkpoint, checkpoint_io
 from pipeline.config import RunConfig
 from pipeline.data import BatchLayout
 from pipeline.distributed import StopRequest, World
@@ -132,7 +132,7 @@ class Trainer:
         """Write a checkpoint; a failure is said and survived, and the older ones stand."""
         root = self.checkpoints
         with self.clock.phase("saving"):
-            problems = checkpoint.save(self.engine, root, self.describe(self), self.world)
+            problems = checkpoint_io.save(self.engine, root, self.describe(self), self.world)
             if not problems and self.world.is_main:
                 checkpoint.prune(root, self.config.checkpoint.keep_last)
         for problem in problems:

@@ -1,11 +1,12 @@
 """A run, a checkpoint or an exported folder → the model in memory, in one process, without DeepSpeed's engine."""
 
+import io
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -15,9 +16,13 @@ from pipeline.checkpoint import (
     CheckpointState,
     newest_verified_alone,
     read_state,
-    safe_globals,
     verify,
 )
+
+if TYPE_CHECKING:
+    from data_prep.manifest import Dataset
+    from model.configuration_globallocal import GlobalLocalConfig
+    from pipeline.config import RunConfig
 
 
 @dataclass(frozen=True)
@@ -40,13 +45,14 @@ def load_model(path: Path) -> Loaded:
     Raises:
         UserError: `path` is none of these, or is damaged.
     """
-    from transformers import AutoTokenizer
+    from transformers.utils.logging import disable_progress_bar
 
     from model.modeling_globallocal import GlobalLocalForCausalLM
 
+    disable_progress_bar()
     if (path / "config.json").is_file():
         model = GlobalLocalForCausalLM.from_pretrained(path, dtype=torch.float32, local_files_only=True)
-        return Loaded(model.eval(), AutoTokenizer.from_pretrained(path, local_files_only=True), path, None, None)
+        return Loaded(model.eval(), load_tokenizer(path), path, None, None)
     folder = path
     if not (path / STATE).is_file():
         if not (path / "checkpoints").is_dir():
@@ -58,14 +64,19 @@ def load_model(path: Path) -> Loaded:
     model_config, tokenizer_folder = _rebuild(state)
     model = GlobalLocalForCausalLM(model_config)
     model.load_state_dict(consolidated_weights(folder, state))
-    tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder, local_files_only=True)
-    return Loaded(model.eval(), tokenizer, tokenizer_folder, folder, state)
+    return Loaded(model.eval(), load_tokenizer(tokenizer_folder), tokenizer_folder, folder, state)
+
+
+def load_tokenizer(folder: Path) -> Any:
+    """The sentencepiece tokenizer's Hugging Face twin; its class is named here so that no code of `folder` is run."""
+    from transformers import PreTrainedTokenizerFast
+
+    return PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True)
 
 
 def _rebuild(state: CheckpointState) -> tuple[Any, Path]:
     from data_prep.manifest import open_dataset
     from pipeline.config import validate
-    from pipeline.train import build_model_config
 
     config = validate(state.config, "the checkpoint's state.json")
     dataset = open_dataset(config.data.dataset)
@@ -77,6 +88,24 @@ def _rebuild(state: CheckpointState) -> tuple[Any, Path]:
     return build_model_config(config, dataset), dataset.tokenizer_folder
 
 
+def build_model_config(config: "RunConfig", dataset: "Dataset") -> "GlobalLocalConfig":
+    """The dataset's tokenizer fixes the vocabulary and the special ids; a larger `model.vocab_size` may pad it."""
+    tokenizer = dataset.manifest.tokenizer
+    wanted = config.model.overrides.get("vocab_size", tokenizer.vocab_size)
+    if wanted < tokenizer.vocab_size:
+        raise UserError(
+            f"model.vocab_size = {wanted:,} is below the {tokenizer.vocab_size:,} ids of the dataset's tokenizer "
+            f"({config.data.dataset}); remove it, or raise it to {tokenizer.vocab_size:,} or more"
+        )
+    return config.model.build(
+        vocab_size=tokenizer.vocab_size,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        max_position_embeddings=config.data.sequence_length,
+    )
+
+
 def consolidated_weights(folder: Path, state: CheckpointState) -> dict[str, torch.Tensor]:
     """The fp32 weights and buffers of a verified checkpoint, gathered from all ranks' files; no code is run."""
     with only_weights():
@@ -86,12 +115,15 @@ def consolidated_weights(folder: Path, state: CheckpointState) -> dict[str, torc
             return module
         from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 
-        return dict(get_fp32_state_dict_from_zero_checkpoint(str(folder.parent), tag=folder.name))
+        with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):  # it prints every file and a bar
+            return dict(get_fp32_state_dict_from_zero_checkpoint(str(folder.parent), tag=folder.name))
 
 
 @contextmanager
 def only_weights() -> Iterator[None]:
     """Inside, every `torch.load`, DeepSpeed's own included, refuses anything but tensors and plain values."""
+    from pipeline.checkpoint_io import safe_globals
+
     name = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
     before = os.environ.get(name)
     os.environ[name] = "1"

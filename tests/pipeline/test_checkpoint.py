@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from data_prep.errors import UserError
-from pipeline import checkpoint
+from pipeline import checkpoint, checkpoint_io
 
 
 @pytest.fixture
@@ -106,7 +106,7 @@ def test_a_pickle_that_is_not_ours_is_not_run(tmp_path: Path) -> None:
 
     torch.save({"module": Payload()}, tmp_path / "bad.pt")
     with pytest.raises(Exception, match="Weights only load failed"):
-        checkpoint.HashingCheckpointEngine().load(str(tmp_path / "bad.pt"))
+        checkpoint_io.HashingCheckpointEngine().load(str(tmp_path / "bad.pt"))
     assert not (tmp_path / "owned").exists()
 
 
@@ -122,7 +122,7 @@ def test_random_state_survives_a_round_trip_through_the_disk(tmp_path: Path) -> 
 
     import numpy as np
 
-    checkpoint.write_durably(tmp_path / "rng.pt", lambda file: torch.save(checkpoint.random_state(), file))
+    checkpoint_io.write_durably(tmp_path / "rng.pt", lambda file: torch.save(checkpoint_io.random_state(), file))
     drawn = (torch.rand(3).tolist(), random.random(), np.random.rand())
-    checkpoint.set_random_state(torch.load(tmp_path / "rng.pt", weights_only=True))
+    checkpoint_io.set_random_state(torch.load(tmp_path / "rng.pt", weights_only=True))
     assert (torch.rand(3).tolist(), random.random(), np.random.rand()) == drawn

@@ -20,7 +20,7 @@ import sys, torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 assert not any(name.split(".")[0] in ("model", "pipeline", "data_prep", "launch") for name in sys.modules)
 model = AutoModelForCausalLM.from_pretrained(sys.argv[1], trust_remote_code=True).eval()
-tokenizer = AutoTokenizer.from_pretrained(sys.argv[1])
+tokenizer = AutoTokenizer.from_pretrained(sys.argv[1], trust_remote_code=True)
 ids = tokenizer("The history of", add_special_tokens=False, return_tensors="pt").input_ids
 print(model(input_ids=ids).logits.sum().item())
 print(tokenizer.decode(model.generate(input_ids=ids, max_new_tokens=5, do_sample=False)[0]))

@@ -5,6 +5,7 @@ import resource
 import subprocess
 import sys
 from collections import deque
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,7 +14,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data_prep.errors import UserError
-from data_prep.manifest import check_shards
+from data_prep.files import FilesSettings, FilesSource
+from data_prep.manifest import check_shards, open_dataset
+from data_prep.prepare import PrepareSettings, prepare
+from data_prep.tokenizer import TokenizerSettings, train_tokenizer
 from pipeline.data import BatchLayout, BatchLoader, SampleSource, TokenStream
 from tests.pipeline.dataset_fixture import write_dataset, write_stream
 
@@ -167,3 +171,31 @@ def test_every_rank_meets_the_damage_and_none_hangs(three_shards):
             deque(loader, maxlen=0)  # reads on for ever, if nothing stops it
         with pytest.raises(RuntimeError, match="closed"):
             next(loader)
+
+
+# ---- what the preparation writes
+
+
+def test_prepared_text_comes_back_from_samples(tmp_path):
+    """Text, through tokenizer, shards, order and batches, and back: the whole way, on WikiText if it is there."""
+    real = Path(__file__).parents[3] / "shared" / "data" / "wikitext" / "wiki.test.raw"
+    if not real.is_file():
+        pytest.skip(f"no real text at {real}; put the folder `shared/data` beside the project")
+    text = real.read_text(encoding="utf-8")[:200_000]
+    (tmp_path / "text").mkdir()
+    for number, start in enumerate(range(0, len(text), 20_000)):
+        (tmp_path / "text" / f"{number:02d}.txt").write_text(text[start : start + 20_000], encoding="utf-8")
+    tokenizer = train_tokenizer([text], TokenizerSettings(vocab_size=1000))
+    source = FilesSource(FilesSettings({"train": [f"{tmp_path}/text/*.txt"]}))
+    settings = PrepareSettings(source, tokenizer, tmp_path / "dataset", chunk_tokens=3000, chunks_per_shard=3)
+    prepare(settings)
+
+    samples = SampleSource(open_dataset(tmp_path / "dataset"), "train", 128, 0)
+    read = samples.samples(np.arange(samples.num_samples))
+    by_place = read[np.argsort(samples.sample_indices(np.arange(samples.num_samples)))]
+    rest = samples.stream.read(samples.num_samples * 128, samples.stream.tokens - samples.num_samples * 128)
+    stream = np.concatenate([by_place[:, :-1].ravel(), rest])
+    assert (by_place[:-1, -1] == by_place[1:, 0]).all()
+    assert (stream == tokenizer.eos_id).sum() == 10
+    documents = np.split(stream, np.flatnonzero(stream == tokenizer.eos_id) + 1)
+    assert "".join(tokenizer.decode(document[:-1]) for document in documents[:-1]) == text
