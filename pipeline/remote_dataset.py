@@ -125,7 +125,10 @@ class ShardPrefetcher:
         self._window = window
         _drain(self._queue)
         wanted = dict.fromkeys([*self._wanted(window), *self._wanted(window + 1)])
-        for shard in [shard for shard in wanted if not self._shards.touch(shard)]:
+        missing = [shard for shard in wanted if not self._shards.touch(shard)]
+        if missing:
+            _log.info("%s: downloading %d of the %d shards read next", self._shards.url, len(missing), len(wanted))
+        for shard in missing:
             self._queue.put(shard)
 
     def close(self) -> None:

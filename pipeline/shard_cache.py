@@ -33,7 +33,6 @@ class ShardCache:
     def __init__(self, folder: str | Path, budget_bytes: int) -> None:
         self.folder = Path(folder)
         self.budget_bytes = budget_bytes
-        self.downloads = 0  # by this process
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -54,25 +53,36 @@ class ShardCache:
         Args:
             wait: whether to wait for another process that is downloading it.
         """
+        try:
+            while not self._is_cached(sha256, num_bytes):
+                with locked(self.folder / f"{sha256}.part", wait) as descriptor:
+                    if descriptor is None:
+                        return  # another process is at it
+                    self._fill(descriptor, url, sha256, num_bytes)
+        except OSError as error:
+            raise UserError(f"cache {self.folder}: cannot be used ({error.strerror}); choose another") from None
+
+    def _fill(self, descriptor: int, url: str, sha256: str, num_bytes: int) -> None:
+        """Downloads into the locked file and names it; leaves the loop of `fetch` to see what came of it."""
         part = self.folder / f"{sha256}.part"
-        while (cached := self._open_cached(sha256, num_bytes)) is None:
-            with locked(part, wait) as descriptor:
-                if descriptor is None:
-                    return  # another process is at it
-                if not _is_file(part, descriptor):
-                    continue  # it was finished, or given up, while this one waited for the lock
-                if (self.folder / sha256).exists():
-                    part.unlink()
-                    continue
-                try:
-                    self._reserve(descriptor, num_bytes)
-                    download(url, descriptor, num_bytes, sha256)
-                    self.downloads += 1
-                except BaseException:
-                    part.unlink(missing_ok=True)
-                    raise
-                part.replace(self.folder / sha256)
-        os.close(cached)
+        if not _is_file(part, descriptor):
+            return  # another process finished it, or gave up, while this one waited for the lock
+        if (self.folder / sha256).exists():
+            part.unlink()
+            return
+        try:
+            self._reserve(descriptor, num_bytes)
+            download(url, descriptor, num_bytes, sha256)
+        except BaseException:
+            part.unlink(missing_ok=True)
+            raise
+        part.replace(self.folder / sha256)
+
+    def _is_cached(self, sha256: str, num_bytes: int) -> bool:
+        descriptor = self._open_cached(sha256, num_bytes)
+        if descriptor is not None:
+            os.close(descriptor)
+        return descriptor is not None
 
     def touch(self, sha256: str) -> bool:
         """Marks a file as used now; False if it is not cached."""

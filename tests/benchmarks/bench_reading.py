@@ -34,7 +34,7 @@ TOKENS = 33_554_433
 LENGTH, BATCH = 2048, 32
 LAYOUT = BatchLayout(BATCH, BATCH, 1)
 DOCUMENT_TOKENS = 3600  # the mean of wikitext-103's articles
-TURN_SECONDS, TURNS = 0.4, 6
+TURN_SECONDS, TURNS = 0.4, 5
 PEERS = {"streaming": "mosaicml-streaming", "litdata": "litdata"}
 PEER_ENVIRONMENT = Path(".cache/bench-peers")
 
@@ -195,7 +195,7 @@ def bytes_on_disk(dataset: Dataset) -> int:
     return sum(path.stat().st_size for path in Path(dataset.folder).iterdir() if path.is_file())
 
 
-def first_batch_ratio(dataset: Dataset, length: int, trials: int = 40) -> float:
+def first_batch_ratio(dataset: Dataset, length: int, trials: int = 15) -> float:
     """Seconds from nothing open to the first batch: the median at 90 % of the epoch over that at 0 %."""
     seconds: dict[float, list[float]] = {0.0: [], 0.9: []}
     for _ in range(trials):
