@@ -1,11 +1,13 @@
 """Ranks: start, agreement, the wish to stop, shutdown."""
 
+import fcntl
 import os
 import signal
 import socket
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from types import FrameType
 from typing import Any
 
@@ -13,6 +15,7 @@ import deepspeed
 import torch
 import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
+from torch.utils.cpp_extension import _get_build_directory
 
 from data_prep.errors import UserError
 
@@ -96,8 +99,10 @@ def start() -> World:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
         os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False)
     accelerator = get_accelerator()
+    if accelerator.device_name() == "cpu":
+        load_operator("ShareMemCommBuilder")
+    deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False)
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
     name = accelerator.device_name()
     if name != "cpu":
@@ -109,6 +114,22 @@ def start() -> World:
         device=torch.device(name if name == "cpu" else f"{name}:{local_rank}"),
         control=None if dist.get_backend() == "gloo" else dist.new_group(backend="gloo"),
     )
+
+
+def load_operator(builder_name: str) -> None:
+    """Compile or load one of DeepSpeed's operators, one process of a node at a time.
+
+    A process that is killed while it compiles leaves torch's lock file behind, and every later start would wait for
+    it for ever. Our own lock dies with its holder; whoever holds it knows that a lock file standing there is stale.
+    """
+    builder = get_accelerator().create_op_builder(builder_name)
+    if builder is None or not builder.is_compatible(verbose=False):
+        return
+    folder = Path(_get_build_directory(builder.name, verbose=False))
+    with open(folder / ".globallocal.lock", "w") as ours:
+        fcntl.flock(ours, fcntl.LOCK_EX)
+        (folder / "lock").unlink(missing_ok=True)
+        builder.load(verbose=False)
 
 
 def shutdown() -> None:

@@ -6,6 +6,7 @@ A plan is several runs of the same processes, so that a test pays once for impor
 import json
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -58,7 +59,7 @@ def tiny_overrides(run: Run, folder: Path, dataset: Path) -> list[str]:
 
 
 def environment(folder: Path) -> dict[str, str]:
-    extra = {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "PYTHONUNBUFFERED": "1"}
+    extra = {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "PYTHONUNBUFFERED": "1", "PYTHONFAULTHANDLER": "1"}
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
     return {**os.environ, **extra, "PATH": path}
 
@@ -93,12 +94,12 @@ def start_ranks(arguments: list[str], folder: Path, processes: int = 2) -> list[
 def wait(processes: list[subprocess.Popen[bytes]], folder: Path, timeout_seconds: float = 300) -> list[int]:
     """Exit codes; a rank that another one left waiting is killed once one has failed."""
     try:
-        codes = [process.wait(timeout_seconds if not index else 30) for index, process in enumerate(processes)]
+        return [process.wait(timeout_seconds if not index else 60) for index, process in enumerate(processes)]
     except subprocess.TimeoutExpired:
         for process in processes:
-            process.kill()
+            process.send_signal(signal.SIGABRT)  # faulthandler says where it was
+            process.wait()
         raise AssertionError(outputs(folder)) from None
-    return codes
 
 
 def outputs(folder: Path) -> str:

@@ -1,6 +1,7 @@
 """The night when a machine dies: killed without warning, or asked to stop, then started again with the same words."""
 
 import random
+import shutil
 import signal
 import subprocess
 import time
@@ -83,3 +84,18 @@ def test_two_jobs_cannot_write_into_one_run(unbroken: Path, small_dataset: Path,
         process.wait()
     assert codes == [2]
     assert "another job is writing there (host " in outputs(tmp_path / "second")
+
+
+def test_a_compilation_killed_earlier_does_not_stop_later_starts(
+    unbroken: Path, tmp_path: Path, small_dataset: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """torch waits for ever for the lock file of a compiler that is gone."""
+    from torch.utils.cpp_extension import _get_build_directory
+
+    built = Path(_get_build_directory("deepspeed_shm_comm", False))
+    shutil.copytree(built, tmp_path / "extensions" / built.name)
+    (tmp_path / "extensions" / built.name / "lock").touch()
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path / "extensions"))
+    words = [*arguments("run", tmp_path, small_dataset), "training.max_steps=1"]
+    codes = wait(start_ranks(words, tmp_path), tmp_path)
+    assert codes == [0, 0], outputs(tmp_path)
