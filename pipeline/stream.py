@@ -84,35 +84,34 @@ class TokenStream:
         return self.index.tokens
 
     def read(self, start: int, count: int) -> np.ndarray:
-        """Tokens [start, start + count) as an array [count] of the dtype on disk.
+        """Tokens [start, start + count) as a read-only array [count] of the dtype on disk.
 
-        Raises UserError if a shard is missing, shorter than recorded, or cannot be read.
+        Raises UserError if a shard is missing, shorter than recorded, or cannot be read, and IndexError for
+        tokens outside the stream.
         """
         return self.read_rows(np.array([start]), count)[0]
 
     def read_rows(self, starts: np.ndarray, count: int) -> np.ndarray:
         """Tokens [start, start + count) of each start, read-only [len(starts), count]; raises as `read`."""
-        starts = np.asarray(starts, dtype=np.int64)
-        if count < 1 or (starts.size and not 0 <= starts.min() <= starts.max() <= self.tokens - count):
-            raise ValueError(f"tokens outside the stream of {self.tokens:,}: starts {starts}, count {count}")
+        tokens = np.asarray(starts).astype(self._token_start.dtype)  # numpy would convert the index otherwise
+        chunks = np.searchsorted(self._token_start, tokens, side="right") - 1
         width = self.index.dtype.itemsize
-        first, last = self._chunk_of(starts), self._chunk_of(starts + (count - 1))
-        skip = starts - self._token_start[first].astype(np.int64)
-        offsets = (self._chunk_data_offset[first].astype(np.int64) + skip * width).tolist()
-        shards = self._chunk_shard[first].tolist()
-        crosses = (first != last).tolist()
+        offsets = self._chunk_data_offset[chunks] + (tokens - self._token_start[chunks]) * width
+        crosses = (tokens + count > self._token_start[chunks + 1]).tolist()
+        shards = self._chunk_shard[chunks].tolist()
         parts = []
         with self._lock:
-            for row, (shard, offset) in enumerate(zip(shards, offsets, strict=True)):
+            for row, (shard, offset) in enumerate(zip(shards, offsets.tolist(), strict=True)):
                 if crosses[row]:
-                    parts += self._read_across(int(starts[row]), count, int(first[row]))
+                    parts += self._read_across(int(tokens[row]), count, int(chunks[row]))
                 else:
                     parts.append(self._read_bytes(shard, offset, count * width))
-        return np.frombuffer(b"".join(parts), self.index.dtype).reshape(len(starts), count)
+        return np.frombuffer(b"".join(parts), self.index.dtype).reshape(len(tokens), count)
 
     def shards_of(self, start: int, stop: int) -> range:
         """The shards that hold tokens [start, stop), which must not be empty."""
-        first, last = self._chunk_of(np.array([start, stop - 1]))
+        ends = np.array([start, stop - 1]).astype(self._token_start.dtype)
+        first, last = np.searchsorted(self._token_start, ends, side="right") - 1
         return range(int(self._chunk_shard[first]), int(self._chunk_shard[last]) + 1)
 
     def close(self) -> None:
@@ -122,10 +121,6 @@ class TokenStream:
 
     def __del__(self) -> None:
         self.close()
-
-    def _chunk_of(self, tokens: np.ndarray) -> np.ndarray:
-        """int64 [n]: the chunk of each token. Any other dtype, and numpy would convert the whole index."""
-        return np.searchsorted(self._token_start, tokens.astype(self._token_start.dtype), side="right") - 1
 
     def _read_across(self, start: int, count: int, chunk: int) -> list[bytes]:
         """The tokens [start, start + count), which begin in `chunk`, over as many chunks as it takes."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib.metadata
+import itertools
 import json
 import shutil
 import statistics
@@ -53,10 +54,11 @@ def measure(folder: Path) -> dict:
     tokens.tofile(folder / "flat.bin")
     write_one_sequence_members(folder / "members", tokens)
     rates, versions = reading_rates(dataset, folder)
-    ours = rates.pop("ours")
+    loader, in_process = rates.pop("loader"), rates.pop("in_process")
     return {
-        "tokens_per_second": {"ours": ours, **rates},
-        "over": {name: ours / rate for name, rate in rates.items()},
+        "tokens_per_second": {"loader": loader, "in_process": in_process, **rates},
+        "loader_over": {name: loader / rate for name, rate in rates.items()},
+        "in_process_over": {name: in_process / rate for name, rate in rates.items()},
         "bytes_per_token_over_2": bytes_on_disk(dataset) / TOKENS / 2,
         "first_batch_at_90_percent_over_0": first_batch_ratio(dataset, LENGTH),
         "share_of_step_waiting": waiting_share(dataset),
@@ -75,7 +77,8 @@ def reading_rates(dataset: Dataset, folder: Path) -> tuple[dict[str, float], dic
     with contextlib.ExitStack() as stack:
         loader = stack.enter_context(BatchLoader(source, LAYOUT, 0, 0))
         contenders: dict[str, Callable[[float], float]] = {
-            "ours": turn(loader),
+            "loader": turn(loader),  # what training reads from: a thread reads ahead
+            "in_process": turn(in_process_batches(source)),  # the same without the thread, as the others read
             "nanogpt_get_batch": turn(memmap_batches(folder / "flat.bin")),
             "webdataset_one_sequence_members": turn(member_batches(folder / "members")),
         }
@@ -100,6 +103,12 @@ def turn(batches: Iterator) -> Callable[[float], float]:
         return count * BATCH * (LENGTH + 1) / (time.perf_counter() - start)
 
     return read
+
+
+def in_process_batches(source: SampleSource) -> Iterator[np.ndarray]:
+    for first in itertools.count(0, 4096):
+        for indices in source.sample_indices(np.arange(first, first + 4096)).reshape(-1, BATCH):
+            yield source.read(indices)
 
 
 def memmap_batches(path: Path) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:

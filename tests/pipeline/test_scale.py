@@ -17,7 +17,8 @@ def peak_bytes(dataset, sequence_length: int) -> int:
     source = SampleSource(dataset, "train", sequence_length, 0)
     start = source.num_samples * 9 // 10
     indices = source.sample_indices(np.arange(start, start + 4096))
-    source.stream._chunk_of(indices * sequence_length)
+    for index in indices[:100].tolist():
+        source.stream.shards_of(index * sequence_length, (index + 1) * sequence_length)
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     return peak

@@ -54,6 +54,13 @@ def test_an_unknown_split_lists_the_known_ones(tmp_path):
         TokenStream(dataset, "test")
 
 
+@pytest.mark.parametrize(("start", "count"), [(-1, 5), (100, 1), (96, 5), (10**12, 1)])
+def test_tokens_outside_the_stream_are_an_error(tmp_path, start, count):
+    stream = TokenStream(write_stream(tmp_path, np.arange(100, dtype=np.uint16), 50, 1), "train")
+    with pytest.raises(IndexError):
+        stream.read(start, count)
+
+
 def test_too_few_tokens_for_one_sample_are_refused_with_both_numbers(tmp_path):
     dataset = write_stream(tmp_path, np.arange(100, dtype=np.uint16), 50, 1)
     assert SampleSource(dataset, "train", 99, 0).num_samples == 1
