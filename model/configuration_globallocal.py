@@ -43,8 +43,9 @@ class GlobalLocalConfig(PreTrainedConfig):
         norm_placement: "pre" (norm in front of each sublayer) or "post" (norm after the residual sum).
         tie_word_embeddings: one matrix for the embedding and the head.
         initializer_range: standard deviation of the embedding at initialisation.
-        activation_checkpointing: "none", "full", "every-N" (each N-th block) or "selective" (matrix products
-            are kept, everything else is recomputed).
+        activation_checkpointing: "none", "full", "every-N" (each N-th block), "selective" (matrix products are
+            kept, everything else is recomputed) or "deepspeed" (every block, by DeepSpeed's own function, which
+            its "activation_checkpointing" section tells to partition or to offload).
 
     Raises:
         ValueError: one line for every setting that cannot work.
@@ -223,7 +224,7 @@ class GlobalLocalConfig(PreTrainedConfig):
         if checkpointed_blocks(self.activation_checkpointing, 1) is None:
             problems.append(
                 f"activation_checkpointing is {self.activation_checkpointing!r}; "
-                f"it must be 'none', 'full', 'selective' or 'every-N' with N at least 1"
+                f"it must be 'none', 'full', 'selective', 'deepspeed' or 'every-N' with N at least 1"
             )
         return problems
 
@@ -249,7 +250,7 @@ class GlobalLocalConfig(PreTrainedConfig):
 
 def checkpointed_blocks(policy: str, num_layers: int) -> list[bool] | None:
     """Which blocks recompute their activations under `policy`; None if there is no such policy."""
-    if policy in ("full", "selective", "none"):
+    if policy in ("full", "selective", "deepspeed", "none"):
         return [policy != "none"] * num_layers
     prefix, _, number = policy.partition("-")
     if prefix == "every" and number.isdigit() and int(number) > 0:

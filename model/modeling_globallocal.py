@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from importlib import import_module
 from typing import Any
 
 import torch
@@ -212,6 +213,8 @@ class GlobalLocalModel(GlobalLocalPreTrainedModel):
 
 def _checkpoint_function(policy: str) -> Callable[..., Any]:
     """torch.utils.checkpoint as the policy wants it; "selective" keeps the results of matrix products."""
+    if policy == "deepspeed":
+        return lambda *args: import_module("deepspeed").checkpointing.checkpoint(*args)
     if policy != "selective":
         return partial(checkpoint, use_reentrant=False)
     aten = torch.ops.aten

@@ -88,7 +88,8 @@ def test_all_problems_are_named_at_once():
         "router_context is 'all'; it must be 'token' or 'summary'",
         "norm_placement is 'middle'; it must be 'pre' or 'post'",
         "dropout is 1.0; it must be at least 0 and below 1",
-        "activation_checkpointing is 'every-0'; it must be 'none', 'full', 'selective' or 'every-N' with N at least 1",
+        "activation_checkpointing is 'every-0'; "
+        "it must be 'none', 'full', 'selective', 'deepspeed' or 'every-N' with N at least 1",
     ]
 
 
