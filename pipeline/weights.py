@@ -108,6 +108,7 @@ def build_model_config(config: "RunConfig", dataset: "Dataset") -> "GlobalLocalC
 
 def consolidated_weights(folder: Path, state: CheckpointState) -> dict[str, torch.Tensor]:
     """The fp32 weights and buffers of a verified checkpoint, gathered from all ranks' files; no code is run."""
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")  # reading needs no device, and DeepSpeed none to warn about
     with only_weights():
         if state.zero_stage == 0 and state.precision == "fp32":
             path = folder / "mp_rank_00_model_states.pt"
