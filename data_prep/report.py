@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import numpy as np
 
 from data_prep.errors import UserError
@@ -89,7 +87,3 @@ def _show(dataset: Dataset, index: SplitIndex, start: int, stop: int, title: str
         "",
         pieces + more,
     ]
-
-
-def write_page(dataset: Dataset, path: Path) -> None:
-    raise NotImplementedError

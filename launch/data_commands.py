@@ -11,6 +11,7 @@ import typer
 
 if TYPE_CHECKING:
     from data_prep.documents import Source
+    from data_prep.engines import Engine
 
 
 class SourceName(StrEnum):
@@ -35,34 +36,63 @@ class EngineName(StrEnum):
     ray = "ray"
 
 
+SOURCE, FILTERS, WORK = "Source of the text", "Filters (off by default)", "Who works"
+
 SourceOption = Annotated[
     SourceName,
     typer.Option(
+        rich_help_panel=SOURCE,
+        metavar="NAME",
         help="sample: 106 Wikipedia articles that come with the installation. files: your own text (--path). "
-        "wikitext-103: from the Hugging Face hub. hub: any dataset there (--dataset)."
+        "wikitext-103: from the Hugging Face hub. hub: any dataset there (--dataset).",
     ),
 ]
 PathOption = Annotated[
     list[str] | None,
     typer.Option(
+        rich_help_panel=SOURCE,
+        metavar="PATTERN",
         help="files: a file, folder, pattern or URL (http, s3) of .txt, .jsonl (.gz, .zst) or .parquet. Repeat it for "
-        "more; write valid=PATTERN or test=PATTERN for files that belong to a held-out split."
+        "more; valid=PATTERN and test=PATTERN are held-out splits.",
     ),
 ]
-DatasetOption = Annotated[str | None, typer.Option(help="hub: the dataset's id, such as Salesforce/wikitext.")]
-ConfigOption = Annotated[str | None, typer.Option(help="hub: the dataset's configuration, if it has several.")]
-RevisionOption = Annotated[str | None, typer.Option(help="hub: commit, tag or branch.")]
-TextColumnOption = Annotated[str, typer.Option(help="jsonl, parquet, hub: the column that holds the text.")]
+DatasetOption = Annotated[
+    str | None,
+    typer.Option(rich_help_panel=SOURCE, metavar="ID", help="hub: the dataset, such as Salesforce/wikitext."),
+]
+ConfigOption = Annotated[
+    str | None, typer.Option(rich_help_panel=SOURCE, metavar="NAME", help="hub: its configuration, if it has several.")
+]
+RevisionOption = Annotated[
+    str | None, typer.Option(rich_help_panel=SOURCE, metavar="NAME", help="hub: commit, tag or branch.")
+]
+TextColumnOption = Annotated[
+    str, typer.Option(rich_help_panel=SOURCE, metavar="NAME", help="jsonl, parquet, hub: the column with the text.")
+]
 IdColumnOption = Annotated[
-    str | None, typer.Option(help="jsonl, parquet, hub: a column with ids; by default file and row.")
+    str | None,
+    typer.Option(
+        rich_help_panel=SOURCE, metavar="NAME", help="jsonl, parquet, hub: a column with ids; by default file and row."
+    ),
 ]
 SeparatorOption = Annotated[
-    Separator, typer.Option(help="txt: a document is a whole file, or what stands between blank lines.")
+    Separator,
+    typer.Option(
+        rich_help_panel=SOURCE,
+        metavar="NAME",
+        help="txt: 'file', a document a file, or 'blank-lines', what stands between blank lines.",
+    ),
 ]
 ValidShareOption = Annotated[
-    float, typer.Option(help="Part of the training documents to hold out as 'valid', by the hash of their text: 0.01.")
+    float,
+    typer.Option(
+        rich_help_panel=SOURCE,
+        metavar="SHARE",
+        help="files, hub: hold out this part of the training documents as 'valid', such as 0.01; chosen by the hash of "
+        "their text.",
+    ),
 ]
-TestShareOption = Annotated[float, typer.Option(help="The same for 'test'.")]
+TestShareOption = Annotated[float, typer.Option(rich_help_panel=SOURCE, metavar="SHARE", help="The same for 'test'.")]
 
 
 def register(app: typer.Typer) -> None:
@@ -73,7 +103,7 @@ def register(app: typer.Typer) -> None:
 
 
 def tokenizer(
-    output: Annotated[Path, typer.Option(help="The tokenizer folder to write.")],
+    output: Annotated[Path, typer.Option(help="The tokenizer folder to write.", metavar="FOLDER")],
     source: SourceOption = SourceName.sample,
     vocab_size: Annotated[int, typer.Option(help="Pieces, 4 special ones and 256 bytes included.")] = 8192,
     model_type: Annotated[ModelType, typer.Option(help="unigram trains some 20 times as long.")] = ModelType.bpe,
@@ -118,8 +148,12 @@ def tokenizer(
 
 
 def prepare(
-    tokenizer: Annotated[Path, typer.Option(help="A tokenizer folder, or a sentencepiece .model file.")],
-    output: Annotated[Path, typer.Option(help="The dataset folder to make.")],
+    tokenizer: Annotated[
+        Path, typer.Option(help="A tokenizer folder, or a sentencepiece .model file of your own.", metavar="FOLDER")
+    ],
+    output: Annotated[
+        str, typer.Option(help="The dataset folder to make, or a URL such as s3://bucket/data.", metavar="FOLDER")
+    ],
     source: SourceOption = SourceName.sample,
     path: PathOption = None,
     dataset: DatasetOption = None,
@@ -130,14 +164,42 @@ def prepare(
     separator: SeparatorOption = Separator.file,
     valid_share: ValidShareOption = 0.0,
     test_share: TestShareOption = 0.0,
-    minimum_characters: Annotated[int, typer.Option(help="Drop shorter documents; they are counted.")] = 0,
+    minimum_characters: Annotated[
+        int,
+        typer.Option(rich_help_panel=FILTERS, help="Drop shorter documents; they are counted.", metavar="N"),
+    ] = 0,
     drop_duplicates: Annotated[
-        bool, typer.Option(help="Keep the first of documents with equal text; the others are counted.")
+        bool,
+        typer.Option(
+            "--drop-duplicates",
+            rich_help_panel=FILTERS,
+            help="Keep the first of documents with equal text; the others are counted.",
+        ),
     ] = False,
     allow_lossy: Annotated[
-        bool, typer.Option(help="Accept documents that decoding does not give back; they are counted.")
+        bool,
+        typer.Option(
+            "--allow-lossy",
+            rich_help_panel=FILTERS,
+            help="Accept documents that decoding does not give back; they are counted.",
+        ),
     ] = False,
-    workers: Annotated[int | None, typer.Option(help="Processes that encode; all cores when absent.")] = None,
+    workers: Annotated[
+        int | None,
+        typer.Option(rich_help_panel=WORK, help="Processes that encode; all cores when absent.", metavar="N"),
+    ] = None,
+    engine: Annotated[
+        EngineName,
+        typer.Option(rich_help_panel=WORK, help="ray: encode on the nodes of a Ray cluster.", metavar="NAME"),
+    ] = EngineName.processes,
+    ray_address: Annotated[
+        str | None,
+        typer.Option(
+            rich_help_panel=WORK,
+            metavar="ADDRESS",
+            help="Of the cluster; 'auto' on one of its nodes; else a local one.",
+        ),
+    ] = None,
 ) -> None:
     """Turn text into a dataset folder: WebDataset shards, a manifest, the tokenizer.
 
@@ -153,11 +215,9 @@ def prepare(
 
         globallocal prepare --source files --path 'books/*.txt' --valid-share 0.01 --tokenizer T --output D
 
-        globallocal prepare --source files --path 's3://bucket/web-*.jsonl.zst' --path valid=held-out.jsonl \\
-            --text-column content --id-column url --tokenizer T --output D
+        globallocal prepare --source files --path 's3://b/*.jsonl.zst' --path valid=v.jsonl --tokenizer T --output D
     """
     from data_prep.encode import Filters
-    from data_prep.engines import ProcessEngine
     from data_prep.prepare import PrepareSettings, finished
     from data_prep.prepare import prepare as run
     from data_prep.tokenizer import load_tokenizer
@@ -172,7 +232,7 @@ def prepare(
         tokenizer=load_tokenizer(tokenizer),
         output=output,
         filters=Filters(minimum_characters, drop_duplicates, allow_lossy),
-        engine=ProcessEngine(workers or os.cpu_count() or 1),
+        engine=make_engine(engine, workers, ray_address),
     )
     there = finished(output, settings.subject())
     if there:
@@ -239,7 +299,7 @@ def inspect_dataset(
         globallocal inspect data/sample --html data/sample.html
     """
     from data_prep.manifest import open_dataset
-    from data_prep.report import describe, show_document, show_sample, write_page
+    from data_prep.report import describe, show_document, show_sample
 
     opened = open_dataset(dataset)
     if document is not None:
@@ -251,6 +311,8 @@ def inspect_dataset(
     for line in lines:
         typer.echo(line)
     if html:
+        from data_prep.page import write_page
+
         write_page(opened, html)
         typer.echo(f"page: {html}")
 
@@ -294,6 +356,21 @@ def make_source(
         paths_by_split(path or []), text_column, id_column, separator.value, valid_share, test_share
     )
     return FilesSource(settings)
+
+
+def make_engine(name: EngineName, workers: int | None, ray_address: str | None) -> Engine:
+    """Raises UserError for options that do not go together."""
+    from data_prep.engines import ProcessEngine
+    from data_prep.errors import UserError
+    from data_prep.ray_engine import RayEngine
+
+    if name == EngineName.ray:
+        if workers is not None:
+            raise UserError("--workers goes with --engine processes; with ray every CPU of the cluster works")
+        return RayEngine(ray_address)
+    if ray_address is not None:
+        raise UserError("--ray-address goes with --engine ray")
+    return ProcessEngine((os.cpu_count() or 1) if workers is None else workers)
 
 
 def paths_by_split(paths: list[str]) -> dict[str, list[str]]:
