@@ -102,12 +102,12 @@ def differences(facts: Mapping[str, Mapping[str, Any]], slots: Mapping[str, int]
         problems += _disagreement(package, {host: str(item["versions"][package]) for host, item in facts.items()})
     kinds = {host: "accelerators" if item["devices"] else "CPU only" for host, item in facts.items()}
     problems += _disagreement("the kind of device", kinds)
-    problems += [
-        f"{host}: the hostfile gives it {slots[host]} slots, it has {item['devices']} devices; "
-        f"write slots={item['devices']}"
-        for host, item in facts.items()
-        if item["devices"] and slots[host] > item["devices"]
-    ]
+    for host, item in facts.items():
+        room, unit = (item["devices"], "devices") if item["devices"] else (item["cores"], "cores")
+        if slots[host] > room:
+            problems.append(
+                f"{host}: the hostfile gives it {slots[host]} slots, it has {room} {unit}; write slots={room}"
+            )
     return problems
 
 

@@ -27,8 +27,10 @@ from launch.hosts import Elsewhere
 TRAIN_PROGRAM = Path(pipeline.__file__).parent / "train.py"
 ABANDONED_EXIT_CODE = 1
 """The launcher said 0, and left ranks running."""
-FAILURE_GRACE_SECONDS = 20.0
+FAILURE_GRACE_SECONDS = 10.0
 """Time that the ranks of other nodes have to end by themselves after one node has failed."""
+LAUNCHER_CHATTER = re.compile(rb"\[INFO\] \[(launch|runner|multinode_runner)\.py:")
+"""What DeepSpeed's launcher says of itself: kept in the log only."""
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
@@ -202,7 +204,7 @@ def _copy(source: BinaryIO, launch: Launch, watch: _Watch) -> None:
         for line in source:
             file.write(line)
             file.flush()
-            if launch.echo:
+            if launch.echo and not LAUNCHER_CHATTER.search(line):
                 with suppress(OSError, ValueError):  # our own output may be closed; the job goes on
                     sys.stdout.buffer.write(line)
                     sys.stdout.buffer.flush()

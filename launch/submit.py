@@ -3,6 +3,7 @@
 import os
 import secrets
 import socket
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +20,9 @@ from launch.shell import Job, cpu_environment, deepspeed_program
 if TYPE_CHECKING:
     from pipeline.config import RunConfig
 
+HOST_WAIT_SECONDS = 600.0
+"""After a failure, hosts that do not answer have so long to come back."""
+HOST_POLL_SECONDS = 5.0
 CPU_RANKS = 2
 """Ranks started on a machine without accelerators, where it has the cores."""
 
@@ -151,7 +155,7 @@ class HostfileRun:
 
     def start(self, failures: list[Failure]) -> Ended:
         cluster.require_pdsh()
-        facts = self.ready_hosts()
+        facts = self.ready_hosts(HOST_WAIT_SECONDS if failures else 0)
         hosts = {host: self.hosts[host] for host in facts}
         first = facts[next(iter(hosts))]
         address = self.master_address or master_address(next(iter(hosts)), first["addresses"])
@@ -172,33 +176,32 @@ class HostfileRun:
             )
         )
 
-    def ready_hosts(self) -> dict[str, dict]:
-        """The facts of the hosts that this start uses.
+    def ready_hosts(self, wait_seconds: float) -> dict[str, dict]:
+        """The facts of the hosts that this start uses; hosts that are away are waited for.
 
         Raises:
             UserError: too few hosts answer, they do not run the same, or no number of them fits the batch.
         """
+        deadline = time.monotonic() + wait_seconds
         facts, unreachable = gather_facts(list(self.hosts), self.master_port, self.job.ssh)
+        while len(facts) < self.min_nodes and time.monotonic() < deadline:
+            print(f"waiting for {', '.join(unreachable)} (at most {wait_seconds:.0f} s)", flush=True)
+            time.sleep(HOST_POLL_SECONDS)
+            facts, unreachable = gather_facts(list(self.hosts), self.master_port, self.job.ssh)
         if len(facts) < self.min_nodes:
-            raise UserError(
-                [*unreachable.values(), f"{len(facts)} of {len(self.hosts)} hosts answer, {self.min_nodes} are needed"]
-            )
+            too_few = f"{len(facts)} of {len(self.hosts)} hosts answer, {self.min_nodes} are needed (--min-nodes)"
+            raise UserError([*unreachable.values(), too_few])
         for line in unreachable.values():
             print(f"left out: {line}", flush=True)
-        problems = differences(facts, self.hosts)
+        slots = {host: self.hosts[host] for host in facts}
         training = self.settings.training
-        chosen = fitting_hosts(
-            {host: self.hosts[host] for host in facts},
-            training.global_batch_size,
-            training.micro_batch_size,
-            self.min_nodes,
-        )
+        chosen = fitting_hosts(slots, training.global_batch_size, training.micro_batch_size, self.min_nodes)
+        problems = differences(facts, self.hosts)
         if not chosen:
-            ranks = sum(self.hosts[host] for host in facts)
             problems.append(
                 f"training.global_batch_size ({training.global_batch_size}) is not divisible by "
-                f"training.micro_batch_size ({training.micro_batch_size}) × {ranks} ranks, nor with fewer hosts "
-                f"down to {self.min_nodes}"
+                f"training.micro_batch_size ({training.micro_batch_size}) × {sum(slots.values())} ranks, nor with "
+                f"fewer hosts down to {self.min_nodes}; change one of the three"
             )
         if problems:
             raise UserError(problems)

@@ -16,18 +16,30 @@ from pathlib import Path
 
 BRIDGE = "glbridge"
 NETWORK = "10.77.0"
-NEEDED = {"ip": "iproute2", "/usr/sbin/sshd": "openssh-server", "ssh": "openssh-client", "pdsh": "pdsh", "unshare": "util-linux"}
+NEEDED = {
+    "ip": "iproute2",
+    "/usr/sbin/sshd": "openssh-server",
+    "ssh": "openssh-client",
+    "pdsh": "pdsh",
+    "unshare": "util-linux",
+}
+    "ip": "iproute2",
+    "/usr/sbin/sshd": "openssh-server",
+    "ssh": "openssh-client",
+    "pdsh": "pdsh",
+    "unshare": "util-linux",
+}
 
 
-def why_not() -> str | None:
-    """Why hosts cannot be made here, with the remedy; None if they can."""
+def why_not() -> tuple[str, str] | None:
+    """(What is missing to make hosts here, the remedy); None if nothing is."""
     if os.geteuid() != 0:
-        return "needs root, to make network namespaces"
+        return "root, to make network namespaces", "run the tests as root"
     missing = sorted({package for program, package in NEEDED.items() if shutil.which(program) is None})
     if missing:
-        return f"needs {' '.join(missing)}: apt-get install {' '.join(missing)}"
+        return " ".join(missing), f"apt-get install {' '.join(missing)}"
     if subprocess.run(["ip", "netns", "add", "glprobe"], capture_output=True).returncode:
-        return "needs the right to make network namespaces"
+        return "the right to make network namespaces", "run the tests in a virtual machine or a privileged container"
     run("ip", "netns", "delete", "glprobe")
     return None
 
