@@ -23,12 +23,6 @@ NEEDED = {
     "pdsh": "pdsh",
     "unshare": "util-linux",
 }
-    "ip": "iproute2",
-    "/usr/sbin/sshd": "openssh-server",
-    "ssh": "openssh-client",
-    "pdsh": "pdsh",
-    "unshare": "util-linux",
-}
 
 
 def why_not() -> tuple[str, str] | None:
