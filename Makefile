@@ -37,8 +37,8 @@ format: $(READY) ## let ruff mend what it can
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-bench: $(READY) ## measure, and write docs/benchmarks.md
-	$(BIN)/python -m tests.benchmarks
+bench: $(READY) ## measure, and write docs/benchmarks.md (arguments: ARGS="reading")
+	$(BIN)/python -m tests.benchmarks $(ARGS)
 
 clean: ## remove what runs and builds left, the virtual environment included
 	rm -rf $(VENV) .cache data runs build *.egg-info mlflow.db mlartifacts .pytest_cache .mypy_cache .ruff_cache .hypothesis
