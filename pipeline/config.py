@@ -253,8 +253,7 @@ def _unknown(key: str, known: Sequence[str]) -> str:
 
 
 def _missing_file(path: Path) -> str:
-    folder = path.parent if path.parent.is_dir() else Path("launch/runs")
-    known = sorted(str(item) for item in folder.glob("*.yaml")) if folder.is_dir() else []
+    known = sorted({str(item) for folder in (path.parent, Path("launch/runs")) for item in folder.glob("[!.]*.yaml")})
     return f"{path}: no such file" + (f"; there are: {', '.join(known)}" if known else "")
 
 

@@ -44,7 +44,7 @@ def test_a_number_like_6e_3_is_a_number() -> None:
         ("model.preset=huge", "model.preset: 'huge' is not a preset; known: "),
         ("training.global_batch_size=0", "training.global_batch_size = 0: input should be greater than or equal to 1"),
         ("training.precision=int8", "training.precision = 'int8': input should be 'auto', 'bf16', 'fp16' or 'fp32'"),
-        ("training.max_epochs=1", "exactly one of max_steps (200) and max_epochs (1.0) must be set"),
+        ("training.max_epochs=1", "exactly one of max_steps (300) and max_epochs (1.0) must be set"),
         ("--training.max_steps=3", "is not an override; write section.key=value"),
         ("run.name=a/b", "run.name = 'a/b': string should match pattern"),
     ],
