@@ -8,7 +8,7 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 export TORCH_EXTENSIONS_DIR ?= $(CURDIR)/.cache/torch_extensions
 
 .DEFAULT_GOAL := help
-.PHONY: help setup quickstart test lint format bench clean
+.PHONY: help setup quickstart test cluster lint format bench clean
 
 help: ## list the targets
 	@awk -F':.*## ' '/^[a-z]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -27,6 +27,9 @@ quickstart: $(READY) ## the whole job on real text: tokenizer, shards, training,
 
 test: $(READY) ## all tests (arguments: ARGS="-k resume")
 	$(BIN)/python -m pytest $(ARGS)
+
+cluster: $(READY) ## tests over two hosts: network namespaces, sshd, pdsh; as root
+	$(BIN)/python -m pytest -m cluster tests/cluster $(ARGS)
 
 lint: $(READY) ## ruff and mypy
 	$(BIN)/ruff check .
