@@ -120,12 +120,11 @@ class Encoder:
         """Whether decoding gives the text back; sentencepiece has no way to write U+2581 but as a space."""
         if marks := text.count(SPACE_MARK):
             counts.change("u2581_to_space", marks)
-        expected = text.replace(SPACE_MARK, " ") if marks else text
-        back = self.tokenizer.decode(tokens)
-        if back == expected:
+        if self.tokenizer.spells(tokens, text):
             return True
         if self.filters.allow_lossy:
             return False
+        expected, back = text.replace(SPACE_MARK, " "), self.tokenizer.decode(tokens)
         pairs = enumerate(zip(expected, back, strict=False))
         place = next((i for i, (a, b) in pairs if a != b), min(len(expected), len(back)))
         raise UserError(

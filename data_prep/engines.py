@@ -44,6 +44,7 @@ class ProcessEngine:
             yield lambda tasks: map(function, tasks)
             return
         context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(["data_prep.encode", "data_prep.files"])  # imported once, not by each
         pool = ProcessPoolExecutor(self.workers, context, initializer=_install, initargs=(function,))
         try:
             yield lambda tasks: windowed(tasks, lambda task: pool.submit(_run, task), self.workers * WINDOW)

@@ -13,6 +13,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from importlib import metadata
+from itertools import accumulate, chain, pairwise
 from pathlib import Path
 from typing import Any, Literal
 
@@ -27,7 +28,7 @@ MODEL_NAME = "tokenizer.model"
 SPACE_MARK = "\u2581"  # what sentencepiece writes for a space: such a character in the text becomes a space
 UNK_ID, BOS_ID, EOS_ID, PAD_ID = 0, 1, 2, 3
 MODEL_TYPES = {1: "unigram", 2: "bpe", 3: "word", 4: "char"}
-PIECE_NORMAL, PIECE_USER_DEFINED = 1, 4
+PIECE_NORMAL, PIECE_USER_DEFINED, PIECE_BYTE = 1, 4, 6
 MAX_KNOWN_WORDS = 1 << 20  # about 150 MB a process
 SEGMENT_CHARACTERS = 1 << 20
 
@@ -228,19 +229,41 @@ class Tokenizer:
 
     def _encode_words(self, text: str) -> bytes:
         head, *words = text.split(" ")
-        known, dtype = self._word_ids, self.dtype
-        if new := [word for word in set(words) if word not in known]:
-            ids = self.processor.encode([" " + word for word in new])
-            known.update(zip(new, (np.array(word, dtype).tobytes() for word in ids), strict=True))
-        encoded = np.array(self.processor.encode(head), dtype).tobytes()
-        encoded += b"".join(map(known.__getitem__, words))
+        known = self._word_ids
+        if new := list(set(words).difference(known)):
+            known.update(zip(new, self._encode_each([" " + word for word in new]), strict=True))
+        encoded = b"".join([*self._encode_each([head]), *map(known.__getitem__, words)])
         if len(known) > MAX_KNOWN_WORDS:
             known.clear()
         return encoded
 
+    def _encode_each(self, texts: list[str]) -> Iterator[bytes]:
+        """The ids of each text, as bytes of `dtype`."""
+        ids = self.processor.encode(texts)
+        content = np.fromiter(chain.from_iterable(ids), self.dtype).tobytes()
+        ends = accumulate(len(one) * self.dtype.itemsize for one in ids)
+        return (content[begin:end] for begin, end in pairwise(chain([0], ends)))
+
     def decode(self, ids: np.ndarray | Sequence[int]) -> str:
         """The text of ids."""
         return self.processor.decode(ids.tolist() if isinstance(ids, np.ndarray) else list(ids))
+
+    def spells(self, ids: np.ndarray, text: str) -> bool:
+        """Whether `decode(ids) == text`; a space mark in the text counts as the space it becomes."""
+        expected = text.replace(SPACE_MARK, " ")
+        if self.splits_at_spaces:  # nothing but pieces, one after another: several times as fast as decode()
+            spelled = b"".join(map(self._spellings.__getitem__, ids.tolist()))
+            return spelled == expected.encode()
+        return self.decode(ids) == expected
+
+    @cached_property
+    def _spellings(self) -> list[bytes]:
+        """The bytes that each piece stands for in a text."""
+        return [
+            bytes([int(piece.piece[3:5], 16)]) if piece.type == PIECE_BYTE else
+            piece.piece.replace(SPACE_MARK, " ").encode()
+            for piece in self.proto.pieces
+        ]  # fmt: skip
 
     def lossy_texts(self, texts: Iterable[str] = SELF_TEST_TEXTS) -> list[str]:
         """Those of `texts` that encode and decode do not give back."""
