@@ -166,7 +166,7 @@ def launch(
     ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print what would run, contact no host.")] = False,
 ) -> None:
-    """Run a training job here, over a hostfile or on Slurm, and start it again when it fails.
+    """Run a training job here or over a hostfile, and start it again when it fails.
 
     DeepSpeed's launcher starts the ranks. What every rank must get goes through a file that only you can read, in
     the run folder, which all nodes share: NCCL_*, GLOO_*, MLFLOW_*, HF_*, AWS_*, TORCH_* of this shell, and --env.
