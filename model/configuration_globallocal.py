@@ -268,8 +268,8 @@ _ALTERNATING = [[1, 2, 4], [8, 16, 32]]
 PRESETS: dict[str, dict[str, Any]] = {
     # A few minutes on two CPU cores: cheap routers, small vocabulary.
     "quickstart": {
-        "vocab_size": 4096, "hidden_size": 192, "num_hidden_layers": 4, "max_position_embeddings": 256,
-        "pool_size": 1024, "pool_dim": 192, "router_hidden_size": 96, "conv_dilations": _ALTERNATING,
+        "vocab_size": 4096, "hidden_size": 192, "num_hidden_layers": 2, "max_position_embeddings": 256,
+        "pool_size": 1024, "pool_dim": 192, "router_hidden_size": 96, "conv_dilations": [[1, 2], [4, 8]],
     },
     # The published model's sizes and layout, made causal.
     "seed": {

@@ -56,6 +56,15 @@ def step_name(step: int) -> str:
     return f"step-{step:08d}"
 
 
+def sync_folder(path: Path) -> None:
+    """Make the names in `path` durable."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
 def discard(folder: Path) -> None:
     """Delete a checkpoint; it stops being one at once, however long the deletion takes."""
     doomed = folder.with_name(f".deleting-{folder.name}")

@@ -18,7 +18,16 @@ import torch
 from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime.checkpoint_engine.checkpoint_engine import CheckpointEngine
 
-from pipeline.checkpoint import FORMAT_VERSION, INTEGRITY, STATE, CheckpointState, discard, first_line, step_name
+from pipeline.checkpoint import (
+    FORMAT_VERSION,
+    INTEGRITY,
+    STATE,
+    CheckpointState,
+    discard,
+    first_line,
+    step_name,
+    sync_folder,
+)
 from pipeline.distributed import World
 from pipeline.redact import redact
 
@@ -93,15 +102,6 @@ def write_durably(path: Path, write: Any) -> Written:
         raw.flush()
         os.fsync(raw.fileno())
     return Written(file.size, file.digest.hexdigest())
-
-
-def sync_folder(path: Path) -> None:
-    """Make the names in `path` durable."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def save(engine: Any, root: Path, state: CheckpointState, world: World) -> list[str]:

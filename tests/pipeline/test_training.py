@@ -104,7 +104,7 @@ def test_what_a_resume_may_not_change_is_refused_by_name(runs: Runs) -> None:
 def test_a_new_learning_rate_is_said_and_used(runs: Runs, trained: Path) -> None:
     assert runs["new-rate"]["code"] == 0
     log = (trained / "new-rate" / "logs" / "rank-00000.log").read_text()
-    assert "changed since the checkpoint: optimizer.learning_rate 0.002 → 0.0001" in log
+    assert "changed since the checkpoint: optimizer.learning_rate 0.003 → 0.0001" in log
     assert losses_of(trained, "new-rate")[4] == losses_of(trained, "unbroken-2")[4]  # the weights of step 3
     assert losses_of(trained, "new-rate")[6] != losses_of(trained, "unbroken-2")[6]
 
