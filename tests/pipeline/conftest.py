@@ -1,5 +1,6 @@
 """Trained runs that several modules look at."""
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -26,12 +27,18 @@ def runs(trained: Path, small_dataset: Path) -> dict[str, dict[str, Any]]:
             Run(f"unbroken-{stage}", engine),
             Run(f"resumed-{stage}", engine, copy_checkpoint=f"unbroken-{stage}/step-00000003"),
         ]
+    damaged = trained / "damaged-data"
+    shutil.copytree(small_dataset, damaged)
+    shard = bytearray((damaged / "train-000000.tar").read_bytes())
+    shard[len(shard) // 2] ^= 1
+    (damaged / "train-000000.tar").write_bytes(bytes(shard))
     bf16 = ["training.precision=bf16"]
     plan += [
         Run("unbroken-bf16", bf16),
         Run("resumed-bf16", bf16, copy_checkpoint="unbroken-bf16/step-00000003"),
         Run("whole-batch", ["training.micro_batch_size=4", "model.dropout=0", "checkpoint.interval_steps=6"]),
         Run("accumulated", ["training.micro_batch_size=1", "model.dropout=0", "checkpoint.interval_steps=6"]),
+        Run("damaged", [f"data.dataset={damaged}"]),
         Run("indivisible", ["training.micro_batch_size=3"]),
         Run("wrong-precision", bf16, copy_checkpoint="unbroken-2/step-00000003"),
         Run("wrong-model", ["model.hidden_size=64"], copy_checkpoint="unbroken-2/step-00000003"),

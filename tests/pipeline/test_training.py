@@ -93,6 +93,14 @@ def test_a_batch_that_does_not_divide_is_one_line_with_all_numbers(runs: Runs) -
     assert "world_size (2)" in line
 
 
+def test_one_flipped_bit_in_a_shard_is_one_line_before_step_0(runs: Runs, trained: Path) -> None:
+    result = runs["damaged"]
+    assert result["code"] == 2
+    (line,) = result["problems"]
+    assert "damaged-data/train-000000.tar: sha256" in line
+    assert not list(trained.glob("damaged/checkpoints/step-*"))
+
+
 def test_what_a_resume_may_not_change_is_refused_by_name(runs: Runs) -> None:
     (precision,) = runs["wrong-precision"]["problems"]
     assert "precision fp32, this run has bf16; set training.precision=fp32" in precision
