@@ -76,7 +76,8 @@ class ShardCache:
         except BaseException:
             part.unlink(missing_ok=True)
             raise
-        part.replace(self.folder / sha256)
+        with locked(self.folder / "budget.lock", wait=True):  # whoever counts the files misses none between its names
+            part.replace(self.folder / sha256)
 
     def _is_cached(self, sha256: str, num_bytes: int) -> bool:
         descriptor = self._open_cached(sha256, num_bytes)

@@ -17,7 +17,7 @@ from pipeline import remote
 from pipeline.data import BatchLayout, BatchLoader, SampleSource
 from pipeline.mixture import MixtureSource
 from pipeline.remote_dataset import RemoteDataset, open_location
-from pipeline.shard_cache import ShardCache
+from pipeline.shard_cache import ShardCache, locked
 from tests.pipeline.dataset_fixture import write_stream
 from tests.pipeline.servers_fixture import http_server, s3_server, wait_until
 
@@ -46,12 +46,9 @@ def short_delays(monkeypatch):
 
 
 def cached_bytes(cache: Path) -> int:
-    """Of the files there now; one that goes, or gets its final name, while this looks is not counted twice."""
-    sizes = {}
-    for path in cache.iterdir():
-        with contextlib.suppress(FileNotFoundError):
-            sizes[path.stem] = path.stat().st_size if path.is_file() else 0
-    return sum(sizes.values())
+    """Of the files there at one moment: names and sizes change under this lock only."""
+    with locked(cache / "budget.lock", wait=True):
+        return sum(path.stat().st_size for path in cache.iterdir() if path.is_file())
 
 
 def read_all(source: SampleSource) -> list[int]:
