@@ -137,4 +137,10 @@ def initialize(model: nn.Module, config: RunConfig, settings: dict[str, Any]) ->
     groups = parameter_groups(model, config.optimizer.weight_decay)
     optimizer = build_optimizer(groups, config.optimizer, offload in ("cpu", "nvme"))
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=settings)
+
+    def clip() -> None:
+        norm = torch.nn.utils.clip_grad_norm_(engine.module.parameters(), engine.gradient_clipping())
+        engine._global_grad_norm = norm
+
+    engine.clip_fp32_gradients = clip  # used at stage 0 in fp32; DeepSpeed's own forgets the norm
     return engine

@@ -58,11 +58,11 @@ class Trainer:
         config = self.config
         while self.step < self.max_steps:
             with self.clock.phase("training"):
-                gradient_norm = self.train_step()
+                self.train_step()
                 # Reading the losses waits for the device, so that the clock counts work and not its queueing.
                 losses = self.losses.read() if self.due(config.training.log_interval_steps) else None
             if losses:
-                self.log_step(losses, gradient_norm)
+                self.log_step(losses)
             if self.evaluate and self.due(config.evaluation.interval_steps):
                 self.run_evaluation()
             if self.due(config.checkpoint.interval_steps):
@@ -75,8 +75,8 @@ class Trainer:
         """Every cadence: each `interval_steps`, and the last step."""
         return self.step % interval_steps == 0 or self.step == self.max_steps
 
-    def train_step(self) -> float:
-        """One optimizer step over the global batch; returns the gradient norm before clipping."""
+    def train_step(self) -> None:
+        """One optimizer step over the global batch."""
         set_learning_rate(self.engine.optimizer, self.current_learning_rate())
         for _ in range(self.layout.gradient_accumulation_steps):
             tokens = torch.from_numpy(next(self.batches)).to(self.world.device)
@@ -86,7 +86,6 @@ class Trainer:
             self.engine.step()
         self.step += 1
         self.throughput.tokens += self.tokens_per_step
-        return float(self.engine.get_global_grad_norm() or float("nan"))
 
     def current_learning_rate(self) -> float:
         return learning_rate(self.step, self.max_steps, self.config.optimizer)
@@ -95,7 +94,8 @@ class Trainer:
     def tokens_per_step(self) -> int:
         return self.layout.global_batch_size * self.config.data.sequence_length
 
-    def log_step(self, losses: dict[str, float], gradient_norm: float) -> None:
+    def log_step(self, losses: dict[str, float]) -> None:
+        gradient_norm = float(self.engine.get_global_grad_norm())  # before clipping
         rate = learning_rate(self.step - 1, self.max_steps, self.config.optimizer)
         tokens_per_second = self.throughput.read()
         metrics = losses | {
