@@ -16,7 +16,7 @@ from model.modeling_globallocal import GlobalLocalForCausalLM
 from pipeline.checkpoint import CheckpointState
 from pipeline.checkpoint_io import HashingCheckpointEngine, logit_fingerprint
 from pipeline.config import RunConfig
-from pipeline.data import BatchLayout, BatchLoader, SampleSource, TokenStream, batch_hash, evaluation_batches
+from pipeline.data import BatchLayout, BatchLoader, SampleSource, TokenStream, batch_hash, data_step, evaluation_batches
 from pipeline.distributed import StopRequest, World
 from pipeline.engine import deepspeed_config, initialize, resolve_precision, zero_stage
 from pipeline.evaluate import continuations, perplexities, summed_loss
@@ -81,9 +81,10 @@ def build(config: RunConfig, world: World, stop: StopRequest) -> Trainer:
         )
 
     def describe(trainer: Trainer) -> CheckpointState:
+        batch = data_step(trainer.step, trainer.health.skipped_batches)
         return CheckpointState(
             step=trainer.step,
-            consumed_samples=trainer.step * layout.global_batch_size,
+            consumed_samples=batch * layout.global_batch_size,
             consumed_tokens=trainer.step * trainer.tokens_per_step,
             dataset_id=dataset.manifest.dataset_id,
             tokenizer_sha256=dataset.manifest.tokenizer.sha256,
@@ -92,20 +93,24 @@ def build(config: RunConfig, world: World, stop: StopRequest) -> Trainer:
             precision=precision,
             config=redact(config.model_dump(mode="json")),
             mlflow_run_id=run_id,
-            next_batch_hash=batch_hash(source, layout, trainer.step),
+            next_batch_hash=batch_hash(source, layout, batch),
             logit_fingerprint=logit_fingerprint(engine, model_config.vocab_size),
             seconds=clock.seconds,
             evaluation=trainer.evaluation,
+            health=trainer.health,
             versions=versions(),
         )
 
+    first_batch = data_step(resumed.step, resumed.health.skipped_batches)
     return Trainer(
         config=config,
         world=world,
         engine=engine,
         layout=layout,
         max_steps=max_steps(config, source.num_samples),
-        batches=BatchLoader(source, layout, world.rank, resumed.step * layout.global_batch_size),
+        batches=BatchLoader(
+            source, layout, world.rank, first_batch * layout.global_batch_size, resumed.health.skipped_batches
+        ),
         evaluate=evaluate if config.evaluation.split else None,
         generate=generate,
         describe=describe,
@@ -113,6 +118,7 @@ def build(config: RunConfig, world: World, stop: StopRequest) -> Trainer:
         stop=stop,
         clock=clock,
         step=resumed.step,
+        health=resumed.health,
         evaluation=resumed.evaluation,
         saved_step=resumed.step if resumed.folder else None,
     )

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from data_prep.errors import UserError
+from pipeline.health import HealthState
 
 if TYPE_CHECKING:
     from pipeline.distributed import World
@@ -33,7 +34,9 @@ class CheckpointState(BaseModel):
     step: int
     """Optimizer steps taken."""
     consumed_samples: int
+    """Position in the data of the batch that follows, those left out before it included."""
     consumed_tokens: int
+    """Tokens of the batches that steps were taken with."""
     dataset_id: str
     tokenizer_sha256: str
     world_size: int
@@ -49,6 +52,7 @@ class CheckpointState(BaseModel):
     """Time spent training, evaluating and saving, over all starts."""
     evaluation: dict[str, float] | None = None
     """The latest held-out measurement."""
+    health: HealthState = HealthState()
     versions: dict[str, str]
 
 

@@ -114,6 +114,23 @@ class CheckpointSection(Section):
     `none`: a fresh start, refused where checkpoints stand; else the folder of one checkpoint."""
 
 
+class HealthSection(Section):
+    """What is done about bad numbers; docs/reliability.md tells what each choice costs."""
+
+    non_finite: Literal["stop", "skip"] = "stop"
+    """A loss or gradient that is inf or NaN, on any rank: `stop` ends the run before the optimizer moves; `skip`
+    leaves the global batch out, the step is taken with the next one."""
+    max_skipped_steps: int = Field(5, ge=1)
+    """More bad batches in a row than this end the run under `skip`: then it is not the data."""
+    spike_z_score: float | None = Field(30.0, gt=0)
+    """A loss or gradient norm this many robust deviations above its recent median is a spike; null: not looked for."""
+    spike_action: Literal["none", "dump", "roll_back"] = "dump"
+    """`dump`: write what the batch was; `roll_back`: also go back to the newest verified checkpoint and leave the
+    batches around the spike out."""
+    max_roll_backs: int = Field(3, ge=1)
+    """A spike after so many roll backs ends the run."""
+
+
 class EvaluationSection(Section):
     split: str | None = "valid"
     """null: no evaluation."""
@@ -145,6 +162,7 @@ class RunConfig(Section):
     optimizer: OptimizerSection = OptimizerSection()
     training: TrainingSection
     checkpoint: CheckpointSection = CheckpointSection()
+    health: HealthSection = HealthSection()
     evaluation: EvaluationSection = EvaluationSection()
     tracking: TrackingSection = TrackingSection()
     deepspeed: DeepSpeedSection = DeepSpeedSection()

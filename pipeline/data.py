@@ -9,10 +9,11 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from queue import Empty, SimpleQueue
 from threading import Thread
+from typing import TypeVar
 
 import numpy as np
 
@@ -30,9 +31,16 @@ __all__ = [
     "TokenStream",
     "WindowedOrder",
     "batch_hash",
+    "data_step",
     "evaluation_batches",
+    "merge_ranges",
     "permute",
 ]
+
+Ranges = tuple[tuple[int, int], ...]
+"""Global batches left out: half-open [first, last) ranges, sorted, apart from each other; see `merge_ranges`."""
+
+Whole = TypeVar("Whole", int, np.ndarray)
 
 _PLANNED_SAMPLES = 4096  # indices computed at once: numpy's cost per call disappears in so many
 _BATCHES_AHEAD = 3
@@ -62,8 +70,8 @@ class BatchLayout:
     def gradient_accumulation_steps(self) -> int:
         return self.global_batch_size // (self.micro_batch_size * self.world_size)
 
-    def position(self, step: int, micro_step: int, rank: int, sample: int) -> int:
-        """Position in the order of all samples of one sample of a rank's micro-batch."""
+    def position(self, step: Whole, micro_step: Whole, rank: int, sample: int) -> Whole:
+        """Position in the order of all samples of one sample of a rank's micro-batch; `step` counts global batches."""
         micro_step_samples = self.micro_batch_size * self.world_size
         return step * self.global_batch_size + micro_step * micro_step_samples + rank * self.micro_batch_size + sample
 
@@ -95,6 +103,33 @@ def _divisors(number: int) -> list[int]:
     return sorted({*low, *(number // d for d in low)})
 
 
+def merge_ranges(ranges: Iterable[tuple[int, int]]) -> Ranges:
+    """Half-open ranges in any order → the fewest that cover the same numbers, sorted."""
+    merged: list[tuple[int, int]] = []
+    for first, last in sorted((first, last) for first, last in ranges if first < last):
+        if merged and first <= merged[-1][1]:
+            merged[-1] = (merged[-1][0], max(last, merged[-1][1]))
+        else:
+            merged.append((first, last))
+    return tuple(merged)
+
+
+def data_step(step: int, skipped: Ranges) -> int:
+    """Which global batch optimizer step `step` reads: the step-th, from 0, that is not left out.
+
+    Args:
+        skipped: as `merge_ranges` returns them.
+    """
+    return int(_data_steps(np.array([step]), skipped)[0])
+
+
+def _data_steps(steps: np.ndarray, skipped: Ranges) -> np.ndarray:
+    """`data_step` of int64 [n]: each range, from the lowest on, moves what has not come before it."""
+    for first, last in skipped:
+        steps = np.where(steps >= first, steps + (last - first), steps)
+    return steps
+
+
 class BatchLoader:
     """The micro-batches of one rank, from any whole step on, without end: iterates int64 [M, S + 1].
 
@@ -105,13 +140,16 @@ class BatchLoader:
         source: samples in order.
         layout: how a step is shared out.
         rank: of this process.
-        consumed_samples: how many samples the job has consumed before; a multiple of G, else UserError.
+        consumed_samples: the position in the data to go on from; a multiple of G, else UserError.
+        skipped: global batches that are left out.
     """
 
-    def __init__(self, source: Source, layout: BatchLayout, rank: int, consumed_samples: int) -> None:
+    def __init__(
+        self, source: Source, layout: BatchLayout, rank: int, consumed_samples: int, skipped: Ranges = ()
+    ) -> None:
         if not 0 <= rank < layout.world_size:
             raise ValueError(f"rank ({rank}) must be in [0, world_size = {layout.world_size})")
-        batches = _micro_batches(source, layout, rank, layout.first_step(consumed_samples))
+        batches = _micro_batches(source, layout, rank, layout.first_step(consumed_samples), skipped)
         self._requests: SimpleQueue[bool] = SimpleQueue()
         self._results: SimpleQueue[np.ndarray | BaseException] = SimpleQueue()
         self._closed = False
@@ -166,27 +204,29 @@ def _answer(
         results.put(error)
 
 
-def _micro_batches(source: Source, layout: BatchLayout, rank: int, step: int) -> Iterator[np.ndarray]:
-    """Every micro-batch of a rank from `step` on; indices are computed for many of them at once."""
-    size, stride = layout.micro_batch_size, layout.micro_batch_size * layout.world_size
+def _micro_batches(source: Source, layout: BatchLayout, rank: int, first: int, skipped: Ranges) -> Iterator[np.ndarray]:
+    """Every micro-batch of a rank from global batch `first` on; indices are computed for many of them at once."""
+    size, accumulation = layout.micro_batch_size, layout.gradient_accumulation_steps
     planned = max(1, _PLANNED_SAMPLES // size)
-    start = layout.position(step, 0, rank, 0)
+    ahead = tuple((max(first, begin), end) for begin, end in skipped if end > first)
+    done = 0
     while True:
-        firsts = start + stride * np.arange(planned, dtype=np.int64)
-        indices = source.sample_indices((firsts[:, None] + np.arange(size)).ravel()).reshape(planned, size)
-        for number, batch in enumerate(indices):
-            source.ahead(start + stride * number)
+        step, micro_step = np.divmod(np.arange(done, done + planned, dtype=np.int64), accumulation)
+        starts = layout.position(_data_steps(first + step, ahead), micro_step, rank, 0)
+        indices = source.sample_indices((starts[:, None] + np.arange(size)).ravel()).reshape(planned, size)
+        for start, batch in zip(starts.tolist(), indices, strict=True):
+            source.ahead(start)
             yield source.read(batch)
-        start += stride * planned
+        done += planned
 
 
-def batch_hash(source: Source, layout: BatchLayout, step: int) -> str:
-    """Hex sha256 of the tokens (little-endian int64) of a step's whole global batch, in order of position.
+def batch_hash(source: Source, layout: BatchLayout, batch: int) -> str:
+    """Hex sha256 of the tokens (little-endian int64) of global batch `batch` (see `data_step`), in order of position.
 
     The same for every micro-batch and world size: it names what the next step trains on.
     """
     digest = hashlib.sha256()
-    first, last = step * layout.global_batch_size, (step + 1) * layout.global_batch_size
+    first, last = batch * layout.global_batch_size, (batch + 1) * layout.global_batch_size
     for start in range(first, last, 256):
         indices = source.sample_indices(np.arange(start, min(start + 256, last)))
         digest.update(source.read(indices).astype("<i8").tobytes())

@@ -9,8 +9,9 @@ from data_prep.errors import UserError
 from data_prep.manifest import Dataset
 from pipeline import checkpoint, checkpoint_io
 from pipeline.config import RunConfig, flatten
-from pipeline.data import BatchLayout, SampleSource, batch_hash
+from pipeline.data import BatchLayout, SampleSource, batch_hash, data_step
 from pipeline.distributed import World
+from pipeline.health import HealthState
 
 log = logging.getLogger("globallocal")
 
@@ -34,6 +35,7 @@ class Resumed:
     mlflow_run_id: str | None = None
     evaluation: dict[str, float] | None = None
     seconds: dict[str, float] = field(default_factory=dict)
+    health: HealthState = HealthState()
 
 
 def resume(
@@ -65,7 +67,7 @@ def resume(
         log.info(f"changed since the checkpoint: {change}")
     checkpoint_io.load(engine, folder, world)
     prove(folder, state, engine, source, layout, world, model_config.vocab_size)
-    return Resumed(folder, state.step, state.mlflow_run_id, state.evaluation, state.seconds)
+    return Resumed(folder, state.step, state.mlflow_run_id, state.evaluation, state.seconds, state.health)
 
 
 def find(config: RunConfig, world: World) -> Path | None:
@@ -141,7 +143,7 @@ def prove(
 ) -> None:
     """Recompute the next batch's hash and the probe's logits; say how near they are, or refuse."""
     problems = []
-    if batch_hash(source, layout, state.step) != state.next_batch_hash:
+    if batch_hash(source, layout, data_step(state.step, state.health.skipped_batches)) != state.next_batch_hash:
         problems.append(f"{folder}: the next batch is not the one the checkpoint recorded; the data has changed")
     now = checkpoint_io.logit_fingerprint(engine, vocab_size)
     distance = checkpoint_io.compare_fingerprints(state.logit_fingerprint, now)

@@ -13,6 +13,7 @@ from pipeline import checkpoint, checkpoint_io
 from pipeline.config import RunConfig
 from pipeline.data import BatchLayout
 from pipeline.distributed import StopRequest, World
+from pipeline.health import HealthState
 from pipeline.metrics import Clock, LossMeter, Throughput, duration
 from pipeline.optim import learning_rate, set_learning_rate
 
@@ -44,6 +45,7 @@ class Trainer:
     stop: StopRequest
     clock: Clock
     step: int = 0
+    health: HealthState = HealthState()
     evaluation: dict[str, float] | None = None
     saved_step: int | None = None
     losses: LossMeter = field(init=False)

@@ -10,7 +10,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data_prep.errors import UserError
-from pipeline.data import BatchLayout, BatchLoader, SampleSource, TokenStream, batch_hash, evaluation_batches
+from pipeline.data import (
+    BatchLayout,
+    BatchLoader,
+    SampleSource,
+    TokenStream,
+    batch_hash,
+    data_step,
+    evaluation_batches,
+    merge_ranges,
+)
 from tests.pipeline.dataset_fixture import write_dataset, write_stream
 
 
@@ -21,15 +30,15 @@ def counting(tmp_path_factory):
     return write_stream(folder, np.arange(1001, dtype=np.uint16), chunk_tokens=64, chunks_per_shard=3)
 
 
-def take(source, layout, rank, consumed, steps):
+def take(source, layout, rank, consumed, steps, skipped=()):
     """The rank's micro-batches of so many steps, [steps * accumulation, M, S + 1]."""
-    with BatchLoader(source, layout, rank, consumed) as loader:
+    with BatchLoader(source, layout, rank, consumed, skipped) as loader:
         return np.stack([next(loader) for _ in range(steps * layout.gradient_accumulation_steps)])
 
 
-def global_batches(source, layout, consumed, steps):
+def global_batches(source, layout, consumed, steps, skipped=()):
     """What all ranks read, in order of position: [steps, G, S + 1]."""
-    ranks = [take(source, layout, rank, consumed, steps) for rank in range(layout.world_size)]
+    ranks = [take(source, layout, rank, consumed, steps, skipped) for rank in range(layout.world_size)]
     by_position = np.stack(ranks, axis=1)  # [micro-steps, W, M, S + 1]
     return by_position.reshape(steps, layout.global_batch_size, -1)
 
@@ -155,6 +164,55 @@ def test_each_epoch_once_for_every_world_size_through_three_resumes(
                 )
             )
     assert (np.concatenate(pieces) == expected).all()
+
+
+ranges = st.lists(st.tuples(st.integers(0, 40), st.integers(0, 6)).map(lambda pair: (pair[0], sum(pair))), max_size=6)
+
+
+@given(ranges)
+def test_merged_ranges_cover_the_same_batches_and_stand_apart(pieces):
+    merged = merge_ranges(pieces)
+    assert {n for a, b in merged for n in range(a, b)} == {n for a, b in pieces for n in range(a, b)}
+    assert all(last < first for (_, last), (first, _) in zip(merged, merged[1:], strict=False))
+    assert merge_ranges(merged) == merged
+
+
+@given(ranges, st.integers(0, 60))
+def test_a_step_reads_the_global_batch_that_is_its_turn(pieces, step):
+    left_out = {n for a, b in pieces for n in range(a, b)}
+    read = [n for n in range(200) if n not in left_out]
+    assert data_step(step, merge_ranges(pieces)) == read[step]
+
+
+@settings(deadline=None, max_examples=40)
+@given(layout=layouts, pieces=ranges, stop=st.integers(0, 30), data=st.data())
+def test_an_epoch_without_its_skipped_batches_is_read_once_by_every_world_size_through_a_resume(
+    counting, layout, pieces, stop, data
+):
+    source, skipped, total = SampleSource(counting, "train", 10, 3), merge_ranges(pieces), layout.global_batch_size
+    steps = 30
+    numbers = [n for n in range(200) if not any(a <= n < b for a, b in skipped)][:steps]
+    expected = np.stack([source.samples(np.arange(n * total, (n + 1) * total)) for n in numbers])
+    assert (global_batches(source, layout, 0, steps, skipped) == expected).all()
+
+    worlds = [w for w in range(1, 7) if total % (layout.micro_batch_size * w) == 0]
+    resumed = BatchLayout(total, layout.micro_batch_size, data.draw(st.sampled_from(worlds)))
+    position = data_step(stop, skipped)
+    if stop < steps:
+        rest = global_batches(source, resumed, position * total, steps - stop, skipped)
+        assert (rest == expected[stop:]).all()
+        assert batch_hash(source, resumed, position) == batch_hash(source, layout, numbers[stop])
+    epoch_batches = source.num_samples // total  # whole ones in the first epoch
+    first_epoch = expected[np.array(numbers) < epoch_batches][:, :, 0].ravel()
+    assert len(np.unique(first_epoch)) == len(first_epoch)
+
+
+def test_a_batch_skipped_while_it_is_the_newest_needs_no_new_loader(counting):
+    """A bad batch is left out after it was read: what the loader gives next is what a new one would give."""
+    source, layout = SampleSource(counting, "train", 10, 3), BatchLayout(4, 2, 1)
+    running = take(source, layout, 0, 0, 8)[2 * 6 :]  # batches 6 and 7, after batch 5 was found bad
+    skipped = ((5, 6),)
+    assert (running == take(source, layout, 0, data_step(5, skipped) * 4, 2, skipped)).all()
 
 
 def test_300_sequences_in_3_shards_stopped_at_137_go_on_at_138(tmp_path, monkeypatch):
