@@ -35,7 +35,7 @@ class Resumed:
     mlflow_run_id: str | None = None
     evaluation: dict[str, float] | None = None
     seconds: dict[str, float] = field(default_factory=dict)
-    health: HealthState = HealthState()
+    health: HealthState = field(default_factory=HealthState)
 
 
 def resume(

@@ -45,7 +45,7 @@ class Trainer:
     stop: StopRequest
     clock: Clock
     step: int = 0
-    health: HealthState = HealthState()
+    health: HealthState = field(default_factory=HealthState)
     evaluation: dict[str, float] | None = None
     saved_step: int | None = None
     losses: LossMeter = field(init=False)

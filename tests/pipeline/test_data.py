@@ -3,6 +3,7 @@
 import gc
 import threading
 import weakref
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -173,7 +174,7 @@ ranges = st.lists(st.tuples(st.integers(0, 40), st.integers(0, 6)).map(lambda pa
 def test_merged_ranges_cover_the_same_batches_and_stand_apart(pieces):
     merged = merge_ranges(pieces)
     assert {n for a, b in merged for n in range(a, b)} == {n for a, b in pieces for n in range(a, b)}
-    assert all(last < first for (_, last), (first, _) in zip(merged, merged[1:], strict=False))
+    assert all(last < first for (_, last), (first, _) in pairwise(merged))
     assert merge_ranges(merged) == merged
 
 
