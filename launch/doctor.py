@@ -18,13 +18,15 @@ from rich.console import Console
 from rich.table import Table
 
 from data_prep.errors import UserError
-from data_prep.manifest import Dataset, check_shards, open_dataset
+from data_prep.manifest import check_shards
 from launch import node
 from launch.estimate import Machine, estimate, gibibytes
 from launch.processes import Launch, run_session
 from launch.submit import LocalRun, local_devices
 from pipeline.config import RunConfig, load_config
-from pipeline.data import BatchLayout, SampleSource
+from pipeline.corpus import Corpus, open_corpus
+from pipeline.data import BatchLayout
+from pipeline.remote_dataset import DEFAULT_CACHE_FOLDER
 
 Level = Literal["ok", "warning", "problem"]
 TRACKING_SECONDS = 30
@@ -140,10 +142,8 @@ def run_findings(path: Path, overrides: Sequence[str], ranks: int) -> Iterator[F
         yield Finding("batch", "ok", batch_text(config, layout))
     except UserError as error:
         yield from problems("batch", error)
-    dataset = None
     try:
-        dataset = open_dataset(config.data.dataset)
-        yield from data(config, dataset)
+        yield from data(config, open_corpus(config.data))
     except UserError as error:
         yield from problems("dataset", error)
     yield from guarded("deepspeed", lambda: deepspeed_json(config, ranks))
@@ -174,24 +174,39 @@ def batch_text(config: RunConfig, layout: BatchLayout) -> str:
     )
 
 
-def data(config: RunConfig, dataset: Dataset) -> Iterator[Finding]:
+def data(config: RunConfig, corpus: Corpus) -> Iterator[Finding]:
     """The splits that the run reads: there, whole by size, long enough; and the tokenizer against the model."""
     from pipeline.weights import build_model_config
 
-    for name in (config.data.train_split, config.evaluation.split):
-        if name is None:
-            continue
-        split = dataset.split(name)
-        faults = check_shards(dataset, name, range(split.num_shards), hashes=False)
-        for fault in faults:
-            yield Finding("dataset", "problem", fault, f"globallocal verify {config.data.dataset}")
-        if not faults:
-            found = f"{name}: {split.tokens:,} tokens in {split.num_shards:,} shards, sizes right"
-            yield Finding("dataset", "ok", found)
-    SampleSource(dataset, config.data.train_split, config.data.sequence_length, config.order_seed)
-    model = build_model_config(config, dataset)
-    tokenizer = dataset.manifest.tokenizer
-    yield Finding("vocabulary", "ok", f"tokenizer {tokenizer.vocab_size:,} ids, model {model.vocab_size:,}")
+    settings = config.data
+    names = [name for name in (settings.train_split, config.evaluation.split) if name is not None]
+    for part in corpus.parts:
+        for name in names:
+            split = part.dataset.split(name)
+            found = f"{part.location}, {name}: {split.tokens:,} tokens in {split.num_shards:,} shards"
+            if part.is_remote:
+                yield Finding("dataset", "ok", f"{found}, hashed when they are downloaded")
+                continue
+            faults = check_shards(part.dataset, name, range(split.num_shards), hashes=False)
+            for fault in faults:
+                yield Finding("dataset", "problem", fault, f"globallocal verify {part.location}")
+            if not faults:
+                yield Finding("dataset", "ok", f"{found}, sizes right")
+    corpus.source(settings.train_split, settings.sequence_length, config.order_seed, settings.window_tokens).close()
+    if any(part.is_remote for part in corpus.parts):
+        yield cache(config)
+    model = build_model_config(config, corpus)
+    yield Finding("vocabulary", "ok", f"tokenizer {corpus.tokenizer.vocab_size:,} ids, model {model.vocab_size:,}")
+
+
+def cache(config: RunConfig) -> Finding:
+    """Room on this node for the shards of remote datasets; what is cached already counts as room."""
+    folder, budget = config.data.cache_dir or DEFAULT_CACHE_FOLDER, config.data.cache_bytes
+    room = shutil.disk_usage(folder).free + sum(item.stat().st_size for item in folder.iterdir() if item.is_file())
+    text = f"{gibibytes(budget)} GiB for cached shards, {gibibytes(room)} GiB free or in use by it in {folder}"
+    if budget > room:
+        return Finding("cache", "warning", text, "a smaller data.cache_bytes, or data.cache_dir on a larger disk")
+    return Finding("cache", "ok", text)
 
 
 def deepspeed_json(config: RunConfig, ranks: int) -> Finding:

@@ -10,10 +10,10 @@ from rich.console import Console
 from rich.table import Table
 
 from data_prep.errors import UserError
-from data_prep.manifest import Dataset, open_dataset
 from launch.memory import ModelSize, RankMemory, measure, rank_memory
 from model.configuration_globallocal import PRESETS, GlobalLocalConfig
 from pipeline.config import RunConfig, validate
+from pipeline.corpus import Corpus, open_corpus
 from pipeline.data import BatchLayout
 from pipeline.metrics import duration
 
@@ -104,8 +104,8 @@ def estimate(config: RunConfig, machine: Machine) -> Estimate:
         UserError: a model, a batch or a DeepSpeed JSON that cannot work.
     """
     notes: list[str] = []
-    dataset = _dataset(config, notes)
-    model = _model(config, dataset)
+    corpus = _corpus(config, notes)
+    model = _model(config, corpus)
     layout = BatchLayout(config.training.global_batch_size, config.training.micro_batch_size, machine.ranks)
     zero = _zero(config)
     precision = config.training.precision
@@ -114,7 +114,7 @@ def estimate(config: RunConfig, machine: Machine) -> Estimate:
         notes.append("precision auto: taken as bf16; a CPU without bf16 units trains in fp32, at twice the memory")
     size = measure(model, config.training.micro_batch_size, config.data.sequence_length, precision)
     tokens_per_step = config.training.global_batch_size * config.data.sequence_length
-    samples = _samples(config, dataset)
+    samples = _samples(config, corpus)
     steps = _steps(config, samples, notes)
     flops = model.flops_per_token(config.data.sequence_length)
     rate = machine.teraflops and machine.ranks * machine.teraflops * 1e12 * machine.utilisation / flops
@@ -150,19 +150,19 @@ def _stage_memory(size: ModelSize, stage: int, ranks: int, precision: str, zero:
     return rank_memory(size, stage, ranks, precision, zero if own else plain)
 
 
-def _dataset(config: RunConfig, notes: list[str]) -> Dataset | None:
+def _corpus(config: RunConfig, notes: list[str]) -> Corpus | None:
     try:
-        return open_dataset(config.data.dataset)
+        return open_corpus(config.data)
     except UserError as error:
         if config.data.dataset != "none":
             notes.append(f"dataset not read ({error.problems[0]}): the preset's vocabulary is assumed")
         return None
 
 
-def _model(config: RunConfig, dataset: Dataset | None) -> GlobalLocalConfig:
+def _model(config: RunConfig, corpus: Corpus | None) -> GlobalLocalConfig:
     fixed: dict[str, Any] = {"max_position_embeddings": config.data.sequence_length}
-    if dataset is not None:
-        fixed["vocab_size"] = dataset.manifest.tokenizer.vocab_size
+    if corpus is not None:
+        fixed["vocab_size"] = corpus.tokenizer.vocab_size
     return config.model.build(**fixed)
 
 
@@ -172,10 +172,11 @@ def _zero(config: RunConfig) -> Mapping[str, Any]:
     return read_deepspeed_json(config.deepspeed.config).get("zero_optimization", {})
 
 
-def _samples(config: RunConfig, dataset: Dataset | None) -> int | None:
-    if dataset is None:
+def _samples(config: RunConfig, corpus: Corpus | None) -> int | None:
+    if corpus is None:
         return None
-    return (dataset.split(config.data.train_split).tokens - 1) // config.data.sequence_length
+    splits = [part.dataset.split(config.data.train_split) for part in corpus.parts]
+    return sum((split.tokens - 1) // config.data.sequence_length for split in splits)
 
 
 def _steps(config: RunConfig, samples: int | None, notes: list[str]) -> int:

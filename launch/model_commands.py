@@ -25,7 +25,9 @@ def register(app: typer.Typer) -> None:
 
 def evaluate(
     path: ModelPath,
-    dataset: Annotated[Path | None, typer.Option(help="A prepared dataset; the one of training when absent.")] = None,
+    dataset: Annotated[
+        str | None, typer.Option(help="Folder or URL of a prepared dataset; what was trained on when absent.")
+    ] = None,
     split: Annotated[str, typer.Option(help="Which of its splits.")] = "valid",
     sequence_length: Annotated[int | None, typer.Option(help="Tokens a sample; that of training when absent.")] = None,
     batch_size: Annotated[int, typer.Option(help="Samples at once.")] = 8,
@@ -40,19 +42,20 @@ def evaluate(
         globallocal evaluate runs/quickstart/export --dataset data/quickstart --split test
     """
     from data_prep.errors import UserError
-    from data_prep.manifest import open_dataset
-    from pipeline.data import TokenStream, evaluation_batches
-    from pipeline.evaluate import perplexities, summed_loss
+    from pipeline.config import DataSection, validate
+    from pipeline.corpus import open_corpus
+    from pipeline.evaluate import held_out
     from pipeline.weights import best_device, load_model
 
     loaded = load_model(path)
-    if dataset is None:
-        if loaded.state is None:
-            raise UserError(f"{path}: an exported model does not name its dataset; give --dataset")
-        dataset = Path(loaded.state.config["data"]["dataset"])
-    opened = open_dataset(dataset)
-    opened.split(split)
-    ids = opened.manifest.tokenizer.vocab_size
+    if dataset is not None:
+        data = DataSection(dataset=dataset)
+    elif loaded.state is not None:
+        data = validate(loaded.state.config, "the checkpoint's state.json").data
+    else:
+        raise UserError(f"{path}: an exported model does not name its dataset; give --dataset")
+    corpus = open_corpus(data)
+    ids = corpus.tokenizer.vocab_size
     if ids > loaded.model.config.vocab_size:
         raise UserError(
             f"{dataset}: its tokenizer has {ids:,} ids, the model knows {loaded.model.config.vocab_size:,}; "
@@ -60,18 +63,20 @@ def evaluate(
         )
     length = sequence_length or loaded.model.config.max_position_embeddings
     device = best_device()
-    batches = evaluation_batches(TokenStream(opened, split), length, batch_size, 0, 1, max_samples)
-    nats, targets = summed_loss(loaded.model.to(device), batches, device)
-    info = opened.manifest.splits[split]
-    result = perplexities(nats, targets, info)
-    typer.echo(f"{dataset}, split {split}, {targets:,} target tokens, sequence length {length}")
+    result = held_out(loaded.model.to(device), corpus, split, length, batch_size, max_samples, device)
+    for part in corpus.parts:
+        info = part.dataset.manifest.splits[split]
+        typer.echo(
+            f"{part.location}, split {split}: {info.words + info.lines:,} words and line ends, "
+            f"{info.source_bytes:,} bytes in the split"
+        )
+        if len(corpus.parts) > 1:
+            typer.echo(f"  its own loss {result[f'{part.name}/loss']:.4f}, a share of {float(part.share):.4g}")
+    typer.echo(f"{result['tokens']:,.0f} target tokens, sequence length {length}")
     typer.echo(f"loss              {result['loss']:.4f} nats per token")
     typer.echo(f"token perplexity  {result['token_perplexity']:.2f}")
-    typer.echo(
-        f"word perplexity   {result['word_perplexity']:.2f}  "
-        f"({info.words + info.lines:,} words and line ends in the split)"
-    )
-    typer.echo(f"bits per byte     {result['bits_per_byte']:.4f}  ({info.source_bytes:,} bytes in the split)")
+    typer.echo(f"word perplexity   {result['word_perplexity']:.2f}")
+    typer.echo(f"bits per byte     {result['bits_per_byte']:.4f}")
 
 
 def generate(

@@ -3,23 +3,22 @@
 import logging
 import math
 import platform
-from pathlib import Path
 from typing import Any
 
 import deepspeed
 import torch
 import transformers
 
-from data_prep.manifest import Dataset, check_shards, open_dataset
 from model.configuration_globallocal import GlobalLocalConfig
 from model.modeling_globallocal import GlobalLocalForCausalLM
 from pipeline.checkpoint import CheckpointState
 from pipeline.checkpoint_io import HashingCheckpointEngine, logit_fingerprint
 from pipeline.config import RunConfig
-from pipeline.data import BatchLayout, BatchLoader, SampleSource, TokenStream, batch_hash, data_step, evaluation_batches
+from pipeline.corpus import Corpus, open_corpus
+from pipeline.data import BatchLayout, BatchLoader, Source, batch_hash, data_step
 from pipeline.distributed import StopRequest, World
 from pipeline.engine import deepspeed_config, initialize, resolve_precision, zero_stage
-from pipeline.evaluate import continuations, perplexities, summed_loss
+from pipeline.evaluate import continuations, held_out
 from pipeline.metrics import Clock
 from pipeline.optim import describe_groups, parameter_groups
 from pipeline.redact import redact
@@ -34,41 +33,43 @@ log = logging.getLogger("globallocal")
 def build(config: RunConfig, world: World, stop: StopRequest) -> Trainer:
     """Every part of a run, from its settings. All that can be wrong is found here, before step 0."""
     with world.together():
-        dataset = open_dataset(config.data.dataset)
-        source = SampleSource(dataset, config.data.train_split, config.data.sequence_length, config.order_seed)
+        corpus = open_corpus(config.data)
+        data = config.data
+        source = corpus.source(data.train_split, data.sequence_length, config.order_seed, data.window_tokens)
         layout = BatchLayout(config.training.global_batch_size, config.training.micro_batch_size, world.size)
-        model_config = build_model_config(config, dataset)
+        model_config = build_model_config(config, corpus)
     precision = resolve_precision(config.training.precision, world)
     with world.together():
         settings = deepspeed_config(config, layout, precision)
-    check_dataset(config, dataset, world)
+    check_corpus(config, corpus, world)
 
     transformers.set_seed(config.run.seed)
     model = GlobalLocalForCausalLM(model_config)
     torch.nn.Module.to(model, world.device)  # transformers' own `to` is typed too narrowly
-    narrate(config, world, dataset, source, layout, model, precision, settings)
+    narrate(config, world, corpus, source, layout, model, precision, settings)
     engine = initialize(model, config, settings)
     engine.checkpoint_engine = HashingCheckpointEngine()
     transformers.set_seed(config.run.seed + world.rank)  # dropout differs between ranks
-    resumed = resume(config, world, engine, source, layout, dataset, precision, zero_stage(settings), model_config)
+    resumed = resume(config, world, engine, source, layout, corpus, precision, zero_stage(settings), model_config)
 
-    tokenizer = load_tokenizer(dataset.tokenizer_folder)
-    tracker = start_tracker(config, world, dataset, resumed, model_config, precision)
+    tokenizer = load_tokenizer(corpus.tokenizer_folder)
+    tracker = start_tracker(config, world, corpus, resumed, model_config, precision)
     run_id = world.broadcast(tracker.run_id)
     clock = Clock(resumed.seconds)
-    held_out = config.evaluation.split or ""
+    held_out_split = config.evaluation.split or ""
 
     def evaluate() -> dict[str, float]:
-        batches = evaluation_batches(
-            TokenStream(dataset, held_out),
+        return held_out(
+            engine,
+            corpus,
+            held_out_split,
             config.data.sequence_length,
             layout.micro_batch_size,
+            config.evaluation.max_samples,
+            world.device,
             world.rank,
             world.size,
-            config.evaluation.max_samples,
         )
-        nats, targets = summed_loss(engine, batches, world.device)
-        return perplexities(nats, targets, dataset.manifest.splits[held_out])
 
     def generate() -> list[str]:
         return continuations(
@@ -86,8 +87,8 @@ def build(config: RunConfig, world: World, stop: StopRequest) -> Trainer:
             step=trainer.step,
             consumed_samples=batch * layout.global_batch_size,
             consumed_tokens=trainer.step * trainer.tokens_per_step,
-            dataset_id=dataset.manifest.dataset_id,
-            tokenizer_sha256=dataset.manifest.tokenizer.sha256,
+            dataset_id=corpus.dataset_id,
+            tokenizer_sha256=corpus.tokenizer.sha256,
             world_size=world.size,
             zero_stage=zero_stage(settings),
             precision=precision,
@@ -131,23 +132,23 @@ def max_steps(config: RunConfig, num_samples: int) -> int:
     return math.ceil(config.training.max_epochs * num_samples / config.training.global_batch_size)
 
 
-def check_dataset(config: RunConfig, dataset: Dataset, world: World) -> None:
+def check_corpus(config: RunConfig, corpus: Corpus, world: World) -> None:
     """Look at every shard before step 0, each rank at its share."""
     problems: list[str] = []
-    wanted = {config.data.train_split, config.evaluation.split} - {None}
+    wanted = [name for name in dict.fromkeys([config.data.train_split, config.evaluation.split]) if name]
     with world.together():
-        splits = [dataset.split(str(name)) for name in sorted(map(str, wanted))]
+        for part in corpus.parts:
+            for name in wanted:
+                part.dataset.split(name)
     if config.data.verify != "none":
-        for split in splits:
-            share = range(world.rank, split.num_shards, world.size)
-            problems += check_shards(dataset, split.name, share, config.data.verify == "hashes")
+        problems = corpus.check_shards(wanted, world.rank, world.size, config.data.verify == "hashes")
     world.raise_together(problems)
 
 
 def start_tracker(
     config: RunConfig,
     world: World,
-    dataset: Dataset,
+    corpus: Corpus,
     resumed: Resumed,
     model: GlobalLocalConfig,
     precision: str,
@@ -160,12 +161,16 @@ def start_tracker(
         config.run.name,
         resumed.mlflow_run_id,
         {**config.flat(), "precision": precision, "world_size": world.size},
-        {},
-        {
-            "source": str(Path(config.data.dataset)),
-            "name": dataset.manifest.source.name,
-            "dataset_id": dataset.manifest.dataset_id,
-        },
+        {"dataset_id": corpus.dataset_id},
+        [
+            {
+                "source": part.location,
+                "name": part.dataset.manifest.source.name,
+                "dataset_id": part.dataset.dataset_id,
+                "weight": str(float(part.share)),
+            }
+            for part in corpus.parts
+        ],
         say=log.info,
     )
 
@@ -173,8 +178,8 @@ def start_tracker(
 def narrate(
     config: RunConfig,
     world: World,
-    dataset: Dataset,
-    source: SampleSource,
+    corpus: Corpus,
+    source: Source,
     layout: BatchLayout,
     model: GlobalLocalForCausalLM,
     precision: str,
@@ -182,9 +187,9 @@ def narrate(
 ) -> None:
     """What is about to happen, in a few lines."""
     parameters = sum(parameter.numel() for parameter in model.parameters())
-    train = dataset.split(config.data.train_split)
     log.info(f"run {config.run.name} in {config.run_folder}")
-    log.info(f"data: {config.data.dataset}, {train.tokens:,} tokens, dataset_id {dataset.manifest.dataset_id[:12]}")
+    for line in corpus.describe(config.data.train_split):
+        log.info(f"data: {line}")
     log.info(f"model: {config.model.preset}, {parameters:,} parameters, {model.config.vocab_size:,} ids")
     for line in describe_groups(parameter_groups(model, config.optimizer.weight_decay)):
         log.info(f"  {line}")

@@ -5,16 +5,17 @@ import inspect
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, ValidationError, field_validator, model_validator
 from yaml import YAMLError
 
 from data_prep.errors import UserError
 from model.configuration_globallocal import PRESETS, GlobalLocalConfig
 from pipeline.redact import redact
+from pipeline.remote_dataset import DEFAULT_CACHE_BYTES
 
 
 class Section(BaseModel):
@@ -54,16 +55,43 @@ class ModelSection(BaseModel):
             raise UserError(f"model: {error}") from None
 
 
-class DataSection(Section):
+class MixturePart(Section):
+    """One dataset of a mixture."""
+
     dataset: str
-    """Folder (or URL) of a prepared dataset."""
+    """Folder, or URL (s3://, https://, …), of a prepared dataset."""
+    weight: float = Field(gt=0, allow_inf_nan=False)
+    """Its share of the samples is this over the sum of all weights."""
+
+
+class DataSection(Section):
+    dataset: Annotated[
+        Annotated[str, Tag("location")] | Annotated[tuple[MixturePart, ...], Tag("mixture")],
+        Discriminator(lambda value: "location" if isinstance(value, str) else "mixture"),
+    ]
+    """Folder, or URL (s3://, https://, …), of a prepared dataset; or a mixture: a list of {dataset, weight}."""
     sequence_length: int = Field(512, ge=1)
     """Tokens a sample; chosen here, not when the data is prepared."""
     train_split: str = "train"
     order_seed: int | None = Field(None, ge=0)
     """Keys the permutation of samples; `run.seed` when absent."""
+    window_tokens: int | None = Field(None, ge=1)
+    """null permutes all samples of an epoch. Set it where a remote dataset is larger than the cache: samples are
+    then permuted in windows of about so many tokens, of which two must fit; 2^30 mix well and need about 6 GiB."""
+    cache_dir: Path | None = None
+    """Where a node keeps the shards of remote datasets; `~/.cache/globallocal` when absent."""
+    cache_bytes: int = Field(DEFAULT_CACHE_BYTES, ge=1)
+    """What they may take together; the least recently used go first."""
     verify: Literal["hashes", "sizes", "none"] = "hashes"
-    """What is checked of every shard before step 0, the work shared by all ranks."""
+    """What is checked of every shard before step 0, the work shared by all ranks. Shards of remote datasets are
+    always hashed when they are downloaded."""
+
+    @field_validator("dataset")
+    @classmethod
+    def not_empty(cls, dataset: str | tuple[MixturePart, ...]) -> str | tuple[MixturePart, ...]:
+        if not dataset:
+            raise ValueError("name a folder, a URL, or at least one {dataset, weight}")
+        return dataset
 
 
 class OptimizerSection(Section):
@@ -251,9 +279,10 @@ def _model_problems(model: Mapping[Any, Any]) -> list[str]:
 
 
 def _explain(error: Any) -> str:
-    key = ".".join(str(part) for part in error["loc"])
+    key = ".".join(str(part) for part in error["loc"] if part not in ("location", "mixture"))  # kinds, not keys
     if error["type"] == "extra_forbidden":
-        return _unknown(key, known_keys() + list(RunConfig.model_fields))
+        parts = [f"data.dataset.0.{name}" for name in MixturePart.model_fields]
+        return _unknown(key, [*known_keys(), *RunConfig.model_fields, *parts])
     if error["type"] == "missing":
         return f"{key} is required"
     message = error["msg"].removeprefix("Value error, ")

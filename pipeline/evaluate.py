@@ -1,14 +1,18 @@
 """Held-out loss and perplexities, globally reduced; continuations of prompts."""
 
 import math
-from collections.abc import Iterable, Sequence
-from typing import Any
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 import torch.distributed as dist
 
 from data_prep.manifest import SplitInfo
+from pipeline.data import TokenStream, evaluation_batches
+
+if TYPE_CHECKING:
+    from pipeline.corpus import Corpus
 
 IGNORED = -100
 """Target that adds no loss, by the convention of PyTorch and transformers."""
@@ -48,13 +52,75 @@ def perplexities(nats: float, targets: int, split: SplitInfo) -> dict[str, float
     a part of the split was measured, the split's own ratio of tokens to bytes and words stands in for the part's.
     Both can be compared across tokenizers, the token perplexity cannot.
     """
-    loss = nats / targets
-    word_ends = split.words + split.lines
+    return _figures(nats / targets, targets, _word_ends_a_token(split), _bytes_a_token(split))
+
+
+def mixed(
+    results: Mapping[str, dict[str, float]], shares: Sequence[float], splits: Sequence[SplitInfo]
+) -> dict[str, float]:
+    """The figures of text mixed as in training, from those of each dataset.
+
+    The loss is the mean of the datasets' losses under their shares of the samples, so that it stands beside the
+    training loss; words and bytes a token are averaged in the same way.
+    """
+
+    def mean(values: Iterable[float]) -> float:
+        return sum(share * value for share, value in zip(shares, values, strict=True))
+
+    total = _figures(
+        mean(result["loss"] for result in results.values()),
+        round(sum(result["tokens"] for result in results.values())),
+        mean(map(_word_ends_a_token, splits)),
+        mean(map(_bytes_a_token, splits)),
+    )
+    own = {f"{name}/{key}": value for name, result in results.items() for key, value in result.items()}
+    return total | own
+
+
+def held_out(
+    model: Any,
+    corpus: "Corpus",
+    split: str,
+    sequence_length: int,
+    batch_size: int,
+    max_samples: int | None,
+    device: torch.device,
+    rank: int = 0,
+    world_size: int = 1,
+) -> dict[str, float]:
+    """`perplexities` of a split; of a mixture those of `mixed`, and each dataset's own as `NAME/loss`, … .
+
+    Args:
+        batch_size: samples a rank at once.
+        max_samples: of each dataset, the first so many; None is all.
+    """
+    results = {}
+    for part in corpus.parts:
+        stream = TokenStream(part.dataset, split)
+        batches = evaluation_batches(stream, sequence_length, batch_size, rank, world_size, max_samples)
+        nats, targets = summed_loss(model, batches, device)
+        results[part.name] = perplexities(nats, targets, part.dataset.manifest.splits[split])
+        stream.close()
+    if len(results) == 1:
+        return next(iter(results.values()))
+    splits = [part.dataset.manifest.splits[split] for part in corpus.parts]
+    return mixed(results, [float(part.share) for part in corpus.parts], splits)
+
+
+def _bytes_a_token(split: SplitInfo) -> float:
+    return split.source_bytes / split.tokens
+
+
+def _word_ends_a_token(split: SplitInfo) -> float:
+    return (split.words + split.lines) / split.tokens
+
+
+def _figures(loss: float, targets: int, word_ends_a_token: float, bytes_a_token: float) -> dict[str, float]:
     return {
         "loss": loss,
         "token_perplexity": _exp(loss),
-        "word_perplexity": _exp(loss * split.tokens / word_ends) if word_ends else math.nan,
-        "bits_per_byte": loss / math.log(2) * split.tokens / split.source_bytes,
+        "word_perplexity": _exp(loss / word_ends_a_token) if word_ends_a_token else math.nan,
+        "bits_per_byte": loss / math.log(2) / bytes_a_token,
         "tokens": float(targets),
     }
 

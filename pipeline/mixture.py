@@ -114,7 +114,7 @@ class MixtureSource:
     """Several sources of samples as one; its samples are numbered through, one source after the other.
 
     Args:
-        sources: of the same sequence length and tokenizer, else UserError.
+        sources: of the same sequence length.
         weights: one for each.
     """
 
@@ -123,14 +123,6 @@ class MixtureSource:
             raise UserError(f"a mixture needs one weight per dataset: {len(sources)} and {len(weights)} given")
         if len({source.sequence_length for source in sources}) > 1:
             raise ValueError("the sources of a mixture must have one sequence length")
-        first = sources[0].dataset
-        if problems := [
-            f"{source.dataset.folder}: its tokenizer is {source.dataset.manifest.tokenizer.sha256[:16]}…, that of "
-            f"{first.folder} is {first.manifest.tokenizer.sha256[:16]}…; prepare both with one tokenizer"
-            for source in sources
-            if source.dataset.manifest.tokenizer.sha256 != first.manifest.tokenizer.sha256
-        ]:
-            raise UserError(problems)
         check_cache(sources)
         self.sources = list(sources)
         self.order = mixture_order(weights)

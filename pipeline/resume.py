@@ -6,10 +6,10 @@ from pathlib import Path
 from typing import Any
 
 from data_prep.errors import UserError
-from data_prep.manifest import Dataset
 from pipeline import checkpoint, checkpoint_io
 from pipeline.config import RunConfig, flatten
-from pipeline.data import BatchLayout, SampleSource, batch_hash, data_step
+from pipeline.corpus import Corpus
+from pipeline.data import BatchLayout, Source, batch_hash, data_step
 from pipeline.distributed import World
 from pipeline.health import HealthState
 
@@ -21,6 +21,7 @@ FIXED = (
     "data.sequence_length",
     "data.train_split",
     "data.order_seed",
+    "data.window_tokens",
     "training.global_batch_size",
 )
 """Settings that a resumed run may not change: they decide what the model is and which samples come next."""
@@ -42,9 +43,9 @@ def resume(
     config: RunConfig,
     world: World,
     engine: Any,
-    source: SampleSource,
+    source: Source,
     layout: BatchLayout,
-    dataset: Dataset,
+    corpus: Corpus,
     precision: str,
     stage: int,
     model_config: Any,
@@ -60,7 +61,7 @@ def resume(
         return Resumed()
     with world.together():
         state = checkpoint.read_state(folder)
-        problems, changes = compare(state, config, world, dataset, precision, stage)
+        problems, changes = compare(state, config, world, corpus, precision, stage)
         if problems:
             raise UserError([f"{folder}: {problem}" for problem in problems])
     for change in changes:
@@ -104,7 +105,7 @@ def compare(
     state: checkpoint.CheckpointState,
     config: RunConfig,
     world: World,
-    dataset: Dataset,
+    corpus: Corpus,
     precision: str,
     stage: int,
 ) -> tuple[list[str], list[str]]:
@@ -112,7 +113,7 @@ def compare(
     problems = [
         f"was written with {name} {then}, this run has {now}; {remedy}"
         for name, then, now, remedy in (
-            ("dataset", state.dataset_id, dataset.manifest.dataset_id, "give data.dataset the same folder"),
+            ("dataset", state.dataset_id, corpus.dataset_id, "give data.dataset the same dataset, or mixture"),
             ("world size", state.world_size, world.size, f"start {state.world_size} ranks"),
             ("ZeRO stage", state.zero_stage, stage, "choose the DeepSpeed JSON of that stage"),
             ("precision", state.precision, precision, f"set training.precision={state.precision}"),
@@ -136,7 +137,7 @@ def prove(
     folder: Path,
     state: checkpoint.CheckpointState,
     engine: Any,
-    source: SampleSource,
+    source: Source,
     layout: BatchLayout,
     world: World,
     vocab_size: int,

@@ -20,9 +20,9 @@ from pipeline.checkpoint import (
 )
 
 if TYPE_CHECKING:
-    from data_prep.manifest import Dataset
     from model.configuration_globallocal import GlobalLocalConfig
     from pipeline.config import RunConfig
+    from pipeline.corpus import Corpus
 
 
 @dataclass(frozen=True)
@@ -75,22 +75,22 @@ def load_tokenizer(folder: Path) -> Any:
 
 
 def _rebuild(state: CheckpointState) -> tuple[Any, Path]:
-    from data_prep.manifest import open_dataset
     from pipeline.config import validate
+    from pipeline.corpus import open_corpus
 
     config = validate(state.config, "the checkpoint's state.json")
-    dataset = open_dataset(config.data.dataset)
-    if dataset.dataset_id != state.dataset_id:
+    corpus = open_corpus(config.data)
+    if corpus.dataset_id != state.dataset_id:
         raise UserError(
-            f"{config.data.dataset}: dataset_id {dataset.dataset_id[:12]}…, the checkpoint was trained on "
+            f"{config.data.dataset}: dataset_id {corpus.dataset_id[:12]}…, the checkpoint was trained on "
             f"{state.dataset_id[:12]}…; restore that dataset there"
         )
-    return build_model_config(config, dataset), dataset.tokenizer_folder
+    return build_model_config(config, corpus), corpus.tokenizer_folder
 
 
-def build_model_config(config: "RunConfig", dataset: "Dataset") -> "GlobalLocalConfig":
+def build_model_config(config: "RunConfig", corpus: "Corpus") -> "GlobalLocalConfig":
     """The dataset's tokenizer fixes the vocabulary and the special ids; a larger `model.vocab_size` may pad it."""
-    tokenizer = dataset.manifest.tokenizer
+    tokenizer = corpus.tokenizer
     wanted = config.model.overrides.get("vocab_size", tokenizer.vocab_size)
     if wanted < tokenizer.vocab_size:
         raise UserError(

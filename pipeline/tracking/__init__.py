@@ -16,7 +16,7 @@ import fcntl
 import os
 import time
 import uuid
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
@@ -59,7 +59,7 @@ def open_tracker(
     run_id: str | None,
     params: Mapping[str, Any],
     tags: Mapping[str, Any],
-    dataset: Mapping[str, str] | None,
+    datasets: Sequence[Mapping[str, str]],
     say: Say = print,
 ) -> NullTracker:
     """Creates the MLflow run of a run folder, or goes on with it.
@@ -75,7 +75,7 @@ def open_tracker(
         run_id: the run a checkpoint belongs to; used when `tracking/` knows of no run in this store.
         params: flattened configuration; secrets are redacted here.
         tags: further tags; git commit, command, host and versions are added here.
-        dataset: `source`, `name` and `dataset_id` (sha256), or None.
+        datasets: `source`, `name`, `dataset_id` (sha256) and `weight` of each.
         say: receives one line at a time.
 
     Returns:
@@ -87,7 +87,7 @@ def open_tracker(
     if not config.enabled:
         return NullTracker()
     tracker = _open(config, Path(run_folder), run_name, run_id, _careful(say))
-    tracker._begin_attempt(params, provenance_tags() | dict(tags), dataset)
+    tracker._begin_attempt(params, provenance_tags() | dict(tags), datasets)
     return tracker
 
 

@@ -155,8 +155,8 @@ class MlflowRun:
                 client.log_text(run_id, record["text"], record["path"])
             case "dataset":
                 dataset = Dataset(record["name"], record["digest"], record["source_type"], record["source"])
-                inputs = [DatasetInput(dataset, [InputTag("mlflow.data.context", "training")])]
-                client.log_inputs(run_id, datasets=inputs)
+                inputs = [InputTag("mlflow.data.context", "training"), InputTag("weight", record.get("weight", "1"))]
+                client.log_inputs(run_id, datasets=[DatasetInput(dataset, inputs)])
             case "status" if record["status"] == "RUNNING":
                 client.update_run(run_id, status="RUNNING")
             case "status":

@@ -4,7 +4,7 @@ import json
 import math
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from types import TracebackType
 from typing import IO, Any
 
@@ -167,7 +167,7 @@ class Tracker(NullTracker):
         self.set_tags({STATUS_TAG: reason, "globallocal.attempts": attempts})
 
     def _begin_attempt(
-        self, params: Mapping[str, Any], tags: Mapping[str, Any], dataset: Mapping[str, str] | None
+        self, params: Mapping[str, Any], tags: Mapping[str, Any], datasets: Sequence[Mapping[str, str]]
     ) -> None:
         """What every start records: how the last attempt ended, the status, what changed since."""
         history = self._history
@@ -176,15 +176,13 @@ class Tracker(NullTracker):
             self._say("tracking: the process before this one was killed without closing the run")
         self._record_status("RUNNING", "running")
         all_tags = _strings(tags)
-        if dataset:
-            all_tags["dataset_id"] = dataset["dataset_id"]
         lines = [
             f"{name}: {history.tags[name]} → {all_tags[name]}"
             for name in _WATCHED_TAGS
             if name in history.tags and all_tags.get(name, history.tags[name]) != history.tags[name]
         ]
         self.set_tags(all_tags)
-        if dataset:
+        for dataset in datasets:
             self._append(_dataset_record(dataset))
         self._record_params(_strings(params), lines)
 
@@ -217,7 +215,8 @@ def _dataset_record(dataset: Mapping[str, str]) -> Record:
     return {
         "kind": "dataset",
         "name": dataset["name"],
-        "digest": dataset["dataset_id"][:36],  # MLflow's bound; the tag dataset_id is whole
+        "digest": dataset["dataset_id"][:36],  # MLflow's bound; the checkpoints' state has it whole
+        "weight": dataset["weight"],
         "source_type": "http" if is_http else "local",
         "source": json.dumps({"url" if is_http else "uri": source}),
     }

@@ -127,6 +127,28 @@ def s3_server(folder: Path):
         process.wait()
 
 
+@contextlib.contextmanager
+def s3_dataset(server_folder: Path, dataset: Path, key: str):
+    """A dataset as `s3://KEY` on a real S3 server that this process and its children find: yields the client."""
+    with s3_server(server_folder) as (endpoint, environment), pytest.MonkeyPatch.context() as patch:
+        for name, value in {**environment, "AWS_ENDPOINT_URL": endpoint, "AWS_DEFAULT_REGION": "us-east-1"}.items():
+            patch.setenv(name, value)
+        import s3fs
+
+        system = s3fs.S3FileSystem(skip_instance_cache=True)
+
+        def upload() -> bool:
+            with contextlib.suppress(Exception):  # until the server's parts have found each other
+                if not system.exists(key.partition("/")[0]):
+                    system.mkdir(key.partition("/")[0])
+                system.put(str(dataset), key, recursive=True)
+                return True
+            return False
+
+        wait_until(upload)
+        yield system
+
+
 def wait_until(true, seconds: float = 60.0) -> None:
     """Polls; fails the test, with what was waited for, when the time is over."""
     deadline = time.monotonic() + seconds

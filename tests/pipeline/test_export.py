@@ -101,7 +101,7 @@ def test_evaluate_and_generate_read_run_and_export_alike(
     of_export = globallocal("evaluate", exported, "--dataset", small_dataset, "--max-samples", 8).stdout
     assert of_run == of_export
     assert "word perplexity" in of_run
-    assert "bytes in the split)" in of_run
+    assert "bytes in the split" in of_run
     one, two = (globallocal("generate", exported, "--prompt", "The", "--max-new-tokens", 5).stdout for _ in range(2))
     assert one == two
     assert one.startswith("The")

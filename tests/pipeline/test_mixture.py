@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from data_prep.errors import UserError
 from pipeline.data import BatchLayout, BatchLoader, SampleSource
 from pipeline.mixture import MixtureSource, mixture_order
-from tests.pipeline.dataset_fixture import cut, write_dataset, write_stream
+from tests.pipeline.dataset_fixture import write_stream
 
 
 @settings(deadline=None)
@@ -91,16 +91,6 @@ def test_a_mixture_is_read_and_resumed_like_one_dataset(two):
                     ranks.append(np.stack([next(loader) for _ in range(count)]))
             read = np.stack(ranks, axis=1).reshape(steps, 12, 11)
             assert (read == expected[consumed // 12 :]).all()
-
-
-def test_datasets_of_two_tokenizers_are_refused_and_both_named(tmp_path, two):
-    other = write_dataset(tmp_path, {"train": cut(np.arange(500, dtype=np.uint16), 50, 2)}, tokenizer_model=b"other")
-    with pytest.raises(UserError) as error:
-        MixtureSource([two[0], SampleSource(other, "train", 10, 0)], [1, 1])
-    message = str(error.value)
-    assert str(tmp_path) in message
-    assert two[0].dataset.folder in message
-    assert "prepare both with one tokenizer" in message
 
 
 def test_a_weight_for_every_dataset(two):

@@ -19,7 +19,7 @@ from pipeline.mixture import MixtureSource
 from pipeline.remote_dataset import RemoteDataset, open_location
 from pipeline.shard_cache import ShardCache, locked
 from tests.pipeline.dataset_fixture import write_stream
-from tests.pipeline.servers_fixture import http_server, s3_server, wait_until
+from tests.pipeline.servers_fixture import http_server, s3_dataset, wait_until
 
 TOKENS = 6001
 SHARDS = 15  # of 4 chunks of 100 tokens, the last one of a single token
@@ -372,22 +372,7 @@ def test_a_download_ahead_that_fails_is_the_readers_error(tmp_path, server):
 @pytest.fixture(scope="module")
 def s3(folder, tmp_path_factory):
     """The dataset in a bucket of a real S3 server."""
-    with s3_server(tmp_path_factory.mktemp("s3")) as (endpoint, environment), pytest.MonkeyPatch.context() as patch:
-        for name, value in {**environment, "AWS_ENDPOINT_URL": endpoint, "AWS_DEFAULT_REGION": "us-east-1"}.items():
-            patch.setenv(name, value)
-        import s3fs
-
-        system = s3fs.S3FileSystem(skip_instance_cache=True)
-
-        def upload() -> bool:
-            with contextlib.suppress(Exception):  # until the server's parts have found each other
-                if not system.exists("corpus"):
-                    system.mkdir("corpus")
-                system.put(str(folder), "corpus/wiki", recursive=True)
-                return True
-            return False
-
-        wait_until(upload)
+    with s3_dataset(tmp_path_factory.mktemp("s3"), folder, "corpus/wiki") as system:
         yield system
 
 

@@ -40,8 +40,8 @@ def test_a_run_holds_what_was_logged(store: str, tmp_path: Path) -> None:
         tmp_path / "run",
         said,
         params={"optimizer.learning_rate": 3e-4, "model.conv_dilations": [1, 2], "run.name": "a run"},
-        tags={"purpose": "test"},
-        dataset=DATASET,
+        tags={"purpose": "test", "dataset_id": DATASET["dataset_id"]},
+        datasets=[DATASET],
     )
     for step in range(5):
         tracker.log_metrics({"loss": 5.0 - step, "evaluation/loss": 6}, step)
@@ -71,7 +71,7 @@ def test_a_run_holds_what_was_logged(store: str, tmp_path: Path) -> None:
 
 
 def test_the_dataset_is_an_input_of_the_run(store: str, tmp_path: Path) -> None:
-    start(store, tmp_path / "run", [], dataset=DATASET).close()
+    start(store, tmp_path / "run", [], datasets=[DATASET]).close()
     (used,) = only_run(store).inputs.dataset_inputs
     assert (used.dataset.name, used.dataset.digest) == ("books", DATASET["dataset_id"][:36])
     assert [(tag.key, tag.value) for tag in used.tags] == [("mlflow.data.context", "training")]
@@ -81,7 +81,7 @@ def test_the_dataset_is_an_input_of_the_run(store: str, tmp_path: Path) -> None:
 def test_resumed_runs_go_on_in_the_same_run_and_repeat_no_step(store: str, tmp_path: Path) -> None:
     said: list[str] = []
     for first, last, status in ((0, 30, "KILLED"), (20, 45, "FAILED"), (45, 60, "FINISHED")):
-        tracker = start(store, tmp_path / "run", said, dataset=DATASET)
+        tracker = start(store, tmp_path / "run", said, datasets=[DATASET])
         for step in range(first, last):
             tracker.log_metrics({"loss": step / 2}, step)
         if status == "KILLED":
@@ -149,10 +149,10 @@ def test_changed_parameters_are_recorded_and_nothing_else_is_lost(store: str, tm
 
 
 def test_another_dataset_or_commit_at_a_resume_is_a_change(store: str, tmp_path: Path) -> None:
-    start(store, tmp_path / "run", [], dataset=DATASET).close()
+    start(store, tmp_path / "run", [], tags={"dataset_id": DATASET["dataset_id"]}).close()
     said: list[str] = []
-    other = DATASET | {"dataset_id": "f" * 64}
-    start(store, tmp_path / "run", said, dataset=other, tags={"mlflow.source.git.commit": "abc"}).close()
+    tags = {"mlflow.source.git.commit": "abc", "dataset_id": "f" * 64}
+    start(store, tmp_path / "run", said, tags=tags).close()
     changes = [line for line in said if "changed since" in line]
     assert any(f"dataset_id: {DATASET['dataset_id']} → {'f' * 64}" in line for line in changes)
     assert only_run(store).data.tags["dataset_id"] == "f" * 64
@@ -239,7 +239,7 @@ def test_secrets_reach_neither_disk_nor_store_nor_screen(store: str, tmp_path: P
     known = {
         "params": {"tracking.uri": secret, "wandb.api_key": "hunter2", "nested": {"token": "hunter2"}},
         "tags": {"remote": secret, "hf_token": "hunter2"},
-        "dataset": DATASET | {"source": f"{secret}/data"},
+        "datasets": [DATASET | {"source": f"{secret}/data"}],
     }
     for uri in (secret, store):  # the first store is out of reach, the second receives everything
         tracker = start(uri, tmp_path / "run", said, **known)

@@ -13,7 +13,7 @@ from mlflow import MlflowClient
 
 from pipeline.tracking import NullTracker, open_tracker
 
-DATASET = {"source": "/data/books", "name": "books", "dataset_id": "0123456789abcdef" * 4}
+DATASET = {"source": "/data/books", "name": "books", "dataset_id": "0123456789abcdef" * 4, "weight": "1"}
 
 
 @dataclass
@@ -27,7 +27,7 @@ class Config:
 
 def start(uri: str, folder: Path, said: list[str], experiment: str = "tests", **changes: Any) -> NullTracker:
     """`open_tracker` with defaults."""
-    arguments: dict[str, Any] = {"run_id": None, "params": {}, "tags": {}, "dataset": None}
+    arguments: dict[str, Any] = {"run_id": None, "params": {}, "tags": {}, "datasets": []}
     return open_tracker(Config(uri, experiment=experiment), folder, "a run", **(arguments | changes), say=said.append)
 
 
