@@ -42,6 +42,7 @@ def evaluate(
         globallocal evaluate runs/quickstart/export --dataset data/quickstart --split test
     """
     from data_prep.errors import UserError
+    from data_prep.manifest import hash_file
     from pipeline.config import DataSection, validate
     from pipeline.corpus import open_corpus
     from pipeline.evaluate import held_out
@@ -55,10 +56,11 @@ def evaluate(
     else:
         raise UserError(f"{path}: an exported model does not name its dataset; give --dataset")
     corpus = open_corpus(data)
-    ids = corpus.tokenizer.vocab_size
-    if ids > loaded.model.config.vocab_size:
+    own_model = loaded.tokenizer_folder / "tokenizer.model"
+    own = hash_file(own_model) if own_model.is_file() else "unknown"
+    if corpus.tokenizer.sha256 != own:
         raise UserError(
-            f"{dataset}: its tokenizer has {ids:,} ids, the model knows {loaded.model.config.vocab_size:,}; "
+            f"{dataset}: its tokenizer is {corpus.tokenizer.sha256[:16]}…, the model's is {own[:16]}…; "
             "evaluate on a dataset of the model's tokenizer"
         )
     length = sequence_length or loaded.model.config.max_position_embeddings

@@ -114,6 +114,7 @@ def compare(
         f"was written with {name} {then}, this run has {now}; {remedy}"
         for name, then, now, remedy in (
             ("dataset", state.dataset_id, corpus.dataset_id, "give data.dataset the same dataset, or mixture"),
+            ("tokenizer", state.tokenizer_sha256, corpus.tokenizer.sha256, "give data.dataset one of that tokenizer"),
             ("world size", state.world_size, world.size, f"start {state.world_size} ranks"),
             ("ZeRO stage", state.zero_stage, stage, "choose the DeepSpeed JSON of that stage"),
             ("precision", state.precision, precision, f"set training.precision={state.precision}"),

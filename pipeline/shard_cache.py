@@ -60,7 +60,9 @@ class ShardCache:
                         return  # another process is at it
                     self._fill(descriptor, url, sha256, num_bytes)
         except OSError as error:
-            raise UserError(f"cache {self.folder}: cannot be used ({error.strerror}); choose another") from None
+            raise UserError(
+                f"cache {self.folder}: cannot be used ({error.strerror}); choose another data.cache_dir"
+            ) from None
 
     def _fill(self, descriptor: int, url: str, sha256: str, num_bytes: int) -> None:
         """Downloads into the locked file and names it; leaves the loop of `fetch` to see what came of it."""
@@ -125,14 +127,14 @@ class ShardCache:
             if total_bytes > self.budget_bytes:
                 raise UserError(
                     f"cache {self.folder}: budget {self.budget_bytes:,} bytes, but the files in use and the next "
-                    f"one ({num_bytes:,} bytes) need {total_bytes:,}; raise the budget"
+                    f"one ({num_bytes:,} bytes) need {total_bytes:,}; raise data.cache_bytes"
                 )
             try:
                 os.posix_fallocate(descriptor, 0, num_bytes)
             except OSError as error:
                 raise UserError(
                     f"cache {self.folder}: no room for {num_bytes:,} bytes ({error.strerror}); "
-                    "free some space, or put the cache on another disk"
+                    "free some space, or name a data.cache_dir on another disk"
                 ) from None
 
     def _files(self) -> list[tuple[int, int, Path]]:

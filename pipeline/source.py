@@ -144,5 +144,6 @@ def check_cache(sources: Sequence[SampleSource]) -> None:
             names = ", ".join(f"{url} ({source.stream.index.name})" for source, url in sharing)
             raise UserError(
                 f"{names}: needs a cache of {needed_bytes:,} bytes, the budget of {cache.folder} is "
-                f"{cache.budget_bytes:,}; raise it, or set window_tokens or lower it: two windows must fit"
+                f"{cache.budget_bytes:,}; raise data.cache_bytes, or set data.window_tokens or lower it: "
+                "two windows must fit"
             )

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from data_prep.errors import UserError
+from data_prep.manifest import open_dataset
 from launch import doctor
 from launch.estimate import Machine, estimate
 from pipeline.config import DataSection, load_config, validate
@@ -161,9 +162,12 @@ def runs(trained: Path, small_dataset: Path, second_dataset: Path, url: str) -> 
         Run("rewindowed", [*windowed, "data.window_tokens=4096"], copy_checkpoint="windowed/step-00000003"),
         Run("local"),
         Run("moved", [f"data.dataset={url}", cache], copy_checkpoint="local/step-00000003"),
+        Run("other-tokenizer", [f"data.dataset={trained}/by-hand"], copy_checkpoint="local/step-00000003"),
         Run("broken", ["data.dataset=s3://corpus/broken", f"data.cache_dir={trained}/empty-cache"]),
         Run("small-cache", [f"data.dataset={url}", f"data.cache_dir={trained}/empty-cache", "data.cache_bytes=1000"]),
     ]
+    shards = cut(np.arange(500, dtype=np.uint16), 50, 2)
+    write_dataset(trained / "by-hand", {"train": shards, "valid": shards}, tokenizer_model=b"other")
     return {result["name"]: result for result in run_ranks(plan, trained, small_dataset)}
 
 
@@ -195,6 +199,19 @@ def test_other_weights_or_windows_are_refused_at_a_resume(runs: dict[str, Any]) 
     assert "data.window_tokens 65536 → 4096: a resumed run may not change it" in line
 
 
+def test_a_dataset_of_another_tokenizer_is_refused_at_a_resume_and_both_are_named(
+    runs: dict[str, Any], trained: Path, small_dataset: Path
+) -> None:
+    assert runs["other-tokenizer"]["code"] == 2
+    ids = [open_dataset(folder).manifest.tokenizer.sha256 for folder in (small_dataset, trained / "by-hand")]
+    assert any(
+        f"was written with tokenizer {ids[0]}, this run has {ids[1]}; give data.dataset one of that tokenizer" in line
+        for line in runs["other-tokenizer"]["problems"]
+    )
+    told = globallocal("evaluate", trained / "local", "--dataset", trained / "by-hand", expect=2).stderr
+    assert f"its tokenizer is {ids[1][:16]}…, the model's is {ids[0][:16]}…; evaluate on a dataset of the" in told
+
+
 def test_a_damaged_remote_shard_is_one_line_with_its_url(runs: dict[str, Any], trained: Path) -> None:
     assert runs["broken"]["code"] == 2
     (line,) = runs["broken"]["problems"]
@@ -206,7 +223,7 @@ def test_a_cache_that_cannot_hold_what_is_read_is_refused_before_step_0(runs: di
     (line,) = runs["small-cache"]["problems"]
     assert "needs a cache of" in line
     assert "the budget of" in line
-    assert "set window_tokens" in line
+    assert "set data.window_tokens" in line
 
 
 def test_each_dataset_has_its_own_held_out_loss_beside_that_of_the_mixture(

@@ -286,7 +286,7 @@ def test_the_global_order_needs_the_whole_split_in_the_cache(tmp_path, server):
         SampleSource(open_location(server.url, tmp_path, total - 1), "train", 10, 0)
     assert str(error.value) == (
         f"{server.url} (train): needs a cache of {total:,} bytes, the budget of {tmp_path} is {total - 1:,}; "
-        "raise it, or set window_tokens or lower it: two windows must fit"
+        "raise data.cache_bytes, or set data.window_tokens or lower it: two windows must fit"
     )
 
 
