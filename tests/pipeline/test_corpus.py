@@ -100,7 +100,8 @@ def test_all_datasets_that_cannot_be_opened_are_named(tmp_path: Path, folders: l
             [
                 "data.dataset.0.weight = 0: input should be greater than 0",
                 "data.dataset.1.weight is required",
-                "unknown key data.dataset.1.wieght; nearest: data.dataset.0.weight, data.dataset, data.dataset.0.dataset",
+                "unknown key data.dataset.1.wieght; nearest: data.dataset.0.weight, data.dataset, "
+                "data.dataset.0.dataset",
             ],
         ),
     ],
