@@ -3,6 +3,7 @@
 import logging
 import math
 import platform
+from collections.abc import Callable
 from typing import Any
 
 import deepspeed
@@ -16,13 +17,14 @@ from pipeline.checkpoint_io import HashingCheckpointEngine, logit_fingerprint
 from pipeline.config import RunConfig
 from pipeline.corpus import Corpus, open_corpus
 from pipeline.data import BatchLayout, BatchLoader, Source, batch_hash, data_step
-from pipeline.distributed import StopRequest, World
+from pipeline.distributed import World
 from pipeline.engine import deepspeed_config, initialize, resolve_precision, zero_stage
 from pipeline.evaluate import continuations, held_out
 from pipeline.metrics import Clock
 from pipeline.optim import describe_groups, parameter_groups
 from pipeline.redact import redact
 from pipeline.resume import Resumed, resume
+from pipeline.stop import StopRequest
 from pipeline.tracking import NullTracker, open_tracker
 from pipeline.trainer import Trainer
 from pipeline.weights import build_model_config, load_tokenizer
@@ -30,7 +32,7 @@ from pipeline.weights import build_model_config, load_tokenizer
 log = logging.getLogger("globallocal")
 
 
-def build(config: RunConfig, world: World, stop: StopRequest) -> Trainer:
+def build(config: RunConfig, world: World, stop: StopRequest, clock: Clock) -> Trainer:
     """Every part of a run, from its settings. All that can be wrong is found here, before step 0."""
     with world.together():
         corpus = open_corpus(config.data)
@@ -42,6 +44,7 @@ def build(config: RunConfig, world: World, stop: StopRequest) -> Trainer:
     with world.together():
         settings = deepspeed_config(config, layout, precision)
     check_corpus(config, corpus, world)
+    clock.move()
 
     transformers.set_seed(config.run.seed)
     model = GlobalLocalForCausalLM(model_config)
@@ -49,16 +52,18 @@ def build(config: RunConfig, world: World, stop: StopRequest) -> Trainer:
     narrate(config, world, corpus, source, layout, model, precision, settings)
     engine = initialize(model, config, settings)
     engine.checkpoint_engine = HashingCheckpointEngine()
+    clock.move()
     transformers.set_seed(config.run.seed + world.rank)  # dropout differs between ranks
     resumed = resume(config, world, engine, source, layout, corpus, precision, zero_stage(settings), model_config)
+    clock.move()
 
     tokenizer = load_tokenizer(corpus.tokenizer_folder)
     tracker = start_tracker(config, world, corpus, resumed, model_config, precision)
     run_id = world.broadcast(tracker.run_id)
-    clock = Clock(resumed.seconds)
+    clock.seconds.update(resumed.seconds)
     held_out_split = config.evaluation.split or ""
 
-    def evaluate() -> dict[str, float]:
+    def evaluate(before_batch: Callable[[], None]) -> dict[str, float]:
         return held_out(
             engine,
             corpus,
@@ -69,9 +74,10 @@ def build(config: RunConfig, world: World, stop: StopRequest) -> Trainer:
             world.device,
             world.rank,
             world.size,
+            before_batch,
         )
 
-    def generate() -> list[str]:
+    def generate(before_text: Callable[[], None]) -> list[str]:
         return continuations(
             engine.module,
             tokenizer,
@@ -79,6 +85,7 @@ def build(config: RunConfig, world: World, stop: StopRequest) -> Trainer:
             config.evaluation.max_new_tokens,
             world.device,
             config.run.seed,
+            before_text,
         )
 
     def describe(trainer: Trainer) -> CheckpointState:
@@ -97,13 +104,16 @@ def build(config: RunConfig, world: World, stop: StopRequest) -> Trainer:
             next_batch_hash=batch_hash(source, layout, batch),
             logit_fingerprint=logit_fingerprint(engine, model_config.vocab_size),
             seconds=clock.seconds,
+            loss_sums=world.gather(trainer.losses.sums.tolist()),
             evaluation=trainer.evaluation,
+            pending_evaluation=trainer.pending_evaluation,
             health=trainer.health,
             versions=versions(),
         )
 
     first_batch = data_step(resumed.step, resumed.health.skipped_batches)
-    return Trainer(
+    stands = resumed.folder is not None and resumed.folder.parent == config.run_folder / "checkpoints"
+    trainer = Trainer(
         config=config,
         world=world,
         engine=engine,
@@ -121,8 +131,11 @@ def build(config: RunConfig, world: World, stop: StopRequest) -> Trainer:
         step=resumed.step,
         health=resumed.health,
         evaluation=resumed.evaluation,
-        saved_step=resumed.step if resumed.folder else None,
+        pending_evaluation=resumed.pending_evaluation and config.evaluation.split is not None,
+        saved_step=resumed.step if stands else None,
     )
+    trainer.losses.restore(resumed.loss_sums, world)
+    return trainer
 
 
 def max_steps(config: RunConfig, num_samples: int) -> int:

@@ -52,6 +52,10 @@ class CheckpointState(BaseModel):
     """Time spent training, evaluating and saving, over all starts."""
     evaluation: dict[str, float] | None = None
     """The latest held-out measurement."""
+    pending_evaluation: bool = False
+    """This step's evaluation was due and is not done: a stop came before its end. The next start does it first."""
+    loss_sums: list[list[float]] = []
+    """Rank by rank, what the next logged mean of the losses already holds (`LossMeter.sums`)."""
     health: HealthState = HealthState()
     versions: dict[str, str]
 

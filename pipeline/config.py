@@ -17,6 +17,9 @@ from model.configuration_globallocal import PRESETS, GlobalLocalConfig
 from pipeline.redact import redact
 from pipeline.remote_dataset import DEFAULT_CACHE_BYTES
 
+CATCHABLE_SIGNALS = ("SIGTERM", "SIGUSR1", "SIGUSR2", "SIGINT", "SIGHUP", "SIGCONT", "SIGXCPU")
+"""What schedulers and people send; SIGKILL and SIGSTOP cannot be caught, and others mean a crash."""
+
 
 class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
@@ -122,6 +125,25 @@ class TrainingSection(Section):
     precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
     """`auto`: bf16 where the hardware multiplies it, else fp32; what was chosen is printed."""
     log_interval_steps: int = Field(10, ge=1)
+    stop_signals: tuple[str, ...] = ("SIGTERM", "SIGUSR1", "SIGINT")
+    """At one of these, on any rank, all ranks save and leave with exit code 75: start it again to go on. SIGTERM, which
+    launchers send, is always one."""
+    preemption_grace_seconds: float = Field(120, gt=0)
+    """From the first signal on: what cannot be finished in this time (a step, a save) is not begun."""
+    max_seconds: float | None = Field(None, gt=0)
+    """Time budget of one start; when it is spent the run leaves as if it had received a signal then."""
+    hang_timeout_seconds: float = Field(1800, gt=0)
+    """A rank that does not move for so long ends the run with exit code 76; four times as long up to its first step."""
+
+    @field_validator("stop_signals")
+    @classmethod
+    def signals_that_can_be_taken(cls, names: tuple[str, ...]) -> tuple[str, ...]:
+        refused = [name for name in names if name not in CATCHABLE_SIGNALS]
+        if refused:
+            raise ValueError(f"{', '.join(refused)} cannot be taken; there are: {', '.join(CATCHABLE_SIGNALS)}")
+        if "SIGTERM" not in names:
+            raise ValueError("SIGTERM must be among them: launchers stop a job with it")
+        return names
 
     @model_validator(mode="after")
     def one_length(self) -> "TrainingSection":

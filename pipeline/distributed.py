@@ -1,14 +1,13 @@
-"""Ranks: start, agreement, the wish to stop, shutdown."""
+"""Ranks: start, agreement, shutdown."""
 
 import fcntl
 import os
-import signal
 import socket
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import deepspeed
@@ -20,7 +19,9 @@ from torch.utils.cpp_extension import _get_build_directory
 from data_prep.errors import UserError
 
 PREEMPTED_EXIT_CODE = 75
-"""EX_TEMPFAIL of sysexits.h: everything is saved, start me again."""
+"""EX_TEMPFAIL of sysexits.h: asked to stop, left in order, start me again."""
+HANG_EXIT_CODE = 76
+"""A rank did not move for too long: start me again, from the newest checkpoint."""
 
 
 class SharedUserError(UserError):
@@ -53,11 +54,19 @@ class World:
         dist.broadcast_object_list(items, src=0, group=self.control)
         return items[0]
 
+    def agree(self, values: Mapping[str, float]) -> dict[str, float]:
+        """The largest value over all ranks under each name; a flag is 0 or 1.
+
+        One small all-reduce on the CPU: cheap enough for every micro-step. All ranks pass the same names in the
+        same order.
+        """
+        largest = torch.tensor(list(values.values()), dtype=torch.float64)
+        dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=self.control)
+        return dict(zip(values, largest.tolist(), strict=True))
+
     def any(self, flag: bool) -> bool:
         """True on every rank if it is on one."""
-        flags = torch.tensor([int(flag)])
-        dist.all_reduce(flags, op=dist.ReduceOp.MAX, group=self.control)
-        return bool(flags.item())
+        return self.agree({"flag": float(flag)})["flag"] > 0
 
     def barrier(self) -> None:
         dist.barrier(group=self.control)
@@ -116,6 +125,12 @@ def start() -> World:
     )
 
 
+def outlast(timeout_seconds: float) -> None:
+    """Let no collective operation give up earlier: it could only say that somebody is missing, not who."""
+    for group in dist.distributed_c10d._world.pg_map:
+        dist.distributed_c10d._set_pg_timeout(timedelta(seconds=timeout_seconds), group)
+
+
 def load_operator(builder_name: str) -> None:
     """Compile or load one of DeepSpeed's operators, one process of a node at a time.
 
@@ -136,17 +151,3 @@ def shutdown() -> None:
     """Leave the process group; a ZeRO-3 process that does not may abort after its work is done."""
     if dist.is_initialized():
         dist.destroy_process_group()
-
-
-class StopRequest:
-    """SIGTERM, SIGUSR1 and Ctrl-C set a flag, nothing more; the training loop looks at it."""
-
-    SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
-
-    def __init__(self) -> None:
-        self.received: signal.Signals | None = None
-        for number in self.SIGNALS:
-            signal.signal(number, self._note)
-
-    def _note(self, number: int, frame: FrameType | None) -> None:
-        self.received = signal.Signals(number)

@@ -1,7 +1,7 @@
 """Held-out loss and perplexities, globally reduced; continuations of prompts."""
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -20,7 +20,10 @@ IGNORED = -100
 
 @torch.no_grad()
 def summed_loss(
-    model: Any, batches: Iterable[tuple[np.ndarray, np.ndarray]], device: torch.device
+    model: Any,
+    batches: Iterable[tuple[np.ndarray, np.ndarray]],
+    device: torch.device,
+    before_batch: Callable[[], None] = lambda: None,
 ) -> tuple[float, int]:
     """Sum of the language loss in nats, and the number of targets, over all ranks.
 
@@ -28,11 +31,13 @@ def summed_loss(
         model: a DeepSpeed engine or a plain model.
         batches: int64 tokens [B, S+1] and a boolean mask [B, S] of the targets that count; the same number on
             every rank, since under ZeRO-3 each forward is a collective.
+        before_batch: called before each; what it raises ends the measurement.
     """
     training = model.training
     model.eval()
     sums = torch.zeros(2, dtype=torch.float64, device=device)
     for tokens, counted in batches:
+        before_batch()
         ids = torch.from_numpy(tokens).to(device)
         targets = ids[:, 1:].masked_fill(~torch.from_numpy(counted).to(device), IGNORED)
         valid = (targets != IGNORED).sum()
@@ -87,18 +92,20 @@ def held_out(
     device: torch.device,
     rank: int = 0,
     world_size: int = 1,
+    before_batch: Callable[[], None] = lambda: None,
 ) -> dict[str, float]:
     """`perplexities` of a split; of a mixture those of `mixed`, and each dataset's own as `NAME/loss`, … .
 
     Args:
         batch_size: samples a rank at once.
         max_samples: of each dataset, the first so many; None is all.
+        before_batch: called before each batch; what it raises ends the measurement.
     """
     results = {}
     for part in corpus.parts:
         stream = TokenStream(part.dataset, split)
         batches = evaluation_batches(stream, sequence_length, batch_size, rank, world_size, max_samples)
-        nats, targets = summed_loss(model, batches, device)
+        nats, targets = summed_loss(model, batches, device, before_batch)
         results[part.name] = perplexities(nats, targets, part.dataset.manifest.splits[split])
         stream.close()
     if len(results) == 1:
@@ -131,7 +138,13 @@ def _exp(value: float) -> float:
 
 @torch.no_grad()
 def continuations(
-    model: Any, tokenizer: Any, prompts: Sequence[str], max_new_tokens: int, device: torch.device, seed: int
+    model: Any,
+    tokenizer: Any,
+    prompts: Sequence[str],
+    max_new_tokens: int,
+    device: torch.device,
+    seed: int,
+    before_text: Callable[[], None] = lambda: None,
 ) -> list[str]:
     """Sampled continuations, each with its prompt in front. The caller's random state is left as it was.
 
@@ -144,6 +157,7 @@ def continuations(
     with torch.random.fork_rng(devices):
         torch.manual_seed(seed)
         for prompt in prompts:
+            before_text()
             ids = tokenizer(prompt, add_special_tokens=False, return_tensors="pt").input_ids.to(device)
             output = model.generate(
                 input_ids=ids,

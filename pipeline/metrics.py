@@ -1,11 +1,13 @@
-"""Losses averaged over micro-batches and ranks, time by phase, throughput."""
+"""Losses averaged over micro-batches and ranks, time by phase and by rank, throughput."""
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
 import torch.distributed as dist
+
+from pipeline.distributed import World
 
 
 class LossMeter:
@@ -19,6 +21,13 @@ class LossMeter:
         one = torch.ones((), dtype=torch.float64, device=self.sums.device)
         self.sums += torch.stack([language_loss.detach().double(), diversity_loss.detach().double(), one])
 
+    def restore(self, by_rank: Sequence[Sequence[float]], world: World) -> None:
+        """Go on with the sums that a checkpoint holds; another number of ranks gives all of them to rank 0."""
+        if len(by_rank) == world.size:
+            self.sums.copy_(torch.tensor(by_rank[world.rank], dtype=torch.float64))
+        elif by_rank and world.is_main:
+            self.sums.copy_(torch.tensor(by_rank, dtype=torch.float64).sum(0))
+
     def read(self) -> dict[str, float]:
         """Means since the last read, over all ranks; a collective."""
         sums = self.sums.clone()
@@ -29,18 +38,85 @@ class LossMeter:
 
 
 class Clock:
-    """Seconds by phase, over all starts of a run: training is not charged for saving."""
+    """Seconds by phase over all starts of a run, and the phase that this process is in.
 
-    def __init__(self, seconds: dict[str, float] | None = None) -> None:
-        self.seconds = {"training": 0.0, "evaluation": 0.0, "saving": 0.0, **(seconds or {})}
+    Phases nest: `training` holds data, forward, backward, agreement and step, and is not charged for saving or
+    evaluation. Every begin and end counts as a move. The watch (`watch.py`), another thread, reads all of it.
+
+    Attributes:
+        now: the phase, a slash before what it holds: `forward`, `evaluation/agreement`.
+        step: optimizer steps taken; None until this start has taken one.
+        moves, moved_at: how many, and when the last one was (`time.monotonic`).
+    """
+
+    OUTERMOST = ("start", "training")
+
+    def __init__(self) -> None:
+        self.seconds = {"training": 0.0, "evaluation": 0.0, "saving": 0.0}
+        self.now = "start"
+        self.step: int | None = None
+        self.moves = 0
+        self.moved_at = time.monotonic()
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
-        start = time.perf_counter()
+        outer, start = self.now, time.perf_counter()
+        self.move(name if outer in self.OUTERMOST else f"{outer}/{name}")
         try:
             yield
         finally:
-            self.seconds[name] += time.perf_counter() - start
+            self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
+            self.move(outer)
+
+    def move(self, name: str | None = None) -> None:
+        """Something was done: this process is alive."""
+        self.now = name or self.now
+        self.moves += 1
+        self.moved_at = time.monotonic()
+
+
+class StepTimes:
+    """Each rank's seconds a step, phase by phase, between two readings: who is slow, and where."""
+
+    PHASES = ("data", "forward", "backward", "step")
+
+    def __init__(self, clock: Clock, step: int) -> None:
+        self.clock, self.step = clock, step
+        self.marks = self._seconds()
+
+    def _seconds(self) -> list[float]:
+        return [self.clock.seconds.get(name, 0.0) for name in self.PHASES]
+
+    def read(self, step: int) -> list[float]:
+        """Seconds a step in each phase since the last reading, of this rank."""
+        now, steps = self._seconds(), step - self.step
+        means = [(a - b) / steps for a, b in zip(now, self.marks, strict=True)]
+        self.marks, self.step = now, step
+        return means
+
+
+def straggler(seconds: Sequence[Sequence[float]]) -> tuple[dict[str, float], str]:
+    """Metrics of the ranks' step times, and a line where one rank holds up the others, else "".
+
+    Whoever is late in one phase lets the others wait in a later one. So the slowest rank is that of the first phase
+    whose spread over the ranks is at least half the largest.
+
+    Args:
+        seconds: [ranks][phases], in the order of `StepTimes.PHASES`.
+    """
+    totals = [sum(row) for row in seconds]
+    columns = list(zip(*seconds, strict=True))
+    spreads = [max(column) - min(column) for column in columns]
+    phase = next(index for index, spread in enumerate(spreads) if spread >= max(spreads) / 2)
+    slowest = columns[phase].index(max(columns[phase]))
+    metrics = {"time/step_seconds_max": max(totals), "time/step_seconds_min": min(totals)}
+    metrics |= {f"time/{name}_seconds_max": max(column) for name, column in zip(StepTimes.PHASES, columns, strict=True)}
+    metrics["time/slowest_rank"] = float(slowest)
+    if spreads[phase] < 0.3 * max(totals):
+        return metrics, ""
+    typical = sorted(columns[phase])[(len(seconds) - 1) // 2]
+    name = StepTimes.PHASES[phase]
+    return metrics, f"rank {slowest} is slow in {name}: {columns[phase][slowest]:.2f} s a step, others {typical:.2f} s"
 
 
 class Throughput:

@@ -35,6 +35,8 @@ class Resumed:
     step: int = 0
     mlflow_run_id: str | None = None
     evaluation: dict[str, float] | None = None
+    pending_evaluation: bool = False
+    loss_sums: list[list[float]] = field(default_factory=list)
     seconds: dict[str, float] = field(default_factory=dict)
     health: HealthState = field(default_factory=HealthState)
 
@@ -68,7 +70,16 @@ def resume(
         log.info(f"changed since the checkpoint: {change}")
     checkpoint_io.load(engine, folder, world)
     prove(folder, state, engine, source, layout, world, model_config.vocab_size)
-    return Resumed(folder, state.step, state.mlflow_run_id, state.evaluation, state.seconds, state.health)
+    return Resumed(
+        folder,
+        state.step,
+        state.mlflow_run_id,
+        state.evaluation,
+        state.pending_evaluation,
+        state.loss_sums,
+        state.seconds,
+        state.health,
+    )
 
 
 def find(config: RunConfig, world: World) -> Path | None:

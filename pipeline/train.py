@@ -2,8 +2,8 @@
 
     deepspeed pipeline/train.py --config launch/runs/quickstart.yaml training.max_steps=100
 
-Exit codes: 0 done; 2 something to fix, said in plain lines; 75 stopped by a signal with all saved, start me
-again; 1 anything else, with a traceback.
+Exit codes: 0 done; 2 something to fix, said in plain lines; 75 asked to stop, left in order, start me again;
+76 a rank hung, start me again; 1 anything else, with a traceback.
 """
 
 import argparse
@@ -17,6 +17,7 @@ import fcntl
 import logging
 import os
 import platform
+import signal
 import warnings
 from collections.abc import Sequence
 from typing import Any
@@ -24,7 +25,10 @@ from typing import Any
 from data_prep.errors import UserError
 from pipeline.build import build
 from pipeline.config import RunConfig, load_config
-from pipeline.distributed import PREEMPTED_EXIT_CODE, SharedUserError, StopRequest, World, shutdown, start
+from pipeline.distributed import PREEMPTED_EXIT_CODE, SharedUserError, World, outlast, shutdown, start
+from pipeline.metrics import Clock
+from pipeline.stop import StopRequest
+from pipeline.watch import Watch
 
 log = logging.getLogger("globallocal")
 
@@ -58,22 +62,28 @@ def run(config: RunConfig, world: World, stop: StopRequest) -> int:
         held = lock(config.run_folder) if world.is_main else None
         if world.is_main:
             config.save(config.run_folder / "config.yaml")
-    trainer = build(config, world, stop)
-    status = "FAILED"
-    try:
-        if trainer.step >= trainer.max_steps:
-            log.info(f"nothing to do: step {trainer.step:,} of {trainer.max_steps:,} is already saved")
-        finished = trainer.train()
-        status = "FINISHED" if finished else "KILLED"
-        if not finished:
-            trainer.tracker.set_tags({"globallocal.status": "preempted"})
-        return 0 if finished else PREEMPTED_EXIT_CODE
-    finally:
-        trainer.batches.close()  # type: ignore[attr-defined]
-        if not trainer.tracker.close(status):
-            log.warning("MLflow did not take everything in time; the rest is delivered at the next start")
-        if held:
-            held.close()
+    training, clock = config.training, Clock()
+    stop.listen([signal.Signals[name] for name in training.stop_signals], training.max_seconds)
+    with Watch(world, clock, config.run_folder, training.hang_timeout_seconds) as watch:
+        trainer = build(config, world, stop, clock)
+        outlast(watch.longest_seconds)
+        watch.tracker = trainer.tracker
+        status = "FAILED"
+        try:
+            if trainer.step >= trainer.max_steps and not trainer.pending_evaluation:
+                log.info(f"nothing to do: step {trainer.step:,} of {trainer.max_steps:,} is already saved")
+            finished = trainer.train()
+            status = "FINISHED" if finished else "KILLED"
+            if not finished:
+                trainer.tracker.set_tags({"globallocal.status": "preempted"})
+            return 0 if finished else PREEMPTED_EXIT_CODE
+        finally:
+            watch.close()  # what follows has bounds of its own
+            trainer.batches.close()  # type: ignore[attr-defined]
+            if not trainer.tracker.close(status):
+                log.warning("MLflow did not take everything in time; the rest is delivered at the next start")
+            if held:
+                held.close()
 
 
 def lock(run_folder: Path) -> Any:

@@ -1,6 +1,7 @@
 """The training loop. It receives built parts; `train.py` builds them."""
 
 import logging
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,10 +13,11 @@ import torch
 from pipeline import checkpoint, checkpoint_io
 from pipeline.config import RunConfig
 from pipeline.data import BatchLayout
-from pipeline.distributed import StopRequest, World
+from pipeline.distributed import World
 from pipeline.health import HealthState
-from pipeline.metrics import Clock, LossMeter, Throughput, duration
+from pipeline.metrics import Clock, LossMeter, StepTimes, Throughput, duration, straggler
 from pipeline.optim import learning_rate, set_learning_rate
+from pipeline.stop import Plan, Stopped, StopRequest, plan
 
 log = logging.getLogger("globallocal")
 
@@ -26,10 +28,12 @@ class Trainer:
 
     Attributes:
         batches: this rank's micro-batches from the current position on, int64 [micro_batch_size, S+1].
-        evaluate: measures the held-out losses; None where the run asks for none.
-        generate: continuations of the run's prompts.
+        evaluate: measures the held-out losses, calling its argument before each batch; None where the run asks for
+            none.
+        generate: continuations of the run's prompts; calls its argument before each.
         describe: the checkpoint state of the current step, all but what the trainer knows itself.
         step: optimizer steps taken.
+        pending_evaluation: this step's evaluation is due and not done yet.
     """
 
     config: RunConfig
@@ -38,8 +42,8 @@ class Trainer:
     layout: BatchLayout
     max_steps: int
     batches: Iterator[np.ndarray]
-    evaluate: Callable[[], dict[str, float]] | None
-    generate: Callable[[], list[str]]
+    evaluate: Callable[[Callable[[], None]], dict[str, float]] | None
+    generate: Callable[[Callable[[], None]], list[str]]
     describe: Callable[["Trainer"], checkpoint.CheckpointState]
     tracker: Any
     stop: StopRequest
@@ -47,30 +51,44 @@ class Trainer:
     step: int = 0
     health: HealthState = field(default_factory=HealthState)
     evaluation: dict[str, float] | None = None
+    pending_evaluation: bool = False
     saved_step: int | None = None
+    waited_seconds: float = 0.0
+    step_seconds: float = 0.0
+    save_seconds: float = 0.0
     losses: LossMeter = field(init=False)
     throughput: Throughput = field(init=False)
+    step_times: StepTimes = field(init=False)
 
     def __post_init__(self) -> None:
         self.losses = LossMeter(self.world.device)
         self.throughput = Throughput(self.clock)
+        self.step_times = StepTimes(self.clock, self.step)
 
     def train(self) -> bool:
-        """Train to the last step. Returns False where a signal ended it early, with all saved."""
+        """Train to the last step. Returns False where a stop ended it early."""
         config = self.config
-        while self.step < self.max_steps:
-            with self.clock.phase("training"):
-                self.train_step()
-                # Reading the losses waits for the device, so that the clock counts work and not its queueing.
-                losses = self.losses.read() if self.due(config.training.log_interval_steps) else None
-            if losses:
-                self.log_step(losses)
-            if self.evaluate and self.due(config.evaluation.interval_steps):
-                self.run_evaluation()
-            if self.due(config.checkpoint.interval_steps):
-                self.save()
-            if self.world.any(self.stop.received is not None):
-                return self.leave()
+        self.clock.move("training")
+        try:
+            self.agree()
+            self.end_if_stopped()
+            if self.pending_evaluation:
+                self.finish_evaluation()
+            while self.step < self.max_steps:
+                with self.clock.phase("training"):
+                    self.train_step()
+                    # Reading the losses waits for the device, so that the clock counts work and not its queueing.
+                    losses = self.losses.read() if self.due(config.training.log_interval_steps) else None
+                if losses:
+                    self.log_step(losses)
+                self.pending_evaluation = self.evaluate is not None and self.due(config.evaluation.interval_steps)
+                self.end_if_stopped()
+                if self.pending_evaluation:
+                    self.run_evaluation()
+                if self.due(config.checkpoint.interval_steps):
+                    self.save()
+        except Stopped:
+            return self.leave()
         return True
 
     def due(self, interval_steps: int) -> bool:
@@ -78,16 +96,54 @@ class Trainer:
         return self.step % interval_steps == 0 or self.step == self.max_steps
 
     def train_step(self) -> None:
-        """One optimizer step over the global batch."""
+        """One optimizer step over the global batch, or none of it.
+
+        Raises:
+            Stopped: the rest of the step would outlast the grace; all is as it was before the step.
+        """
+        clock, count = self.clock, self.layout.gradient_accumulation_steps
+        before, begin = (checkpoint_io.random_state(), self.losses.sums.clone()), time.perf_counter()
         set_learning_rate(self.engine.optimizer, self.current_learning_rate())
-        for _ in range(self.layout.gradient_accumulation_steps):
-            tokens = torch.from_numpy(next(self.batches)).to(self.world.device)
-            output = self.engine(input_ids=tokens[:, :-1], shift_labels=tokens[:, 1:])
-            self.engine.backward(output.loss)
+        for left in reversed(range(count)):
+            with clock.phase("data"):
+                tokens = torch.from_numpy(next(self.batches)).to(self.world.device)
+            with clock.phase("forward"):
+                output = self.engine(input_ids=tokens[:, :-1], shift_labels=tokens[:, 1:])
+            with clock.phase("backward"):
+                self.engine.backward(output.loss)
             self.losses.add(output.language_loss, output.diversity_loss)
-            self.engine.step()
+            self.agree()
+            if left and self.stopping and self.plan(left / count) != "finish the step":
+                checkpoint_io.set_random_state(before[0])
+                self.losses.sums.copy_(before[1])
+                raise Stopped
+            with clock.phase("step"):
+                self.engine.step()
         self.step += 1
+        self.clock.step = self.step
+        self.step_seconds = time.perf_counter() - begin
         self.throughput.tokens += self.tokens_per_step
+
+    def agree(self) -> None:
+        """Once a micro-step, and between the batches of an evaluation: has any rank been asked to stop?"""
+        with self.clock.phase("agreement"):
+            agreed = self.world.agree({"waited_seconds": self.stop.waited_seconds()})
+        self.waited_seconds = agreed["waited_seconds"]
+
+    @property
+    def stopping(self) -> bool:
+        return self.waited_seconds > 0
+
+    def end_if_stopped(self) -> None:
+        if self.stopping:
+            raise Stopped
+
+    def plan(self, rest_of_step: float) -> Plan:
+        """What still fits into the grace; `rest_of_step` is the part of a step that is left. A collective."""
+        saving = 0.0 if self.saved_step == self.step else self.save_seconds
+        slowest = self.world.agree({"step": self.step_seconds, "save": saving, "waited": self.stop.waited_seconds()})
+        left = self.config.training.preemption_grace_seconds - slowest["waited"]
+        return plan(left, rest_of_step * slowest["step"], slowest["save"])
 
     def current_learning_rate(self) -> float:
         return learning_rate(self.step, self.max_steps, self.config.optimizer)
@@ -106,18 +162,28 @@ class Trainer:
             "train/tokens_per_second": tokens_per_second,
             "train/consumed_tokens": float(self.step * self.tokens_per_step),
         }
-        self.tracker.log_metrics(metrics, self.step)
+        times, slow = straggler(self.world.gather(self.step_times.read(self.step)))
+        self.tracker.log_metrics(metrics | times, self.step)
         left = duration((self.max_steps - self.step) * self.tokens_per_step / tokens_per_second)
         log.info(
             f"step {self.step:,}/{self.max_steps:,}  loss {losses['train/language_loss']:.4f}  "
             f"lr {rate:.2e}  grad {gradient_norm:.2f}  {tokens_per_second:,.0f} tokens/s  left {left}"
         )
+        if slow:
+            log.info(slow)
 
     def run_evaluation(self) -> None:
+        """Raises Stopped, between two batches; the evaluation is then done at the next start."""
         assert self.evaluate is not None
+
+        def before_batch() -> None:
+            self.agree()
+            self.end_if_stopped()
+
         with self.clock.phase("evaluation"):
-            result = self.evaluate()
-            texts = self.generate()
+            result = self.evaluate(before_batch)
+            texts = self.generate(before_batch)
+        self.pending_evaluation = False
         self.evaluation = result
         self.tracker.log_metrics({f"valid/{name}": value for name, value in result.items()}, self.step)
         log.info(
@@ -130,9 +196,16 @@ class Trainer:
             for text in texts:
                 log.info(f"sample: {text!r}")
 
+    def finish_evaluation(self) -> None:
+        """The evaluation that a stop kept from being done; the last checkpoint is to hold its result."""
+        log.info(f"step {self.step:,}: its evaluation was not done before the stop; done now")
+        self.run_evaluation()
+        if self.step == self.max_steps:
+            self.save()
+
     def save(self) -> bool:
         """Write a checkpoint; a failure is said and survived, and the older ones stand."""
-        root = self.checkpoints
+        root, begin = self.checkpoints, time.perf_counter()
         with self.clock.phase("saving"):
             problems = checkpoint_io.save(self.engine, root, self.describe(self), self.world)
             if not problems and self.world.is_main:
@@ -141,6 +214,7 @@ class Trainer:
             log.error(f"checkpoint at step {self.step:,} not written: {problem}")
         if not problems:
             self.saved_step = self.step
+            self.save_seconds = time.perf_counter() - begin
             log.info(f"step {self.step:,}  saved {root / checkpoint.step_name(self.step)}")
         self.tracker.log_metrics({f"clock/{name}_seconds": s for name, s in self.clock.seconds.items()}, self.step)
         return not problems
@@ -150,9 +224,17 @@ class Trainer:
         return self.config.run_folder / "checkpoints"
 
     def leave(self) -> bool:
-        """Asked to stop: save once, if this step is not saved yet. True where the run was complete anyway."""
-        name = self.stop.received.name if self.stop.received else "another rank's signal"
-        log.info(f"{name}: stopping after step {self.step:,}")
-        if self.saved_step != self.step:
+        """Asked to stop: save what stands, where the time allows. True where the run was complete anyway."""
+        log.info(f"{self.stop.reason}: stopping after step {self.step:,}")
+        grace = self.config.training.preemption_grace_seconds
+        if self.saved_step == self.step or self.step == 0:
+            log.info("nothing to save: " + ("no step is taken yet" if self.step == 0 else "this step is saved"))
+        elif self.plan(0) == "leave":
+            stands = "no checkpoint stands" if self.saved_step is None else f"step {self.saved_step:,} stands"
+            log.warning(
+                f"step {self.step:,} is not saved: the last save took {self.save_seconds:.1f} s, and of "
+                f"training.preemption_grace_seconds = {grace:g} less is left; {stands}"
+            )
+        else:
             self.save()
-        return self.step >= self.max_steps
+        return self.step >= self.max_steps and not self.pending_evaluation

@@ -4,17 +4,20 @@ A plan is several runs of the same processes, so that a test pays once for impor
 """
 
 import json
+import logging
 import os
 import shutil
 import signal
 import socket
 import subprocess
 import sys
-from dataclasses import dataclass, field
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from tests.conftest import ROOT
+from tests.pipeline.moments import Moment, happening
 
 TINY = [
     "model.hidden_size=32",
@@ -45,6 +48,8 @@ class Run:
     overrides: list[str] = field(default_factory=list)
     copy_checkpoint: str | None = None
     """Another run's checkpoint, `run/step-XXXXXXXX`, put into this run's folder first."""
+    moment: Moment | None = None
+    """Something happens to one rank."""
 
 
 def tiny_overrides(run: Run, folder: Path, dataset: Path) -> list[str]:
@@ -109,11 +114,17 @@ def outputs(folder: Path) -> str:
 def run_ranks(runs: list[Run], folder: Path, dataset: Path, processes: int = 2) -> list[dict[str, Any]]:
     """Train every run of the plan, in order. Returns a run's result: exit code, problems."""
     plan = [
-        {"name": run.name, "copy_checkpoint": run.copy_checkpoint, "overrides": tiny_overrides(run, folder, dataset)}
+        {
+            "name": run.name,
+            "copy_checkpoint": run.copy_checkpoint,
+            "overrides": tiny_overrides(run, folder, dataset),
+            "moment": asdict(run.moment) if run.moment else None,
+        }
         for run in runs
     ]
     (folder / "plan.json").write_text(json.dumps(plan))
-    codes = wait(start_ranks(["-m", "tests.pipeline.ranks", str(folder)], folder, processes), folder)
+    started = start_ranks(["-m", "tests.pipeline.ranks", str(folder)], folder, processes)
+    codes = wait(started, folder, timeout_seconds=1200)
     assert codes == [0] * processes, outputs(folder)
     results: list[dict[str, Any]] = json.loads((folder / "results.json").read_text())
     return results
@@ -122,10 +133,11 @@ def run_ranks(runs: list[Run], folder: Path, dataset: Path, processes: int = 2) 
 def main(folder: Path) -> None:
     from data_prep.errors import UserError
     from pipeline.config import load_config
-    from pipeline.distributed import StopRequest, shutdown, start
+    from pipeline.distributed import shutdown, start
+    from pipeline.stop import StopRequest
     from pipeline.train import open_log, run
 
-    stop, world, results = StopRequest(), start(), []
+    world, results = start(), []
     for item in json.loads((folder / "plan.json").read_text()):
         result: dict[str, Any] = {"name": item["name"], "code": None, "problems": []}
         try:
@@ -136,8 +148,11 @@ def main(folder: Path) -> None:
                 shutil.copytree(folder / source / "checkpoints" / step, target)
             world.barrier()
             config.run_folder.mkdir(parents=True, exist_ok=True)
+            logging.getLogger("globallocal").handlers.clear()  # each run has its own log
             open_log(config.run_folder, world.rank)
-            result["code"] = run(config, world, stop)
+            moment = Moment(**item["moment"]) if item["moment"] else None
+            with happening(moment, world.rank) if moment else nullcontext():
+                result["code"] = run(config, world, StopRequest())
         except UserError as error:
             result |= {"code": error.exit_code, "problems": error.problems}
         results.append(result)

@@ -1,0 +1,148 @@
+"""Asked to stop at any moment: a whole checkpoint stands, the run ends as preempted, and goes on as if unbroken."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pipeline.checkpoint import list_checkpoints, read_state, verify
+from pipeline.distributed import PREEMPTED_EXIT_CODE
+from pipeline.stop import plan
+from tests.pipeline.moments import Moment
+from tests.pipeline.ranks import Run, run_ranks
+from tests.pipeline.test_training import Runs, assert_same_state, losses_of
+
+
+@dataclass(frozen=True)
+class Case:
+    """A run of 6 steps of 2 micro-steps, evaluated and saved at 3 and 6, that is stopped and started again.
+
+    Attributes:
+        stops_at: the step of the newest checkpoint then; None where there is none.
+        pending: its evaluation is still to be done.
+        again: what happens at the second start; the third ends it.
+        stage: of ZeRO.
+        says: in the log of the stopped start.
+    """
+
+    moment: Moment
+    stops_at: int | None
+    pending: bool = False
+    again: Moment | None = None
+    stage: int = 2
+    says: str = "SIGTERM: stopping after step"
+
+
+SECOND_BATCH = "evaluation/agreement"
+CASES = {
+    "before the first step": Case(Moment("agreement", rank=0), None, says="no step is taken yet"),
+    "in warm-up, and after the load": Case(
+        Moment("forward"), 1, again=Moment("agreement"), says="another rank's signal: stopping after step 1"
+    ),
+    "in accumulation": Case(Moment("backward", 9, rank=0), 5, says="SIGTERM: stopping after step 5"),
+    "while the optimizer steps": Case(Moment("step", 8, do=("SIGUSR1",)), 5, says="another rank's signal"),
+    "in an evaluation, twice": Case(Moment(SECOND_BATCH, 2, rank=0), 3, True, Moment(SECOND_BATCH, 1)),
+    "in the last evaluation": Case(Moment(SECOND_BATCH, 4), 6, True, says="another rank's signal"),
+    "in a save, three signals": Case(
+        Moment("saving", rank=0, do=("SIGTERM", "SIGINT", "SIGTERM")), 3, says="this step is saved"
+    ),
+    "in the save of a stop": Case(Moment("forward", 9, rank=0), 5, again=Moment("saving", do=("SIGTERM",))),
+    **{
+        f"no time to finish the step, stage {stage}": Case(
+            Moment("backward", 9, rank=0, slow=("step",)), 4, stage=stage
+        )
+        for stage in range(4)
+    },
+    "no time for anything": Case(
+        Moment("backward", 9, rank=0, slow=("step", "save")),
+        3,
+        says="is not saved: the last save took",
+    ),
+}
+
+
+@pytest.fixture(scope="module")
+def stopped(tmp_path_factory: pytest.TempPathFactory, small_dataset: Path) -> tuple[Path, list[dict[str, Any]]]:
+    """The folder of the runs and, in order, their results."""
+    folder = tmp_path_factory.mktemp("stopped")
+    plan = []
+    for name, case in CASES.items():
+        settings = [f"deepspeed.config=ds_configs/zero{case.stage}.json"]
+        for moment in (case.moment, case.again, None) if case.again else (case.moment, None):
+            plan.append(Run(slug(name), settings, moment=moment))
+    endless = ["training.max_steps=1000000", "training.log_interval_steps=1000000"]
+    rare = ["checkpoint.interval_steps=1000000", "evaluation.interval_steps=1000000"]
+    plan.append(Run("budget", [*endless, *rare, "training.max_seconds=4"]))
+    return folder, run_ranks(plan, folder, small_dataset)
+
+
+def slug(name: str) -> str:
+    return name.replace(" ", "-").replace(",", "")
+
+
+def log_of(run_folder: Path) -> str:
+    return (run_folder / "logs" / "rank-00000.log").read_text()
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_every_start_but_the_last_is_preempted(stopped: tuple[Path, list[dict[str, Any]]], name: str) -> None:
+    folder, results = stopped
+    case = CASES[name]
+    codes = [result["code"] for result in results if result["name"] == slug(name)]
+    assert codes == [PREEMPTED_EXIT_CODE] * (len(codes) - 1) + [0], log_of(folder / slug(name))
+    spool = folder / slug(name) / "tracking" / "spool.jsonl"
+    records = [json.loads(line) for line in spool.read_text().splitlines()]
+    ends = [(item["status"], item["reason"]) for item in records if item["kind"] == "status"]
+    assert ends == [("RUNNING", "running"), ("KILLED", "preempted")] * (len(codes) - 1) + [
+        ("RUNNING", "running"),
+        ("FINISHED", "finished"),
+    ]
+    assert case.says in log_of(folder / slug(name))
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_what_was_saved_is_whole(stopped: tuple[Path, list[dict[str, Any]]], name: str) -> None:
+    folder, case = stopped[0] / slug(name), CASES[name]
+    if case.stops_at is None:
+        assert log_of(folder).count("starting at step 0") == 2
+        return
+    saved = folder / "checkpoints" / f"step-{case.stops_at:08d}"
+    assert verify(saved) == []
+    assert f"resume verified: bitwise (step {case.stops_at}," in log_of(folder)
+    if case.stops_at < 6:
+        assert read_state(saved).pending_evaluation is case.pending
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_it_ends_bitwise_as_the_unbroken_run(
+    stopped: tuple[Path, list[dict[str, Any]]], runs: Runs, trained: Path, name: str
+) -> None:
+    folder, case = stopped[0], CASES[name]
+    unbroken = f"unbroken-{case.stage}"
+    for metric in ("train/language_loss", "train/gradient_norm", "valid/loss", "valid/bits_per_byte"):
+        assert losses_of(folder, slug(name), metric) == losses_of(trained, unbroken, metric), metric
+    last = Path("checkpoints/step-00000006")
+    assert_same_state(trained / unbroken / last, folder / slug(name) / last)
+    state, expected = (read_state(root / last) for root in (folder / slug(name), trained / unbroken))
+    assert (state.evaluation, state.pending_evaluation) == (expected.evaluation, False)
+
+
+def test_a_spent_time_budget_is_a_stop(stopped: tuple[Path, list[dict[str, Any]]]) -> None:
+    folder, results = stopped
+    assert results[-1]["code"] == PREEMPTED_EXIT_CODE
+    text = log_of(folder / "budget")
+    assert "training.max_seconds: stopping after step" in text
+    saved = list_checkpoints(folder / "budget" / "checkpoints")
+    assert [verify(item) for item in saved] == [[]] or "no step is taken yet" in text
+
+
+@given(st.floats(-10, 1000), st.floats(0, 1000), st.floats(0, 1000))
+def test_what_is_begun_fits_and_what_fits_is_begun(left: float, step: float, save: float) -> None:
+    chosen = plan(left, step, save)
+    needs = {"finish the step": step + save, "save what stands": save, "leave": 0.0}
+    assert chosen == "leave" or needs[chosen] <= left
+    assert all(needs[other] > left for other in list(needs)[: list(needs).index(chosen)])
