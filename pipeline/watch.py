@@ -226,7 +226,7 @@ class Watch:
             self.tracker.set_tags({"globallocal.status": "hung", "globallocal.cause": cause})
             self.tracker.close("FAILED", REPORT_SECONDS / 2)
         if self.world.is_main:
-            time.sleep(2 * self._interval)  # the others read the verdict from this process
+            time.sleep(3 * self._interval)  # the others read the verdict from this process
 
 
 def _connect() -> dist.Store:

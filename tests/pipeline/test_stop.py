@@ -1,10 +1,16 @@
 """Asked to stop at any moment: a whole checkpoint stands, the run ends as preempted, and goes on as if unbroken."""
 
 import json
+import signal
+import subprocess
+import sys
+import time
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -12,8 +18,9 @@ from hypothesis import strategies as st
 from pipeline.checkpoint import list_checkpoints, read_state, verify
 from pipeline.distributed import PREEMPTED_EXIT_CODE
 from pipeline.stop import plan
+from tests.conftest import ROOT
 from tests.pipeline.moments import Moment
-from tests.pipeline.ranks import Run, run_ranks
+from tests.pipeline.ranks import Run, environment, run_ranks, tiny_overrides
 from tests.pipeline.test_training import Runs, assert_same_state, losses_of
 
 
@@ -146,3 +153,31 @@ def test_what_is_begun_fits_and_what_fits_is_begun(left: float, step: float, sav
     needs = {"finish the step": step + save, "save what stands": save, "leave": 0.0}
     assert chosen == "leave" or needs[chosen] <= left
     assert all(needs[other] > left for other in list(needs)[: list(needs).index(chosen)])
+
+
+def test_through_the_launcher_a_signal_saves_and_leaves_nobody(tmp_path: Path, small_dataset: Path) -> None:
+    """`globallocal train` over DeepSpeed's own launcher."""
+    settings = ["training.max_steps=1000000", "checkpoint.interval_steps=5", "evaluation.interval_steps=1000000"]
+    overrides = tiny_overrides(Run("run", settings), tmp_path, small_dataset)
+    command = ["-m", "launch", "train", "--processes=2", "--config=launch/runs/quickstart.yaml", *overrides]
+    with open(tmp_path / "output", "wb") as output:
+        job = subprocess.Popen(
+            [sys.executable, *command], cwd=ROOT, env=environment(tmp_path), stdout=output, stderr=subprocess.STDOUT
+        )
+    while not list_checkpoints(tmp_path / "run" / "checkpoints"):
+        assert job.poll() is None, (tmp_path / "output").read_text()
+        time.sleep(0.1)
+    job.send_signal(signal.SIGTERM)
+    assert job.wait(timeout=300) == PREEMPTED_EXIT_CODE, (tmp_path / "output").read_text()
+    assert verify(list_checkpoints(tmp_path / "run" / "checkpoints")[0]) == []
+    assert living(tmp_path) == []
+
+
+def living(folder: Path) -> list[str]:
+    """Command lines of the processes that work for a folder."""
+    found = []
+    for process in psutil.process_iter():
+        with suppress(psutil.Error):
+            if process.status() != psutil.STATUS_ZOMBIE and str(folder) in " ".join(process.cmdline()):
+                found.append(" ".join(process.cmdline()))
+    return found
