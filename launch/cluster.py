@@ -26,9 +26,6 @@ FORWARDED = re.compile(
 EXPORTED_BY_DEEPSPEED = re.compile(r"^(MLFLOW|PYTHON(?!PATH)|MV2|UCX|NCCL)")
 """DeepSpeed puts the values of these on the command line of pdsh and into its log; ours go through a file."""
 
-NODE_FAILED = re.compile(r"^pdsh@\S+: (\S+): \S+ exited with exit code \d+")
-"""How pdsh says that the command of one host has failed, while it waits for the others."""
-
 _PLAIN = re.compile(r"^[\w@%+=:,./-]+$")
 
 
@@ -76,9 +73,10 @@ def hostfile_job(
     ]
     if problems:
         raise UserError(problems)
+    given = {"MASTER_ADDR": master_address} | (cpu_environment(max(hosts.values())) if cpu else {})
     files = {
         hostfile: "".join(f"{host} slots={slots}\n" for host, slots in hosts.items()),
-        script: environment_script(job, master_address, cpu, max(hosts.values())),
+        script: environment_script(job, given),
     }
     command = [
         str(deepspeed_program()),
@@ -95,21 +93,27 @@ def hostfile_job(
     return Job(command, {"PDSH_SSH_ARGS_APPEND": f"{KEEP_ALIVE} {job.ssh}".strip()}), files
 
 
-def environment_script(job: ClusterJob, master_address: str, cpu: bool, ranks_per_node: int) -> str:
-    """Shell lines that every node sources: byte-exact values, and the interface found where it is needed."""
+def environment_script(job: ClusterJob, given: Mapping[str, str]) -> str:
+    """Shell lines that every node sources: byte-exact values, and the interface found where it is needed.
+
+    Args:
+        given: variables of our own. MASTER_ADDR must be among them, or be set where the script is sourced.
+
+    Raises:
+        UserError: a variable asked for by name that is not set.
+    """
     values = {name: value for name, value in os.environ.items() if FORWARDED.match(name)}
     missing = [name for name in job.names if name not in os.environ]
     if missing:
         raise UserError([f"--env {name}: it is not set in this shell; export it first" for name in missing])
     values |= {name: os.environ[name] for name in job.names}
-    values |= cpu_environment(ranks_per_node) if cpu else {}
-    values[node.JOB_VARIABLE] = job.job_id
-    lines = [f"export {name}={shlex.quote(value)}" for name, value in sorted(values.items())]
-    lines.insert(0, f"export PATH={shlex.quote(str(Path(sys.executable).parent))}:$PATH")
+    values |= {**given, node.JOB_VARIABLE: job.job_id}
+    lines = [f"export PATH={shlex.quote(str(Path(sys.executable).parent))}:$PATH"]
+    lines += [f"export {name}={shlex.quote(value)}" for name, value in sorted(values.items())]
     if job.interface:
         found = shlex.quote(job.interface)
     else:
-        found = f'"$({shlex.join([sys.executable, node.__file__, "interface", master_address])})"'
+        found = f'"$({shlex.join([sys.executable, node.__file__, "interface"])} "$MASTER_ADDR")"'
     for name in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
         if name not in values or job.interface:
             lines.append(f"export {name}={found}")
@@ -144,7 +148,18 @@ def runner_environment(environment: Mapping[str, str]) -> dict[str, str]:
 
 def hide_values(script: str) -> str:
     """The environment script as it may be shown: what is not ours to set by name only."""
-    return re.sub(r"^(export (?!PATH|GLOO|NCCL|OMP|DS_|GLOBALLOCAL)\w+=).*$", r"\1…", script, flags=re.MULTILINE)
+    return re.sub(
+        r"^(export (?!PATH|GLOO|NCCL|OMP|DS_|GLOBALLOCAL|MASTER_ADDR)\w+=).*$", r"\1…", script, flags=re.MULTILINE
+    )
+
+
+def shown(files: Mapping[Path, str]) -> str:
+    """Files as `--dry-run` prints them, each under its name, as short as it can be written from here."""
+    parts = []
+    for path, text in files.items():
+        name = os.path.relpath(path) if path.is_relative_to(Path.cwd()) else str(path)
+        parts.append(f"# {name}\n{hide_values(text)}")
+    return "\n".join(parts)
 
 
 def require_pdsh() -> None:

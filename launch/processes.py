@@ -7,7 +7,6 @@ same should this very process vanish.
 """
 
 import os
-import re
 import signal
 import subprocess
 import sys
@@ -22,6 +21,7 @@ from typing import BinaryIO
 import psutil
 
 import pipeline
+from launch.blame import CHATTER, Blame, blame
 from launch.hosts import Elsewhere
 
 TRAIN_PROGRAM = Path(pipeline.__file__).parent / "train.py"
@@ -29,9 +29,7 @@ ABANDONED_EXIT_CODE = 1
 """The launcher said 0, and left ranks running."""
 FAILURE_GRACE_SECONDS = 10.0
 """Time that the ranks of other nodes have to end by themselves after one node has failed."""
-LAUNCHER_CHATTER = re.compile(rb"\[INFO\] \[(launch|runner|multinode_runner)\.py:")
-"""What DeepSpeed's launcher says of itself: kept in the log only."""
-STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 
 
 @dataclass(frozen=True)
@@ -43,7 +41,6 @@ class Launch:
         log: a file that gets a copy of all output.
         grace_seconds: time to save after a request to stop.
         elsewhere: the ranks on other hosts, where there are any.
-        failure: a line of output that matches says that a node has failed; group 1 names it.
         stop_signal: sent to the command itself where the ranks are not its descendants here (srun forwards it).
         echo: copy the output to ours.
         limit_seconds: the job is killed when it takes longer.
@@ -54,7 +51,6 @@ class Launch:
     log: Path | None = None
     grace_seconds: float = 120.0
     elsewhere: Elsewhere | None = None
-    failure: "re.Pattern[str] | None" = None
     stop_signal: signal.Signals = signal.SIGTERM
     echo: bool = True
     limit_seconds: float | None = None
@@ -67,12 +63,12 @@ class Ended:
     Attributes:
         code: exit code, that of a signal as 128 + its number.
         stopped_by: the signal by which we were asked to stop it.
-        failed_nodes: nodes that failed, the first one first, where the launcher named them.
+        blames: the failures that ranks and launchers told of, in their order.
     """
 
     code: int
     stopped_by: signal.Signals | None = None
-    failed_nodes: tuple[str, ...] = ()
+    blames: tuple[Blame, ...] = ()
 
 
 @dataclass
@@ -80,14 +76,14 @@ class _Watch:
     """What happens to a running job, as told by signals and by its output."""
 
     asked: list[signal.Signals] = field(default_factory=list)
-    failed: list[str] = field(default_factory=list)
+    blames: list[Blame] = field(default_factory=list)
 
 
 def run_session(launch: Launch) -> Ended:
     """Run a launcher in a session of its own, its output copied to ours and to the log, until all has ended.
 
-    SIGINT and SIGTERM to us become a request to the ranks to save and leave. What is still there after the grace
-    period, or at a second signal, is killed.
+    SIGINT, SIGTERM and SIGUSR1 to us become a request to the ranks to save and leave. What is still there after the
+    grace period, or at a second signal, is killed.
     """
     job = subprocess.Popen(
         launch.command,
@@ -111,7 +107,7 @@ def run_session(launch: Launch) -> Ended:
     finally:
         abandoned = bool(ranks_of(job.pid))
         end_session(job.pid)
-        if launch.elsewhere and (watch.asked or watch.failed or job.returncode):
+        if launch.elsewhere and (watch.asked or watch.blames or job.returncode):
             launch.elsewhere.stop(signal.SIGKILL)
         for number, handler in previous.items():
             signal.signal(number, handler)
@@ -120,7 +116,7 @@ def run_session(launch: Launch) -> Ended:
         copier.join(timeout=5)
     code = job.returncode if job.returncode >= 0 else 128 - job.returncode
     code = code or (ABANDONED_EXIT_CODE if abandoned else 0)
-    return Ended(code, watch.asked[0] if watch.asked else None, tuple(watch.failed))
+    return Ended(code, watch.asked[0] if watch.asked else None, tuple(watch.blames))
 
 
 def _wait(job: "subprocess.Popen[bytes]", launch: Launch, watch: _Watch) -> None:
@@ -133,12 +129,13 @@ def _wait(job: "subprocess.Popen[bytes]", launch: Launch, watch: _Watch) -> None
             deadline = time.monotonic() + launch.grace_seconds
             if launch.elsewhere and not launch.elsewhere.stop(signal.SIGTERM):
                 deadline = 0.0  # no rank has started
-        elif watch.failed and deadline is None:
+        elif watch.blames and deadline is None:
             deadline = time.monotonic() + FAILURE_GRACE_SECONDS
         if watch.asked and not launch.elsewhere:
             _tell(job.pid, told, launch.stop_signal)
         over = any(moment is not None and time.monotonic() > moment for moment in (deadline, limit))
-        if over or len(watch.asked) > 1:
+        insisted = [number for number in watch.asked if number != signal.SIGUSR1]  # a notice in advance, no order
+        if over or len(insisted) > 1:
             end_session(job.pid, patience_seconds=0)
         time.sleep(0.1)
 
@@ -204,13 +201,13 @@ def _copy(source: BinaryIO, launch: Launch, watch: _Watch) -> None:
         for line in source:
             file.write(line)
             file.flush()
-            if launch.echo and not LAUNCHER_CHATTER.search(line):
+            if launch.echo and not CHATTER.search(line):
                 with suppress(OSError, ValueError):  # our own output may be closed; the job goes on
                     sys.stdout.buffer.write(line)
                     sys.stdout.buffer.flush()
-            match = launch.failure and launch.failure.search(line.decode(errors="replace"))
-            if match:
-                watch.failed.append(match[1])
+            told = blame(line.decode(errors="replace"))
+            if told:
+                watch.blames.append(told)
 
 
 def _start_guard(session: int, launch: Launch) -> "subprocess.Popen[bytes]":

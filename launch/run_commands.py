@@ -153,23 +153,38 @@ def launch(
     exclude: Annotated[str, typer.Option(help="hostfile: all but these hosts.")] = "",
     ssh: Annotated[str, typer.Option(help="hostfile: options for ssh, such as '-p 2222 -i ~/.ssh/cluster'.")] = "",
     master_addr: Annotated[
-        str, typer.Option(help="hostfile: address of the first host; asked of it when absent.")
+        str, typer.Option(help="hostfile, slurm: address of the first host; asked of it when absent.")
     ] = "",
     master_port: Annotated[int, typer.Option(help="Port of the first host; another where it is taken.")] = 29500,
-    interface: Annotated[str, typer.Option(help="hostfile: network interface; found on each node when absent.")] = "",
+    interface: Annotated[
+        str, typer.Option(help="hostfile, slurm: network interface; found on each node when absent.")
+    ] = "",
     env: Annotated[
-        list[str] | None, typer.Option(help="hostfile: variable of this shell to hand to every rank, by name.")
+        list[str] | None, typer.Option(help="hostfile, slurm: variable of this shell to hand to every rank, by name.")
     ] = None,
+    slurm: Annotated[bool, typer.Option("--slurm", help="As a job of Slurm; returns when it is queued.")] = False,
+    nodes: Annotated[str, typer.Option(help="slurm: nodes, a number or MIN-MAX.")] = "1",
+    ranks_per_node: Annotated[int, typer.Option(min=1, help="slurm: ranks of each node, one a device.")] = 1,
+    time: Annotated[str, typer.Option(help="slurm: time limit of one start, such as 24:00:00.")] = "",
+    partition: Annotated[str, typer.Option(help="slurm: partition.")] = "",
+    sbatch: Annotated[
+        list[str] | None, typer.Option(help="slurm: any option of sbatch, such as --sbatch=--gpus-per-node=8.")
+    ] = None,
+    turns: Annotated[
+        int, typer.Option(min=0, help="slurm: so many jobs in turn, for queues that forbid requeue; 0: requeue.")
+    ] = 0,
+    wait: Annotated[bool, typer.Option("--wait", help="slurm: print the log until the job has ended.")] = False,
     max_restarts: Annotated[int, typer.Option(min=0, help="Restarts after failures, from the newest checkpoint.")] = 3,
     min_nodes: Annotated[
         int | None, typer.Option(min=1, help="hostfile: go on with so few hosts when others are gone; all when absent.")
     ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print what would run, contact no host.")] = False,
 ) -> None:
-    """Run a training job here or over a hostfile, and start it again when it fails.
+    """Run a training job here, over a hostfile or on Slurm, and start it again when it fails.
 
-    DeepSpeed's launcher starts the ranks. What every rank must get goes through a file that only you can read, in
-    the run folder, which all nodes share: NCCL_*, GLOO_*, MLFLOW_*, HF_*, AWS_*, TORCH_* of this shell, and --env.
+    DeepSpeed's launcher starts the ranks, on Slurm srun does. What every rank must get goes through a file that only
+    you can read, in the run folder, which all nodes share: NCCL_*, GLOO_*, MLFLOW_*, HF_*, AWS_*, TORCH_* of this
+    shell, and --env.
 
     Examples:
 
@@ -177,15 +192,33 @@ def launch(
 
         globallocal launch --config launch/runs/wikitext103-base.yaml --hostfile hosts --min-nodes 2 --env WANDB_MODE
 
-        globallocal launch --config launch/runs/wikitext103-base.yaml --hostfile hosts --dry-run
+        globallocal launch --config launch/runs/wikitext103-base.yaml --slurm --nodes 4 --ranks-per-node 8 \\
+        --time 24:00:00 --sbatch=--gpus-per-node=8 --dry-run
     """
     from data_prep.errors import UserError
     from launch.submit import HostfileRun, LocalRun, Run, run
 
-    if (local is None) == (hostfile is None):
+    if sum((local is not None, hostfile is not None, slurm)) != 1:
         raise UserError("give one of --local N, --hostfile FILE and --slurm")
     settings = checked_config(config, overrides)
     job: Run
+    if slurm:
+        from launch.slurm import Allocation, SlurmRun
+
+        queued = SlurmRun.from_options(
+            config,
+            tuple(overrides or ()),
+            settings,
+            Allocation(nodes, ranks_per_node, time, partition, turns, tuple(sbatch or ())),
+            max_restarts=max_restarts,
+            master_address=master_addr,
+            interface=interface,
+            names=tuple(env or ()),
+        )
+        if dry_run:
+            typer.echo(queued.describe())
+            return
+        raise typer.Exit(queued.submit(wait))
     if hostfile is not None:
         job = HostfileRun.from_options(
             config,

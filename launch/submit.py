@@ -74,7 +74,7 @@ class LocalRun:
         ranks = self.processes or default_ranks()
         command = [
             str(deepspeed_program()),
-            "--log_level=critical",  # what went wrong is said by the ranks, and by us
+            "--log_level=error",  # the log gets which rank failed, and how
             "--hostfile=none",  # DeepSpeed takes /job/hostfile, should there be one
             f"--num_accelerators={ranks}",
             f"--master_port={port}",
@@ -148,10 +148,7 @@ class HostfileRun:
     def describe(self) -> str:
         address = self.master_address or next(iter(self.hosts))
         job, files = cluster.hostfile_job(self.job, self.hosts, address, self.master_port, cpu_only())
-        parts = []
-        for path, text in files.items():
-            parts.append(f"# {shown(path)}\n" + cluster.hide_values(text))
-        return "\n".join([*parts, str(job)])
+        return f"{cluster.shown(files)}\n{job}"
 
     def start(self, failures: list[Failure]) -> Ended:
         cluster.require_pdsh()
@@ -172,7 +169,6 @@ class HostfileRun:
                 cluster.runner_environment(job.whole_environment()),
                 launch_log(self.settings),
                 elsewhere=Elsewhere(tuple(hosts), self.job.job_id, self.job.ssh),
-                failure=cluster.NODE_FAILED,
             )
         )
 
@@ -228,8 +224,3 @@ def master_address(host: str, addresses: Mapping[str, str]) -> str:
 
 def cpu_only() -> bool:
     return local_devices() == 0
-
-
-def shown(path: Path) -> str:
-    """A path as short as it can be written from here."""
-    return os.path.relpath(path) if path.is_relative_to(Path.cwd()) else str(path)

@@ -26,6 +26,7 @@ from pipeline.redact import redact
 from pipeline.resume import Resumed, resume
 from pipeline.stop import StopRequest
 from pipeline.tracking import NullTracker, open_tracker
+from pipeline.tracking.restarts import restart_tags
 from pipeline.trainer import Trainer
 from pipeline.weights import build_model_config, load_tokenizer
 
@@ -174,7 +175,7 @@ def start_tracker(
         config.run.name,
         resumed.mlflow_run_id,
         {**config.flat(), "precision": precision, "world_size": world.size},
-        {"dataset_id": corpus.dataset_id},
+        {"dataset_id": corpus.dataset_id} | restart_tags(config.run_folder),
         [
             {
                 "source": part.location,

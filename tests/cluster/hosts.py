@@ -10,7 +10,7 @@ import signal
 import subprocess
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -64,10 +64,19 @@ class Cluster:
     hosts: list[Host]
     ssh: str
 
-    def hostfile(self, slots: int = 1) -> Path:
-        path = self.folder / "hostfile"
-        path.write_text("".join(f"{host.address} slots={slots}\n" for host in self.hosts))
-        return path
+    @property
+    def private(self) -> Path:
+        """A folder of this name stands on each host, its own everywhere."""
+        return self.folder / "private"
+
+    def options(self, count: int) -> tuple[object, ...]:
+        """Those of `globallocal launch` for one rank on each of the first `count` hosts."""
+        path = self.folder / f"hostfile-{count}"
+        path.write_text("".join(f"{host.address} slots=1\n" for host in self.hosts[:count]))
+        return "--hostfile", path, "--ssh", self.ssh
+
+    def restart(self, index: int) -> None:
+        self.hosts[index] = start_host(self.folder, index)
 
 
 @contextmanager
@@ -139,7 +148,14 @@ def _wait_for_port(name: str, process: "subprocess.Popen[bytes]") -> None:
 
 
 def _tear_down() -> None:
+    """Remove what stands, also what a killed test run has left."""
+    for name in run("ip", "-o", "link").split():
+        if name.startswith("gl-n"):
+            subprocess.run(["ip", "link", "delete", name.split("@")[0]], capture_output=True)
     for name in run("ip", "netns", "list").split():
         if name.startswith("n") and name[1:].isdigit():
+            for pid in run("ip", "netns", "pids", name).split():
+                with suppress(ProcessLookupError):
+                    os.kill(int(pid), signal.SIGKILL)
             run("ip", "netns", "delete", name)
     subprocess.run(["ip", "link", "delete", BRIDGE], capture_output=True)

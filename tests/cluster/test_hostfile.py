@@ -1,178 +1,162 @@
-"""Jobs over two hosts, by DeepSpeed's pdsh runner: they train, they come back, or they say in a line why not."""
+"""Jobs over several hosts, by DeepSpeed's pdsh runner: they train, they come back, or they say in a line why not."""
 
+import json
 import re
 import signal
 import subprocess
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import psutil
 import pytest
+from mlflow import MlflowClient
 
-from tests.cluster.conftest import launch, output
-from tests.cluster.hosts import Cluster, run, start_host
+from tests.cluster.hosts import NETWORK, Cluster
+from tests.cluster.hosts import run as command
+from tests.cluster.jobs import SECONDS, Run, words
 from tests.conftest import ROOT
+from tests.pipeline.test_tracking_outages import Server
 
 AWKWARD = "a b  (c) $HOME `id` \"quoted\" 'single' \\ back % %h * ; & | < > é\tend"
 
 
-def wait_until(
-    condition: Callable[[], bool], job: "subprocess.Popen[str]", run_file: Path, seconds: float = 240
+def test_a_crashed_host_costs_no_sample(
+    three_hosts: Cluster, run: Run, unbroken: dict[int, str], tmp_path: Path
 ) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert job.poll() is None, output(run_file)
-        assert time.monotonic() < deadline, output(run_file)
-        time.sleep(0.1)
-
-
-def ranks(run_file: Path) -> list[psutil.Process]:
-    """The training processes of a run, on all hosts: their process namespaces are inside ours."""
-    found = []
-    for process in psutil.process_iter():
-        try:
-            words = process.cmdline()
-        except psutil.Error:
-            continue
-        if str(ROOT / "pipeline" / "train.py") in words[:3] and str(run_file) in words:
-            found.append(process)
-    return found
-
-
-def losses(text: str) -> dict[int, str]:
-    """The last loss printed for each step."""
-    return {int(step): loss for step, loss in re.findall(r"step (\d+)/40 +loss ([\d.]+)", text)}
-
-
-def checkpoint_steps(run_file: Path) -> list[int]:
-    return sorted(int(p.parent.name[5:]) for p in run_file.parent.glob("runs/tiny/checkpoints/*/integrity.json"))
-
-
-def test_a_crashed_host_costs_no_sample(two_hosts: Cluster, run_file: Path) -> None:
-    """Also: awkward environment, a master port that is taken, two hosts against two local ranks, bit for bit."""
-    job = launch(run_file, "--local", 2, "run.name=unbroken")
-    assert job.wait(timeout=300) == 0, output(run_file)
-    unbroken = losses(output(run_file))
-    assert sorted(unbroken) == list(range(1, 41))
-
+    """Also: an awkward environment, a master port that is taken, secrets, MLflow over the network."""
     taker = subprocess.Popen(
         ["ip", "netns", "exec", "n0", "python3", "-m", "http.server", "29500"],
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
     )
+    (tmp_path / "server").mkdir()
+    server = Server(tmp_path / "server", f"{NETWORK}.1")
     try:
-        job = launch(
-            run_file,
-            *("--hostfile", two_hosts.hostfile(), "--ssh", two_hosts.ssh, "--env", "AWKWARD"),
+        server.start()
+        run.launch(
+            *three_hosts.options(2),
+            *("--env", "AWKWARD", "tracking.enabled=true", f"tracking.uri={server.uri}"),
             AWKWARD=AWKWARD,
+            MLFLOW_TRACKING_USERNAME="someone",
             MLFLOW_TRACKING_PASSWORD="hunter2",
         )
-        wait_until(lambda: bool(checkpoint_steps(run_file)), job, run_file)
-        for rank in ranks(run_file):
+        run.wait_until(run.steps_saved)
+        ranks = run.ranks()
+        assert len(ranks) == 2
+        for rank in ranks:
             environment = rank.environ()
             assert environment["AWKWARD"] == AWKWARD
             assert environment["GLOO_SOCKET_IFNAME"] == "eth0"
             assert environment["MLFLOW_TRACKING_PASSWORD"] == "hunter2"
-        assert len(ranks(run_file)) == 2
-        said = (run_file.parent / "runs/tiny/logs/launch.log").read_text() + output(run_file)
-        assert "hunter2" not in said
+        assert "hunter2" not in run.log + run.output
         assert not any("hunter2" in " ".join(words(process)) for process in psutil.process_iter())
-        assert "port 29500 of 10.77.0.11 is taken; " in said
+        assert "port 29500 of 10.77.0.11 is taken; " in run.output
 
-        two_hosts.hosts[1].crash()
-        wait_until(lambda: "waiting for 10.77.0.12" in output(run_file), job, run_file)
-        two_hosts.hosts[1] = start_host(two_hosts.folder, 1)
-        assert job.wait(timeout=300) == 0, output(run_file)
+        three_hosts.hosts[1].crash()
+        run.wait_until(lambda: "waiting for 10.77.0.12" in run.output)
+        three_hosts.restart(1)
+        run.finish()
+        cause = "node 10.77.0.12 failed (exit code 137)"
+        assert f"globallocal: {cause}; restart 1 of at most 3, from the checkpoint of step" in run.output
+        assert run.losses() == unbroken
+        assert run.ranks() == []
+        client = MlflowClient(server.uri)
+        (tracked,) = client.search_runs([client.get_experiment_by_name("globallocal").experiment_id])
+        assert tracked.info.status == "FINISHED"
+        assert tracked.data.tags["globallocal.restarts"] == "1"
+        assert cause in tracked.data.tags["globallocal.restart.001"]
+        assert [point.step for point in client.get_metric_history(tracked.info.run_id, "train/language_loss")] == list(
+            range(1, len(unbroken) + 1)
+        )
     finally:
+        server.kill()
         taker.kill()
         taker.wait()
-    assert "node 10.77.0.12 failed" in output(run_file)
-    assert "restart 1 of at most 3, from the checkpoint of step" in output(run_file)
-    assert losses(output(run_file)) == unbroken
-    assert ranks(run_file) == []
 
 
-def words(process: psutil.Process) -> list[str]:
+def test_a_cut_cable_ends_the_job_and_it_comes_back(three_hosts: Cluster, run: Run, unbroken: dict[int, str]) -> None:
+    run.launch(*three_hosts.options(2))
     try:
-        return process.cmdline()
-    except psutil.Error:
-        return []
-
-
-def test_a_cut_cable_ends_the_job_and_it_comes_back(two_hosts: Cluster, run_file: Path) -> None:
-    job = launch(run_file, "--hostfile", two_hosts.hostfile(), "--ssh", two_hosts.ssh)
-    try:
-        wait_until(lambda: bool(checkpoint_steps(run_file)), job, run_file)
-        two_hosts.hosts[1].link("down")
-        wait_until(lambda: "waiting for 10.77.0.12" in output(run_file), job, run_file)
+        run.wait_until(run.steps_saved)
+        three_hosts.hosts[1].link("down")
+        run.wait_until(lambda: "waiting for 10.77.0.12" in run.output)
     finally:
-        two_hosts.hosts[1].link("up")
-    assert job.wait(timeout=300) == 0, output(run_file)
-    assert checkpoint_steps(run_file)[-1] == 40
-    assert ranks(run_file) == []
+        three_hosts.hosts[1].link("up")
+    run.finish()
+    assert run.losses() == unbroken
+    assert run.ranks() == []
 
 
-def test_a_stop_saves_on_all_hosts(two_hosts: Cluster, run_file: Path) -> None:
-    job = launch(run_file, "--hostfile", two_hosts.hostfile(), "--ssh", two_hosts.ssh, "training.max_steps=4000")
-    wait_until(lambda: "step 2/4000" in output(run_file), job, run_file)
-    job.send_signal(signal.SIGTERM)
-    assert job.wait(timeout=120) == 75, output(run_file)
-    assert checkpoint_steps(run_file)
-    assert "stopped on request (exit code 75); start it again to go on" in output(run_file)
-    assert ranks(run_file) == []
+def test_a_stop_saves_on_all_hosts(three_hosts: Cluster, run: Run) -> None:
+    run.launch(*three_hosts.options(2), "training.max_steps=4000")
+    run.wait_until(lambda: "step 2/4000" in run.log)
+    run.launches[-1].send_signal(signal.SIGTERM)
+    run.finish(expect=75)
+    assert run.steps_saved()
+    assert "stopped on request (exit code 75); start it again to go on" in run.output
+    assert run.ranks() == []
 
 
 @pytest.mark.parametrize("vanished", ["launcher", "us"])
-def test_nobody_is_left_when_a_launcher_is_killed(two_hosts: Cluster, run_file: Path, vanished: str) -> None:
-    options = ("--hostfile", two_hosts.hostfile(), "--ssh", two_hosts.ssh, "--max-restarts", 0)
-    job = launch(run_file, *options, "training.max_steps=4000")
-    wait_until(lambda: "step 2/4000" in output(run_file), job, run_file)
+def test_nobody_is_left_when_a_launcher_is_killed(three_hosts: Cluster, run: Run, vanished: str) -> None:
+    """On one remote host of the hostfile, and not on this machine, where DeepSpeed alone would start it."""
+    include = ("--include", three_hosts.hosts[1].address)
+    job = run.launch(*three_hosts.options(3), *include, "--max-restarts", 0, "training.max_steps=4000")
+    run.wait_until(lambda: "step 2/4000" in run.log)
+    (rank,) = run.ranks()
+    assert Path(f"/proc/{rank.pid}/ns/net").readlink() != Path("/proc/self/ns/net").readlink()
     if vanished == "us":
         job.kill()
+        job.wait()
     else:
         next(p for p in psutil.Process(job.pid).children() if any("deepspeed" in word for word in words(p))).kill()
-        assert job.wait(timeout=60) == 137
-    deadline = time.monotonic() + 60
-    while ranks(run_file):
+        run.finish(expect=137)
+    deadline = time.monotonic() + SECONDS
+    while run.ranks():
         assert time.monotonic() < deadline
         time.sleep(0.2)
-    job.wait()
 
 
-def test_what_cannot_start_is_said_in_plain_lines(two_hosts: Cluster, run_file: Path) -> None:
-    """A wrong name, too many slots, an ssh that refuses, another version of the project: exit code 2, no rank."""
-    hostfile = run_file.parent / "hosts"
-    address = two_hosts.hosts[0].address
+def test_what_cannot_start_is_said_in_plain_lines(three_hosts: Cluster, run: Run) -> None:
+    """A wrong name, too many slots, an ssh that refuses, another version, wrong files: exit code 2, no rank."""
+    hostfile = run.folder / "hosts"
+    first, second = three_hosts.hosts[0].address, three_hosts.hosts[1].address
 
-    def refused(text: str, ssh: str = two_hosts.ssh) -> str:
-        hostfile.write_text(text)
-        job = launch(run_file, "--hostfile", hostfile, "--ssh", ssh)
-        assert job.wait(timeout=120) == 2, output(run_file)
-        assert "Traceback" not in output(run_file)
-        return output(run_file)
+    def refused(text: str | None, *options: str, ssh: str = three_hosts.ssh) -> str:
+        hostfile.unlink(missing_ok=True)
+        if text is not None:
+            hostfile.write_text(text)
+        run.launch("--hostfile", hostfile, "--ssh", ssh, *options)
+        run.finish(expect=2)
+        assert "Traceback" not in run.output
+        return run.output
 
-    said = refused(f"{address} slots=1\nno-such-host slots=1\n")
+    said = refused(f"{first} slots=1\nno-such-host slots=1\n")
     assert "error: no-such-host: ssh: Could not resolve hostname no-such-host" in said
     assert "error: 1 of 2 hosts answer, 2 are needed (--min-nodes)" in said
 
-    assert f"error: {address}: slots=999 in the hostfile, but it has" in refused(f"{address} slots=999\n")
+    said = refused(f"{first} slots=999\n")
+    assert re.search(rf"error: {first}: the hostfile gives it 999 slots, it has \d+ cores; write slots=\d+\n", said)
 
-    said = refused(f"{address} slots=1\n", ssh=two_hosts.ssh.replace("-i ", "-o IdentitiesOnly=yes -i /dev/null -i no"))
-    assert f"error: {address}: root@{address}: Permission denied (publickey)" in said
+    refusing = three_hosts.ssh.replace("-i ", "-o IdentitiesOnly=yes -i /dev/null -i no")
+    said = refused(f"{first} slots=1\n", ssh=refusing)
+    assert f"error: {first}: root@{first}: Permission denied (publickey)" in said
     assert "must work without a password" in said
 
-    other = run_file.parent / "other.py"
-    other.write_text((ROOT / "launch" / "__init__.py").read_text() + "\n# changed\n")
-    init = ROOT / "launch" / "__init__.py"
-    inside = ["nsenter", "-t", str(sshd(two_hosts, 1).pid), "--mount"]
-    run(*inside, "mount", "--bind", str(other), str(init))
+    assert f"error: {hostfile}:2: 'n1 lots=2' is not HOST slots=N (N ≥ 1)" in refused(f"{first} slots=1\nn1 lots=2\n")
+    assert f"error: hostfile {hostfile}: No such file or directory; write one line per machine" in refused(None)
+    assert "error: n9 is not in the hostfile, which names" in refused(f"{first} slots=1\n", "--include", "n9")
+
+    changed = run.folder / "changed.py"
+    changed.write_text((ROOT / "launch" / "__init__.py").read_text() + "\n# changed\n")
+    inside = ["nsenter", "-t", str(sshd(three_hosts, 1).pid), "--mount"]
+    command(*inside, "mount", "--bind", str(changed), str(ROOT / "launch" / "__init__.py"))
     try:
-        said = refused("".join(f"{host.address} slots=1\n" for host in two_hosts.hosts))
+        said = refused(f"{first} slots=1\n{second} slots=1\n")
     finally:
-        run(*inside, "umount", str(init))
+        command(*inside, "umount", str(ROOT / "launch" / "__init__.py"))
     assert re.search(
-        r"error: the project's code differs between nodes: \w{16} on 10.77.0.11; \w{16} on 10.77.0.12;", said
+        rf"error: the project's code differs between nodes: \w{{16}} on {first}; \w{{16}} on {second};", said
     )
 
 
@@ -182,12 +166,20 @@ def sshd(cluster: Cluster, index: int) -> psutil.Process:
     return next(p for p in psutil.process_iter() if p.name() == "sshd" and marker in " ".join(words(p)))
 
 
-def test_one_remote_host_of_a_hostfile_is_used_and_not_this_machine(two_hosts: Cluster, run_file: Path) -> None:
-    options = ("--hostfile", two_hosts.hostfile(), "--ssh", two_hosts.ssh, "--include", two_hosts.hosts[1].address)
-    job = launch(run_file, *options, "training.max_steps=4000")
-    wait_until(lambda: "step 2/4000" in output(run_file), job, run_file)
-    (rank,) = ranks(run_file)
-    here = Path("/proc/self/ns/net").readlink()
-    assert Path(f"/proc/{rank.pid}/ns/net").readlink() != here
-    job.send_signal(signal.SIGTERM)
-    assert job.wait(timeout=120) == 75
+def test_a_job_over_three_hosts_goes_on_with_the_two_that_are_left(
+    three_hosts: Cluster, run: Run, unbroken: dict[int, str]
+) -> None:
+    """The checkpoint of three ranks is loaded by two; no sample is lost, and the losses agree to rounding."""
+    run.launch(*three_hosts.options(3), "--min-nodes", 2, "training.global_batch_size=6")
+    try:
+        run.wait_until(run.steps_saved)
+        three_hosts.hosts[2].crash()
+        run.finish()
+    finally:
+        three_hosts.restart(2)
+    (entry,) = [json.loads(line) for line in (run.run_folder / "restarts.jsonl").read_text().splitlines()]
+    assert entry["node"] == "10.77.0.13"
+    assert "left out: 10.77.0.13: " in run.output
+    assert "hosts: 10.77.0.11 × 1, 10.77.0.12 × 1" in run.output
+    assert sorted(run.losses()) == sorted(unbroken)
+    assert run.steps_saved()[-1] == len(unbroken)

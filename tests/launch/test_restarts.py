@@ -1,6 +1,7 @@
 """When a failed job is started again, and on which hosts."""
 
 import json
+import re
 import signal
 from pathlib import Path
 
@@ -8,8 +9,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from launch.blame import Blame
 from launch.processes import Ended
-from launch.restarts import Failure, cause_of, fitting_hosts, judge, newest_step, run_with_restarts
+from launch.restarts import Failure, cause_of, fitting_hosts, judge, newest_step, recorded, run_with_restarts
+from pipeline.tracking.restarts import restart_tags
 
 
 def failures(*steps: int, code: int = 1) -> list[Failure]:
@@ -27,7 +30,9 @@ def failures(*steps: int, code: int = 1) -> list[Failure]:
         (failures(5, 5), False, True, "restart 2 of at most 3"),
         (failures(5, code=2), False, False, "a mistake to fix, said above"),
         (failures(5, code=75), True, False, "stopped on request (exit code 75)"),
-        (failures(5, code=75), False, True, "restart 1 of at most 3"),
+        (failures(5, code=75), False, True, "started again from the checkpoint of step 5"),
+        ([*failures(1, 2, 3, 4, 5, 6, code=75), *failures(7)], False, True, "restart 1 of at most 3"),
+        (failures(5, 5, 5, code=75), False, False, "crash loop: 3 failures in a row from the checkpoint of step 5"),
     ],
 )
 def test_verdicts(history: list[Failure], stopped: bool, restart: bool, reason: str) -> None:
@@ -48,8 +53,17 @@ def test_a_job_is_never_started_more_often_than_the_budget_allows(steps: list[in
         (Ended(1), "a rank failed (exit code 1)"),
         (Ended(137), "ended by signal 9"),
         (Ended(75), "preempted: the ranks were told to stop, and all is saved"),
-        (Ended(255, failed_nodes=("n1", "n0")), "node n1 failed (exit code 255)"),
-        (Ended(75, signal.SIGTERM, ("n1",)), "preempted: the ranks were told to stop, and all is saved"),
+        (Ended(76), "a rank hung (exit code 76)"),
+        (Ended(2, blames=(Blame("n1", "node n1 failed (exit code 2)", False),)), "refused by the ranks (exit code 2)"),
+        (
+            Ended(255, blames=(Blame("n0", "rank 0 on n0: reset", False), Blame("n1", "node n1 failed", True))),
+            "node n1 failed",
+        ),
+        (Ended(1, blames=(Blame("n0", "rank 0 on n0: reset", False),)), "rank 0 on n0: reset"),
+        (
+            Ended(75, signal.SIGTERM, (Blame("n1", "node n1 failed", True),)),
+            "preempted: the ranks were told to stop, and all is saved",
+        ),
     ],
 )
 def test_causes(ended: Ended, cause: str) -> None:
@@ -82,6 +96,21 @@ def test_a_job_that_progresses_is_started_again_until_it_is_done(tmp_path: Path)
         ("ended by signal 9", 20, True),
     ]
     assert said[1] == "globallocal: ended by signal 9; restart 2 of at most 3, from the checkpoint of step 20"
+    assert recorded(tmp_path, "") == [
+        Failure("a rank failed (exit code 1)", 10, 1),
+        Failure("ended by signal 9", 20, 137),
+    ]
+    assert recorded(tmp_path, "another job") == []
+    tags = restart_tags(tmp_path)
+    assert tags["globallocal.restarts"] == "2"
+    assert re.fullmatch(
+        r"20\d\d-\d\d-\d\dT\d\d:\d\d:\d\dZ ended by signal 9; restart 2 of at most 3, from the checkpoint of step 20",
+        tags["globallocal.restart.002"],
+    )
+
+
+def test_a_run_that_was_never_started_again_has_no_restart_tags(tmp_path: Path) -> None:
+    assert restart_tags(tmp_path) == {}
 
 
 def test_a_crash_loop_ends_early_and_says_so(tmp_path: Path) -> None:

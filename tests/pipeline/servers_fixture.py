@@ -102,7 +102,7 @@ def free_ports(count: int) -> list[int]:
 
 
 @contextlib.contextmanager
-def s3_server(folder: Path):
+def s3_server(folder: Path, address: str = "127.0.0.1"):
     """SeaweedFS: yields the endpoint, with the environment that clients need."""
     weed = shutil.which("weed", path=str(Path(sys.executable).parent))
     if weed is None:
@@ -114,14 +114,13 @@ def s3_server(folder: Path):
     )
     (folder / "data").mkdir()
     master, volume, filer, s3 = free_ports(4)
-    local = "127.0.0.1"
-    command = f"""{weed} server -dir={folder}/data -ip={local} -ip.bind={local} -master.telemetry=false
+    command = f"""{weed} server -dir={folder}/data -ip={address} -ip.bind={address} -master.telemetry=false
         -master.port={master} -volume.port={volume} -filer -filer.port={filer} -s3 -s3.port={s3}
         -s3.config={folder}/s3.json -volume.max=20 -master.volumeSizeLimitMB=64"""
     with open(folder / "log", "wb") as log:
         process = subprocess.Popen(command.split(), stdout=log, stderr=log)
     try:
-        yield f"http://{local}:{s3}", {"AWS_ACCESS_KEY_ID": "test-key", "AWS_SECRET_ACCESS_KEY": "test-secret"}
+        yield f"http://{address}:{s3}", {"AWS_ACCESS_KEY_ID": "test-key", "AWS_SECRET_ACCESS_KEY": "test-secret"}
     finally:
         process.kill()
         process.wait()

@@ -33,15 +33,15 @@ def free_port() -> int:
 
 
 class Server:
-    """`mlflow server` on loopback over a SQLite store, to be killed and started again."""
+    """`mlflow server` over a SQLite store, on loopback unless told otherwise; to be killed and started again."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, address: str = "127.0.0.1") -> None:
         port = free_port()
-        self.uri = f"http://127.0.0.1:{port}"
+        self.uri = f"http://{address}:{port}"
         self.store = f"sqlite:///{folder}/mlflow.db"
         self.artifacts = folder / "served"
         shutil.copy(empty_store(), folder / "mlflow.db")
-        self._command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port)]
+        self._command = [sys.executable, "-m", "mlflow", "server", "--host", address, "--port", str(port)]
         self._command += ["--workers", "1", "--backend-store-uri", self.store]
         self._command += ["--artifacts-destination", str(self.artifacts)]
         self._log = folder / "server.log"

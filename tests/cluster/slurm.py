@@ -1,0 +1,126 @@
+"""A real Slurm on the loopback: munged, slurmctld and two slurmd, in a folder of their own."""
+
+import os
+import platform
+import shutil
+import subprocess
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from tests.pipeline.servers_fixture import free_ports
+
+NEEDED = {"sbatch": "slurm-wlm", "slurmctld": "slurm-wlm", "slurmd": "slurm-wlm", "munged": "munge"}
+SETTINGS = """
+ClusterName=gl
+SlurmctldHost={host}(127.0.0.1)
+SlurmctldPort={ports[0]}
+SlurmUser=root
+AuthType=auth/munge
+# A job that is queued again waits until its old credential has expired.
+AuthInfo=socket={folder}/munge.socket,cred_expire=5
+StateSaveLocation={folder}/state
+SlurmdSpoolDir={folder}/spool-%n
+SlurmctldPidFile={folder}/slurmctld.pid
+SlurmdPidFile={folder}/slurmd-%n.pid
+ProctrackType=proctrack/linuxproc
+TaskPlugin=task/none
+SelectType=select/cons_tres
+MpiDefault=none
+ReturnToService=2
+SlurmdTimeout=20
+SlurmdParameters=config_overrides
+SchedulerParameters=sched_interval=5,bf_interval=5
+NodeName=s0 NodeHostname={host} NodeAddr=127.0.0.1 Port={ports[1]} CPUs=2
+NodeName=s1 NodeHostname={host} NodeAddr=127.0.0.1 Port={ports[2]} CPUs=2
+PartitionName=main Nodes=s[0-1] Default=YES State=UP MaxTime=INFINITE
+"""
+
+
+def why_not() -> tuple[str, str] | None:
+    """(What is missing to start a Slurm here, the remedy); None if nothing is."""
+    if os.geteuid() != 0:
+        return "root, to start slurmd", "run the tests as root"
+    missing = sorted({package for program, package in NEEDED.items() if _program(program) is None})
+    return (" ".join(missing), f"apt-get install {' '.join(missing)}") if missing else None
+
+
+def _program(name: str) -> str | None:
+    return shutil.which(name) or shutil.which(name, path="/usr/sbin:/sbin")
+
+
+@dataclass
+class Slurm:
+    folder: Path
+    environment: dict[str, str]
+    processes: dict[str, "subprocess.Popen[bytes]"] = field(default_factory=dict)
+
+    def run(self, *command: str) -> str:
+        done = subprocess.run(command, env=os.environ | self.environment, capture_output=True, text=True)
+        assert done.returncode == 0, f"{' '.join(command)}: {done.stderr}"
+        return done.stdout
+
+    def start(self, name: str, *command: str) -> None:
+        """Start a daemon in the foreground, its output in a file of its name."""
+        with open(self.folder / f"{name}.log", "ab") as log:
+            self.processes[name] = subprocess.Popen(
+                [str(_program(command[0])), *command[1:]],
+                env=os.environ | self.environment,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+            )
+
+    def start_node(self, name: str) -> None:
+        self.start(name, "slurmd", "-D", "-N", name)
+
+    def wait_for(self, states: str, seconds: float = 120) -> None:
+        """Until both nodes are in the state, as `sinfo` says it."""
+        deadline = time.monotonic() + seconds
+        while (said := self.run("sinfo", "--noheader", "--Node", "--format", "%T").split()) != states.split():
+            assert time.monotonic() < deadline, f"nodes are {said}, not {states}\n{self.logs()}"
+            time.sleep(0.2)
+
+    def logs(self) -> str:
+        return "\n".join(f"== {path.name}\n{path.read_text()[-2000:]}" for path in self.folder.glob("*.log"))
+
+
+@contextmanager
+def slurm(folder: Path) -> Iterator[Slurm]:
+    """Two nodes, s0 and s1, that wait for jobs."""
+    folder.mkdir(parents=True, exist_ok=True)
+    folder.chmod(0o755)
+    (folder / "state").mkdir()
+    ports = free_ports(3)
+    (folder / "slurm.conf").write_text(SETTINGS.format(host=platform.node(), folder=folder, ports=ports))
+    key = folder / "munge.key"
+    key.write_bytes(os.urandom(128))
+    key.chmod(0o400)
+    cluster = Slurm(folder, {"SLURM_CONF": str(folder / "slurm.conf")})
+    files = [f"--{name}-file={folder}/munge.{name}" for name in ("key", "pid", "log", "seed")]
+    try:
+        cluster.start("munged", "munged", "--foreground", "--force", f"--socket={folder}/munge.socket", *files)
+        _wait_for(folder / "munge.socket")
+        cluster.start("slurmctld", "slurmctld", "-D")
+        for name in ("s0", "s1"):
+            cluster.start_node(name)
+        deadline = time.monotonic() + 60
+        while subprocess.run(["sinfo"], env=os.environ | cluster.environment, capture_output=True).returncode:
+            assert time.monotonic() < deadline, cluster.logs()
+            time.sleep(0.2)
+        cluster.wait_for("idle idle")
+        yield cluster
+    finally:
+        for name in ("s0", "s1", "slurmctld", "munged"):
+            if name in cluster.processes:
+                cluster.processes[name].kill()
+                cluster.processes[name].wait()
+
+
+def _wait_for(path: Path) -> None:
+    deadline = time.monotonic() + 60
+    while not path.exists():
+        assert time.monotonic() < deadline, f"{path} does not appear"
+        time.sleep(0.1)
