@@ -26,6 +26,9 @@ FORWARDED = re.compile(
 EXPORTED_BY_DEEPSPEED = re.compile(r"^(MLFLOW|PYTHON(?!PATH)|MV2|UCX|NCCL)")
 """DeepSpeed puts the values of these on the command line of pdsh and into its log; ours go through a file."""
 
+ENVIRONMENT = "environment.sh"
+"""File of the run folder's `launch/` with what every rank gets."""
+
 _PLAIN = re.compile(r"^[\w@%+=:,./-]+$")
 
 
@@ -65,7 +68,7 @@ def hostfile_job(
     Raises:
         UserError: paths that DeepSpeed's launcher cannot carry, a variable asked for that is not set.
     """
-    hostfile, script = job.folder / "hostfile", job.folder / "environment.sh"
+    hostfile, script = job.folder / "hostfile", job.folder / ENVIRONMENT
     problems = [
         f"{path}: DeepSpeed's launcher does not quote it; use a path of letters, digits and _ . / - only"
         for path in (str(Path.cwd()), sys.executable, str(TRAIN_PROGRAM), str(job.folder))
@@ -158,7 +161,7 @@ def shown(files: Mapping[Path, str]) -> str:
     parts = []
     for path, text in files.items():
         name = os.path.relpath(path) if path.is_relative_to(Path.cwd()) else str(path)
-        parts.append(f"# {name}\n{hide_values(text)}")
+        parts.append(f"# {name}\n{hide_values(text) if name.endswith(ENVIRONMENT) else text}")
     return "\n".join(parts)
 
 

@@ -102,7 +102,7 @@ class SlurmRun:
         """What is written before sbatch is called: the environment of the ranks, and the script."""
         given = {"MASTER_ADDR": self.master_address} if self.master_address else {}
         return {
-            self.job.folder / "environment.sh": cluster.environment_script(self.job, given),
+            self.job.folder / cluster.ENVIRONMENT: cluster.environment_script(self.job, given),
             self.job.folder / "job.sbatch": self.script(),
         }
 
@@ -132,7 +132,7 @@ class SlurmRun:
             *("--max-restarts", str(self.max_restarts)),
             *(("--master-addr", self.master_address) if self.master_address else ()),
         ]
-        rank = RANK.format(environment=shlex.quote(str(self.job.folder / "environment.sh")))
+        rank = RANK.format(environment=shlex.quote(str(self.job.folder / cluster.ENVIRONMENT)))
         train = [
             *(sys.executable, "-u", str(TRAIN_PROGRAM), "--config", str(self.job.config.absolute())),
             *self.job.overrides,

@@ -58,7 +58,7 @@ class Running:
         )
 
     def wait_for_ranks(self) -> None:
-        deadline = time.monotonic() + 120
+        deadline = time.monotonic() + 400
         while not all((self.folder / f"ready-{rank}").exists() for rank in (0, 1)):
             assert time.monotonic() < deadline
             assert self.process.poll() is None, self.process.stdout.read()
@@ -79,7 +79,7 @@ class Running:
         return found
 
     def finish(self) -> tuple[int, str]:
-        output, _ = self.process.communicate(timeout=120)
+        output, _ = self.process.communicate(timeout=400)
         return self.process.returncode, output
 
 
