@@ -55,7 +55,7 @@ def local_findings() -> Iterator[Finding]:
     """This machine, whatever the run."""
     yield from packages()
     yield devices()
-    yield compiler()
+    yield from operators()
 
 
 def packages() -> Iterator[Finding]:
@@ -110,18 +110,52 @@ def device_free_bytes() -> list[int]:
     return [torch.cuda.mem_get_info(i)[0] for i in range(torch.cuda.device_count())]
 
 
-def compiler() -> Finding:
-    """DeepSpeed compiles its operators when they are first used."""
+def operators() -> Iterator[Finding]:
+    """DeepSpeed's compiled operators: built before, for this very torch, or what compiles them at their first use."""
+    import torch
+    from deepspeed.git_version_info import installed_ops, torch_info
+
+    built = sorted(name for name, there in installed_ops.items() if there)
+    version = ".".join(torch.__version__.split(".")[:2])
+    if built and torch_info.get("version") not in (None, "0.0", version):
+        yield Finding(
+            "operators",
+            "problem",
+            f"DeepSpeed's operators were built for torch {torch_info['version']}, installed is {torch.__version__}",
+            "pip install --force-reinstall --no-cache-dir --no-build-isolation deepspeed",
+        )
+    yield from cuda_toolkit() if torch.version.cuda else ()
     missing = [name for name in ("ninja", "g++") if shutil.which(name, path=search_path()) is None]
-    if missing:
-        return Finding(
-            "compiler",
+    cache = os.environ.get("TORCH_EXTENSIONS_DIR", str(Path.home() / ".cache" / "torch_extensions"))
+    if built:
+        yield Finding("operators", "ok", f"built before: {', '.join(built)}")
+    elif missing:
+        yield Finding(
+            "operators",
             "problem",
             f"{' and '.join(missing)} not found; DeepSpeed compiles its operators with them",
             "pip install ninja; apt install g++",
         )
-    cache = os.environ.get("TORCH_EXTENSIONS_DIR", str(Path.home() / ".cache" / "torch_extensions"))
-    return Finding("compiler", "ok", f"ninja and g++; compiled operators are kept in {cache}")
+    else:
+        yield Finding("operators", "ok", f"ninja and g++ compile them at their first use; they are kept in {cache}")
+
+
+def cuda_toolkit() -> Iterator[Finding]:
+    """The compiler's CUDA against torch's: another major version builds operators that cannot be loaded."""
+    import torch
+    from deepspeed.ops.op_builder.builder import MissingCUDAException, installed_cuda_version
+
+    try:
+        major, minor = installed_cuda_version()
+    except (MissingCUDAException, OSError):
+        return  # none there: nothing can be compiled, and what was built before needs none
+    if str(major) != str(torch.version.cuda).split(".")[0]:
+        yield Finding(
+            "operators",
+            "problem",
+            f"CUDA toolkit {major}.{minor}, but torch was built for CUDA {torch.version.cuda}",
+            f"install toolkit {torch.version.cuda} and set CUDA_HOME, or the torch for CUDA {major}",
+        )
 
 
 def search_path() -> str:
@@ -211,7 +245,7 @@ def cache(config: RunConfig) -> Finding:
 
 def deepspeed_json(config: RunConfig, ranks: int) -> Finding:
     """The JSON against the run, and the operators that it needs."""
-    from pipeline.engine import deepspeed_config
+    from pipeline.engine import check_machine, deepspeed_config, zero_stage
 
     precision, training = config.training.precision, config.training
     try:
@@ -219,42 +253,8 @@ def deepspeed_json(config: RunConfig, ranks: int) -> Finding:
     except UserError:  # said already; the rest of the JSON is looked at all the same
         layout = BatchLayout(training.global_batch_size, training.global_batch_size, 1)
     settings = deepspeed_config(config, layout, "bf16" if precision == "auto" else precision)
-    zero = settings.get("zero_optimization", {})
-    needed = {(zero.get(key) or {}).get("device", "none") for key in ("offload_optimizer", "offload_param")}
-    for device, name in (("cpu", "CPUAdamBuilder"), ("nvme", "AsyncIOBuilder")):
-        if device in needed or (device == "cpu" and "nvme" in needed):
-            lack = operator_lack(name)
-            if lack:
-                return Finding("deepspeed", "problem", f"{config.deepspeed.config}: {lack[0]}", lack[1])
-    quantized = [key for key, value in zero.items() if key.startswith("zero_quantized") and value]
-    if quantized and local_devices() == 0:
-        return Finding(
-            "deepspeed",
-            "problem",
-            f"{config.deepspeed.config}: {' and '.join(quantized)} need CUDA kernels, this machine has CPU cores only",
-            "take ds_configs/zero3_hpz.json, which communicates unquantized",
-        )
-    for key in ("offload_optimizer", "offload_param"):
-        folder = (zero.get(key) or {}).get("nvme_path")
-        if folder and not os.access(folder, os.W_OK):
-            return Finding(
-                "deepspeed",
-                "problem",
-                f"{config.deepspeed.config}: nvme_path {folder} cannot be written",
-                "name a folder on a local NVMe disk in the JSON",
-            )
-    return Finding("deepspeed", "ok", f"{config.deepspeed.config}: ZeRO stage {zero.get('stage', 0)}")
-
-
-def operator_lack(builder: str) -> tuple[str, str] | None:
-    """(What keeps DeepSpeed from compiling an operator here, remedy), or None."""
-    from deepspeed.ops import op_builder
-
-    if getattr(op_builder, builder)().is_compatible(verbose=False):
-        return None
-    if builder == "AsyncIOBuilder":
-        return "its async_io operator needs libaio", "apt install libaio-dev"
-    return f"DeepSpeed's {builder} cannot be compiled here", "run ds_report for the reason"
+    check_machine(config, settings, ranks, local_devices() > 0)
+    return Finding("deepspeed", "ok", f"{config.deepspeed.config}: ZeRO stage {zero_stage(settings)}")
 
 
 def memory(config: RunConfig, ranks: int) -> Finding:

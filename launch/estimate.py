@@ -167,7 +167,7 @@ def _model(config: RunConfig, corpus: Corpus | None) -> GlobalLocalConfig:
 
 
 def _zero(config: RunConfig) -> Mapping[str, Any]:
-    from pipeline.engine import read_deepspeed_json
+    from pipeline.knobs import read_deepspeed_json
 
     return read_deepspeed_json(config.deepspeed.config).get("zero_optimization", {})
 

@@ -32,12 +32,19 @@ def ask(
     hosts: Sequence[str], arguments: Sequence[str], ssh: str = "", seconds: float = ANSWER_SECONDS
 ) -> dict[str, Answer]:
     """Run `node.py ARGUMENTS` on every host over ssh; `ssh` holds options for it (`-p 2222 -i KEY`)."""
-    command = shlex.join([sys.executable, node.__file__, *arguments])
+    command = [sys.executable, node.__file__, *arguments]
+    return ask_each(dict.fromkeys(hosts, command), ssh, seconds)
+
+
+def ask_each(
+    commands: Mapping[str, Sequence[str]], ssh: str = "", seconds: float = ANSWER_SECONDS
+) -> dict[str, Answer]:
+    """Run each host's command there, all at once."""
 
     def one(host: str) -> Answer:
         try:
             done = subprocess.run(
-                ["ssh", *SSH_OPTIONS, *shlex.split(ssh), host, command],
+                ["ssh", *SSH_OPTIONS, *shlex.split(ssh), host, shlex.join(commands[host])],
                 capture_output=True,
                 text=True,
                 stdin=subprocess.DEVNULL,
@@ -52,8 +59,8 @@ def ask(
             return Answer(error=lines[-1] if lines else f"ssh ended with code {done.returncode}")
         return Answer(text=done.stdout.strip())
 
-    with ThreadPoolExecutor(max_workers=min(64, max(1, len(hosts)))) as pool:
-        return dict(zip(hosts, pool.map(one, hosts), strict=True))
+    with ThreadPoolExecutor(max_workers=max(1, len(commands))) as pool:
+        return dict(zip(commands, pool.map(one, commands), strict=True))
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,8 @@ interface ADDRESS   the network interface that leads to ADDRESS, for GLOO_SOCKET
 stop JOB SIGNAL     send SIGNAL to the ranks of a job (KILL: to all its processes)
 write FILE TEXT     put a line into a file of a folder that should be shared
 read FILE           and read it
+remove FILE         and take it away
+ssh HOST OPTIONS…   log in to another host from this one
 """
 
 import contextlib
@@ -15,6 +17,7 @@ import os
 import platform
 import signal
 import socket
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -145,6 +148,12 @@ def main(arguments: list[str]) -> int:
         Path(rest[0]).write_text(rest[1])
     elif action == "read":
         print(Path(rest[0]).read_text())
+    elif action == "remove":
+        Path(rest[0]).unlink(missing_ok=True)
+    elif action == "ssh":
+        host, *options = rest
+        quiet = ["-o", "BatchMode=yes", "-o", "ConnectTimeout=10"]
+        return subprocess.run(["ssh", *quiet, *options, host, "true"], stdin=subprocess.DEVNULL).returncode
     else:
         print(f"error: unknown action {action}", file=sys.stderr)
         return 2

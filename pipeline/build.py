@@ -18,7 +18,7 @@ from pipeline.config import RunConfig
 from pipeline.corpus import Corpus, open_corpus
 from pipeline.data import BatchLayout, BatchLoader, Source, batch_hash, data_step
 from pipeline.distributed import World
-from pipeline.engine import deepspeed_config, initialize, resolve_precision, zero_stage
+from pipeline.engine import check_machine, deepspeed_config, initialize, resolve_precision, zero_stage
 from pipeline.evaluate import continuations, held_out
 from pipeline.metrics import Clock
 from pipeline.optim import describe_groups, parameter_groups
@@ -44,6 +44,7 @@ def build(config: RunConfig, world: World, stop: StopRequest, clock: Clock) -> T
     precision = resolve_precision(config.training.precision, world)
     with world.together():
         settings = deepspeed_config(config, layout, precision)
+        check_machine(config, settings, world.size, world.device.type == "cuda")
     check_corpus(config, corpus, world)
     clock.move()
 

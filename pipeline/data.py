@@ -149,7 +149,7 @@ class BatchLoader:
     ) -> None:
         if not 0 <= rank < layout.world_size:
             raise ValueError(f"rank ({rank}) must be in [0, world_size = {layout.world_size})")
-        batches = _micro_batches(source, layout, rank, layout.first_step(consumed_samples), skipped)
+        batches = micro_batches(source, layout, rank, layout.first_step(consumed_samples), skipped)
         self._requests: SimpleQueue[bool] = SimpleQueue()
         self._results: SimpleQueue[np.ndarray | BaseException] = SimpleQueue()
         self._closed = False
@@ -204,7 +204,7 @@ def _answer(
         results.put(error)
 
 
-def _micro_batches(source: Source, layout: BatchLayout, rank: int, first: int, skipped: Ranges) -> Iterator[np.ndarray]:
+def micro_batches(source: Source, layout: BatchLayout, rank: int, first: int, skipped: Ranges) -> Iterator[np.ndarray]:
     """Every micro-batch of a rank from global batch `first` on; indices are computed for many of them at once."""
     size, accumulation = layout.micro_batch_size, layout.gradient_accumulation_steps
     planned = max(1, _PLANNED_SAMPLES // size)

@@ -1,6 +1,7 @@
 """Ranks: start, agreement, shutdown."""
 
 import fcntl
+import gc
 import os
 import socket
 from collections.abc import Iterator, Mapping, Sequence
@@ -148,6 +149,10 @@ def load_operator(builder_name: str) -> None:
 
 
 def shutdown() -> None:
-    """Leave the process group; a ZeRO-3 process that does not may abort after its work is done."""
+    """Leave the process group; a ZeRO-3 process that does not may abort after its work is done.
+
+    Engines that only reference cycles still hold go first: collected after the group, they abort the process.
+    """
+    gc.collect()
     if dist.is_initialized():
         dist.destroy_process_group()

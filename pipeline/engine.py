@@ -1,8 +1,5 @@
 """Run settings and a DeepSpeed JSON become one DeepSpeed configuration and one engine."""
 
-import difflib
-import json
-from pathlib import Path
 from typing import Any
 
 import deepspeed
@@ -11,21 +8,11 @@ from deepspeed.utils import logger as deepspeed_logger
 from torch import nn
 
 from data_prep.errors import UserError
-from pipeline.config import RunConfig
+from pipeline.config import OptimizerSection, RunConfig
 from pipeline.data import BatchLayout
-from pipeline.distributed import World
+from pipeline.distributed import World, load_operator
+from pipeline.knobs import autos, device, faults, fill_autos, lacks, operators, read_deepspeed_json
 from pipeline.optim import build_optimizer, parameter_groups
-
-# DeepSpeed ignores a misspelt key at the top level, so the ones it knows are listed here (0.19 documentation).
-_KEYS = """
-train_batch_size train_micro_batch_size_per_gpu gradient_accumulation_steps optimizer scheduler
-communication_data_type seq_parallel_communication_data_type prescale_gradients gradient_predivide_factor
-sparse_gradients fp16 bf16 torch_autocast amp data_types gradient_clipping zero_optimization
-zero_allow_untested_optimizer zero_force_ds_cpu_optimizer disable_allgather steps_per_print
-wall_clock_breakdown memory_breakdown dump_state flops_profiler activation_checkpointing comms_logger
-compile aio checkpoint timers use_data_before_expert_parallelism
-"""
-KNOWN_KEYS = frozenset(_KEYS.split())
 
 
 def resolve_precision(wanted: str, world: World) -> str:
@@ -41,29 +28,6 @@ def _has_bf16(device: torch.device) -> bool:
     return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
 
 
-def read_deepspeed_json(path: Path) -> dict[str, Any]:
-    """Raises UserError where the file is absent, is no JSON object or holds a key that DeepSpeed does not know."""
-    try:
-        values = json.loads(path.read_text())
-    except FileNotFoundError:
-        known = ", ".join(sorted(str(item) for item in Path("ds_configs").glob("*.json")))
-        raise UserError(
-            f"deepspeed.config: {path}: no such file" + (f"; there are: {known}" if known else "")
-        ) from None
-    except (OSError, ValueError) as error:
-        raise UserError(f"deepspeed.config: {path}: {error}") from None
-    if not isinstance(values, dict):
-        raise UserError(f"deepspeed.config: {path}: must hold a JSON object, holds a {type(values).__name__}")
-    problems = []
-    for key in values.keys() - KNOWN_KEYS:
-        near = difflib.get_close_matches(key, KNOWN_KEYS, n=3, cutoff=0.5)
-        hint = f"nearest: {', '.join(near)}" if near else f"known: {', '.join(sorted(KNOWN_KEYS))}"
-        problems.append(f"deepspeed.config: {path}: unknown key {key}; {hint}")
-    if problems:
-        raise UserError(sorted(problems))
-    return values
-
-
 def deepspeed_config(config: RunConfig, layout: BatchLayout, precision: str) -> dict[str, Any]:
     """Merge the run's settings with DeepSpeed's own knobs.
 
@@ -71,44 +35,36 @@ def deepspeed_config(config: RunConfig, layout: BatchLayout, precision: str) -> 
     "auto" or with the same value.
 
     Raises:
-        UserError: every contradiction, naming both sides.
+        UserError: every contradiction, naming both sides; every knob that DeepSpeed would refuse or ignore.
     """
     path = config.deepspeed.config
     knobs = read_deepspeed_json(path)
-    owned: dict[str, tuple[Any, str]] = {
-        "train_batch_size": (layout.global_batch_size, "training.global_batch_size"),
-        "train_micro_batch_size_per_gpu": (layout.micro_batch_size, "training.micro_batch_size"),
-        "gradient_accumulation_steps": (
-            layout.gradient_accumulation_steps,
-            "training.global_batch_size / (training.micro_batch_size × world size)",
-        ),
-        "gradient_clipping": (config.optimizer.max_gradient_norm, "optimizer.max_gradient_norm"),
-        "bf16": ({"enabled": precision == "bf16"}, "training.precision"),
-        "fp16": ({"enabled": precision == "fp16"}, "training.precision"),
+    if isinstance(knobs.get("zero_optimization"), dict):
+        knobs["zero_optimization"] = fill_autos(knobs["zero_optimization"])
+    problems = _batch_clash(knobs, layout) + _optimizer_clashes(knobs, config.optimizer)
+    owned: dict[str, Any] = {
+        "train_batch_size": layout.global_batch_size,
+        "train_micro_batch_size_per_gpu": layout.micro_batch_size,
+        "gradient_accumulation_steps": layout.gradient_accumulation_steps,
+        "gradient_clipping": config.optimizer.max_gradient_norm,
     }
-    problems = []
-    for key in ("optimizer", "scheduler"):
-        if knobs.pop(key, "auto") != "auto":
-            problems.append(f"{path}: {key} is set there, and by `optimizer` in the run file; remove it from the JSON")
-    for key, (value, setting) in owned.items():
-        given = knobs.pop(key, "auto")
-        if given == "auto":
-            continue
-        if isinstance(value, dict) and isinstance(given, dict):
-            enabled = given.get("enabled", False)
-            if enabled in ("auto", value["enabled"]):
-                owned[key] = ({**given, **value}, setting)
-                continue
-            given, value = f"enabled: {enabled}", f"enabled: {value['enabled']}"
-        elif given == value:
-            continue
+    clipping = knobs.pop("gradient_clipping", "auto")
+    if clipping not in ("auto", owned["gradient_clipping"]):
         problems.append(
-            f'{path}: {key} = {given}, but {setting} gives {value}; remove it from the JSON, or write "auto"'
+            _clash("gradient_clipping", clipping, "optimizer.max_gradient_norm", owned["gradient_clipping"])
         )
-    problems += [f'{path}: {key} = "auto" cannot be filled in by the run; give a value' for key in _autos(knobs)]
+    for key in ("bf16", "fp16"):
+        wanted, given = precision == key, knobs.pop(key, "auto")
+        given = {} if given == "auto" else given if isinstance(given, dict) else {"enabled": given}
+        owned[key] = {**given, "enabled": wanted}
+        if given.get("enabled", wanted) not in ("auto", wanted):
+            problems.append(_clash(f"{key}.enabled", given["enabled"], "training.precision", wanted))
+    left = autos({**knobs, **owned})
+    problems += [f'{key} = "auto" cannot be filled in by the run; give a value' for key in left]
+    problems += faults(knobs) if not left else []
     if problems:
-        raise UserError(problems)
-    settings = {"steps_per_print": 2**31, **knobs, **{key: value for key, (value, _) in owned.items()}}
+        raise UserError([f"{path}: {problem}" for problem in problems])
+    settings = {"steps_per_print": 2**31, **knobs, **owned}
     if precision != "fp32":
         # Gradients are summed in fp32; the tensor pool, a buffer, is multiplied with 16-bit weights.
         defaults = {"grad_accum_dtype": "fp32", "buffer_dtype": precision}
@@ -116,14 +72,65 @@ def deepspeed_config(config: RunConfig, layout: BatchLayout, precision: str) -> 
     return settings
 
 
-def _autos(values: dict[str, Any], prefix: str = "") -> list[str]:
-    found = []
-    for key, value in values.items():
-        if isinstance(value, dict):
-            found += _autos(value, f"{prefix}{key}.")
-        elif value == "auto":
-            found.append(prefix + key)
-    return found
+def _clash(key: str, given: Any, setting: str, value: Any) -> str:
+    return f'{key} = {given}, but {setting} gives {value}; remove it from the JSON, or write "auto"'
+
+
+def _batch_clash(knobs: dict[str, Any], layout: BatchLayout) -> list[str]:
+    """Takes the batch sizes out of `knobs`; one line with all four numbers where one contradicts the run."""
+    values = {
+        "train_batch_size": layout.global_batch_size,
+        "train_micro_batch_size_per_gpu": layout.micro_batch_size,
+        "gradient_accumulation_steps": layout.gradient_accumulation_steps,
+    }
+    given = {key: knobs.pop(key, "auto") for key in values}
+    wrong = [f"{key} = {given[key]}" for key, value in values.items() if given[key] not in ("auto", value)]
+    if not wrong:
+        return []
+    return [
+        f"{', '.join(wrong)}, but the run gives training.global_batch_size {layout.global_batch_size} = "
+        f"training.micro_batch_size {layout.micro_batch_size} × {layout.world_size} ranks × "
+        f'{layout.gradient_accumulation_steps} accumulation steps; remove it from the JSON, or write "auto"'
+    ]
+
+
+def _optimizer_clashes(knobs: dict[str, Any], section: OptimizerSection) -> list[str]:
+    """Takes `optimizer` and `scheduler` out of `knobs`: AdamW may be repeated there, another one not."""
+    problems = []
+    if knobs.pop("scheduler", "auto") != "auto":
+        problems.append(
+            "scheduler is set there, and by optimizer.warmup_steps and optimizer.min_learning_rate_ratio in the run "
+            "file (linear warm-up, cosine decay); remove it from the JSON"
+        )
+    given = knobs.pop("optimizer", "auto")
+    if given == "auto":
+        return problems
+    name = given.get("type") if isinstance(given, dict) else given
+    if name != "AdamW":
+        return [
+            *problems,
+            f"optimizer.type = {name}, but `optimizer` in the run file is AdamW; remove it from the JSON",
+        ]
+    owned = {
+        "lr": ("learning_rate", section.learning_rate),
+        "betas": ("betas", list(section.betas)),
+        "eps": ("epsilon", section.epsilon),
+        "weight_decay": ("weight_decay", section.weight_decay),
+    }
+    for key, value in given.get("params", {}).items():
+        if key not in owned:
+            problems.append(f"optimizer.params.{key} = {value}: the run file has no such setting; remove it")
+        elif value not in ("auto", owned[key][1]):
+            setting, ours = owned[key]
+            problems.append(_clash(f"optimizer.params.{key}", value, f"optimizer.{setting}", ours))
+    return problems
+
+
+def check_machine(config: RunConfig, settings: dict[str, Any], ranks: int, cuda: bool) -> None:
+    """Raises UserError with everything that keeps this machine from training with the DeepSpeed JSON."""
+    problems = [f"{config.deepspeed.config}: {problem}" for problem in lacks(settings, ranks, cuda)]
+    if problems:
+        raise UserError(problems)
 
 
 def zero_stage(settings: dict[str, Any]) -> int:
@@ -133,9 +140,12 @@ def zero_stage(settings: dict[str, Any]) -> int:
 def initialize(model: nn.Module, config: RunConfig, settings: dict[str, Any]) -> Any:
     """The DeepSpeed engine around `model`, with AdamW over its decay and no-decay groups."""
     deepspeed_logger.setLevel("WARNING")
-    offload = settings.get("zero_optimization", {}).get("offload_optimizer", {}).get("device", "none")
+    zero = settings.get("zero_optimization", {})
+    for operator in operators(zero):
+        load_operator(operator)  # compiled under our lock, which a killed process does not leave behind
+    offload = device(zero, "offload_optimizer")
     groups = parameter_groups(model, config.optimizer.weight_decay)
-    optimizer = build_optimizer(groups, config.optimizer, offload in ("cpu", "nvme"))
+    optimizer = build_optimizer(groups, config.optimizer, offload != "none")
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=settings)
 
     def clip() -> None:

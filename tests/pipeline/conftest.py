@@ -1,5 +1,6 @@
 """Trained runs that several modules look at."""
 
+import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,15 @@ import pytest
 from tests.pipeline.ranks import Run, run_ranks
 
 STAGES = (0, 1, 2, 3)
+
+
+def special_configs(folder: Path) -> dict[str, Path]:
+    """The shipped files that two ranks on a CPU can train with, beside zero0 … zero3, fitted to this machine."""
+    shipped = Path("ds_configs")
+    hpz = json.loads((shipped / "zero3_hpz.json").read_text())
+    hpz["zero_optimization"]["zero_hpz_partition_size"] = 2
+    (folder / "hpz.json").write_text(json.dumps(hpz))
+    return {"offload": shipped / "zero3_offload.json", "hpz": folder / "hpz.json"}
 
 
 @pytest.fixture(scope="session")
@@ -45,4 +55,5 @@ def runs(trained: Path, small_dataset: Path) -> dict[str, dict[str, Any]]:
         Run("new-rate", ["optimizer.learning_rate=1.0e-4"], copy_checkpoint="unbroken-2/step-00000003"),
         Run("tied", ["model.tie_word_embeddings=true"]),
     ]
+    plan += [Run(name, [f"deepspeed.config={path}"]) for name, path in special_configs(trained).items()]
     return {result["name"]: result for result in run_ranks(plan, trained, small_dataset)}

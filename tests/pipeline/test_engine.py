@@ -1,6 +1,7 @@
 """One DeepSpeed configuration out of two files that may not contradict each other."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,9 @@ import pytest
 from data_prep.errors import UserError
 from pipeline.config import load_config
 from pipeline.data import BatchLayout
-from pipeline.engine import deepspeed_config, zero_stage
+from pipeline.engine import check_machine, deepspeed_config, zero_stage
+from pipeline.knobs import autos, lacks
+from tests.conftest import ROOT
 
 LAYOUT = BatchLayout(global_batch_size=16, micro_batch_size=4, world_size=2)
 
@@ -51,9 +54,12 @@ def test_auto_and_equal_values_are_welcome(tmp_path: Path) -> None:
 def test_every_contradiction_is_told_naming_both_sides(tmp_path: Path) -> None:
     knobs = {"train_batch_size": 32, "fp16": {"enabled": True}, "optimizer": {"type": "Lamb"}, "gradient_clipping": 5}
     problems = "\n".join(problems_of(tmp_path, knobs))
-    assert "train_batch_size = 32, but training.global_batch_size gives 16" in problems
-    assert "fp16 = enabled: True, but training.precision gives enabled: False" in problems
-    assert "optimizer is set there, and by `optimizer` in the run file" in problems
+    assert (
+        "train_batch_size = 32, but the run gives training.global_batch_size 16 = "
+        "training.micro_batch_size 4 × 2 ranks × 2 accumulation steps"
+    ) in problems
+    assert "fp16.enabled = True, but training.precision gives False" in problems
+    assert "optimizer.type = Lamb, but `optimizer` in the run file is AdamW" in problems
     assert "gradient_clipping = 5, but optimizer.max_gradient_norm gives 1.0" in problems
     assert len(problems.splitlines()) == 4
 
@@ -65,11 +71,109 @@ def test_every_contradiction_is_told_naming_both_sides(tmp_path: Path) -> None:
         ("{", "Expecting property name"),
         ("[]", "must hold a JSON object, holds a list"),
         ({"zero_optimization": {"stage": "auto"}}, 'zero_optimization.stage = "auto" cannot be filled in'),
+        (
+            {"zero_optimization": {"stage": 3, "offload_param": {"device": "auto"}}},
+            'zero_optimization.offload_param.device = "auto" cannot be filled in',
+        ),
+        (
+            {"zero_optimization": {"reduce_bucket_sise": 5}},
+            "unknown key zero_optimization.reduce_bucket_sise; nearest: zero_optimization.reduce_bucket_size",
+        ),
+        ({"zero_optimization": {"stage": 4}}, "zero_optimization.stage = 4: input should be 0, 1, 2"),
+        ({"zero_optimization": 2}, "zero_optimization must hold an object, holds 2"),
+        (
+            {"zero_optimization": {"stage": 2, "offload_param": {"device": "cpu"}}},
+            "zero_optimization.offload_param does nothing at stage 2; set stage to 3 or more",
+        ),
+        (
+            {"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "nvme"}}},
+            "zero_optimization.offload_optimizer.device = nvme needs stage 3, the file has stage 2",
+        ),
+        ({"compile": {"deepcompile": True}}, "compile.deepcompile = true: training does not use DeepCompile"),
+        ({"scheduler": {"type": "WarmupLR"}}, "scheduler is set there, and by optimizer.warmup_steps"),
+        (
+            {"optimizer": {"type": "AdamW", "params": {"lr": 1, "betas": [0.9, 0.95]}}},
+            "optimizer.params.lr = 1, but optimizer.learning_rate gives",
+        ),
     ],
 )
 def test_what_deepspeed_would_ignore_is_refused(tmp_path: Path, knobs: Any, line: str) -> None:
     (problem,) = problems_of(tmp_path, knobs)
     assert line in problem
+
+
+USERS_OWN = {
+    "train_batch_size": "auto",
+    "train_micro_batch_size_per_gpu": "auto",
+    "gradient_accumulation_steps": "auto",
+    "gradient_clipping": "auto",
+    "bf16": {"enabled": "auto"},
+    "fp16": {"enabled": "auto", "loss_scale": 0, "initial_scale_power": 16},
+    "optimizer": {
+        "type": "AdamW",
+        "params": {"lr": "auto", "betas": "auto", "eps": "auto", "weight_decay": "auto"},
+    },
+    "zero_optimization": {
+        "stage": 3,
+        "overlap_comm": True,
+        "reduce_bucket_size": "auto",
+        "stage3_prefetch_bucket_size": "auto",
+        "stage3_param_persistence_threshold": "auto",
+        "stage3_max_live_parameters": 1e9,
+    },
+    "steps_per_print": 2000,
+}
+"""As people bring it from other trainers, "auto" wherever that is possible."""
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+def test_a_json_of_autos_is_resolved_as_the_shipped_files_stand(tmp_path: Path, precision: str) -> None:
+    settings = merged(tmp_path, USERS_OWN, precision)
+    shipped = json.loads((ROOT / "ds_configs" / "zero3.json").read_text())["zero_optimization"]
+    assert {key: settings["zero_optimization"][key] for key in shipped} == shipped
+    assert settings["train_batch_size"] == 16
+    assert [settings[key]["enabled"] for key in ("bf16", "fp16")] == [precision == "bf16", precision == "fp16"]
+    assert settings["fp16"]["initial_scale_power"] == 16
+    assert "optimizer" not in settings
+    assert not autos(settings)
+
+
+def test_contradicting_batch_sizes_are_one_line_with_all_four_numbers(tmp_path: Path) -> None:
+    knobs = {"train_batch_size": 6, "train_micro_batch_size_per_gpu": 2, "gradient_accumulation_steps": 2}
+    (problem,) = problems_of(tmp_path, knobs)
+    assert problem.startswith(f"{tmp_path}/ds.json: train_batch_size = 6, train_micro_batch_size_per_gpu = 2, but ")
+    assert "global_batch_size 16 = training.micro_batch_size 4 × 2 ranks × 2 accumulation steps" in problem
+
+
+SHIPPED = sorted(path.name for path in (ROOT / "ds_configs").glob("*.json"))
+NEEDS = {
+    "zero3_hpz.json": ["zero_hpz_partition_size (8) must divide the ranks (2); set it to the ranks of a node"],
+    "zero3_nvme.json": ["nvme_path /local_nvme cannot be written; name a folder on a local NVMe disk in the JSON"],
+    "zero3_zeropp.json": [
+        "zero_hpz_partition_size (8) must divide the ranks (2)",
+        "zero_quantized_weights and zero_quantized_gradients need CUDA kernels, this machine has CPU cores only; "
+        "take ds_configs/zero3_hpz.json",
+    ],
+}
+"""What keeps a shipped file from two ranks on CPU cores; the others train there (test_ds_configs.py)."""
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_every_shipped_file_loads_and_says_what_this_machine_lacks(name: str) -> None:
+    config = load_config("launch/runs/quickstart.yaml", [f"deepspeed.config=ds_configs/{name}"])
+    settings = deepspeed_config(config, LAYOUT, "bf16")
+    said = lacks(settings, 2, cuda=False)
+    expected = NEEDS.get(name, [])
+    assert [line[: len(start)] for line, start in zip(said, expected, strict=True)] == expected
+    if expected:
+        with pytest.raises(UserError, match=f"ds_configs/{name}: "):
+            check_machine(config, settings, 2, cuda=False)
+
+
+def test_every_shipped_file_has_a_row_that_says_when_to_take_it() -> None:
+    page = (ROOT / "ds_configs" / "README.md").read_text()
+    assert re.findall(r"^\| `(\w+\.json)` \|", page, flags=re.MULTILINE)
+    assert sorted(re.findall(r"^\| `(\w+\.json)` \|", page, flags=re.MULTILINE)) == SHIPPED
 
 
 def test_a_missing_json_names_those_that_are_there() -> None:

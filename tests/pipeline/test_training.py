@@ -72,6 +72,12 @@ def test_stages_train_the_same_model(runs: Runs, trained: Path, metric: str) -> 
         assert curve == pytest.approx(curves[0], rel=1e-4)
 
 
+@pytest.mark.parametrize("special", ["offload", "hpz"])
+def test_offload_and_hierarchical_partitions_train_the_same_model(runs: Runs, trained: Path, special: str) -> None:
+    assert runs[special]["code"] == 0, runs[special]
+    assert losses_of(trained, special) == pytest.approx(losses_of(trained, "unbroken-3"), rel=1e-4)
+
+
 def test_bf16_stays_near_fp32(runs: Runs, trained: Path) -> None:
     assert losses_of(trained, "unbroken-bf16") == pytest.approx(losses_of(trained, "unbroken-2"), rel=5e-3)
 
