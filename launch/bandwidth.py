@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Callable
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 
 sys.path[0] = str(Path(__file__).resolve().parents[1])
@@ -73,7 +74,7 @@ def main(rank: int, world_size: int, address: str, port: int) -> None:
     for pairs in rounds(world_size):
         for low, high in pairs:
             if rank in (low, high):
-                seconds = timed(device, lambda: exchange(data, rank == low, high if rank == low else low))
+                seconds = timed(device, partial(exchange, data, rank == low, high if rank == low else low))
                 if rank == low:
                     mine.append((low, high, gigabits(2 * MESSAGE_BYTES, seconds)))
         dist.barrier()

@@ -21,6 +21,7 @@ from data_prep.errors import UserError
 from data_prep.manifest import check_shards
 from launch import node
 from launch.estimate import Machine, estimate, gibibytes
+from launch.hostfile import read_hostfile
 from launch.processes import Launch, run_session
 from launch.submit import LocalRun, local_devices
 from pipeline.config import RunConfig, load_config
@@ -185,6 +186,14 @@ def run_findings(path: Path, overrides: Sequence[str], ranks: int) -> Iterator[F
         yield from guarded("memory", lambda: memory(config, ranks))
     yield from guarded("disk", lambda: disk(config))
     yield tracking(config)
+
+
+def slots(hostfile: Path) -> int:
+    """Ranks of a hostfile; 0 where it cannot be read, which is said elsewhere."""
+    try:
+        return sum(read_hostfile(hostfile).values())
+    except UserError:
+        return 0
 
 
 def guarded(check: str, look: Callable[[], Finding]) -> Iterator[Finding]:

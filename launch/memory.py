@@ -123,6 +123,8 @@ def rank_memory(size: ModelSize, stage: int, ranks: int, precision: str, zero: M
     if stage == 3:
         persistent = int(zero.get("stage3_prefetch_bucket_size", 5e7))
         weights += width * min(p, size.largest_block + persistent)
+        partition = int(zero.get("zero_hpz_partition_size", 1))
+        weights += width * -(-p // partition) if partition > 1 else 0  # the second copy, split within a node
     if _device(zero, "offload_optimizer") != "none" and stage:
         offloaded += optimizer + gradients
         optimizer = gradients = step = 0

@@ -1,4 +1,4 @@
-"""`globallocal estimate | doctor | train | launch`: what runs before and around a training job."""
+"""`globallocal estimate | rehearse | doctor | train | launch`: what runs before and around a training job."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ Overrides = Annotated[
 
 def register(app: typer.Typer) -> None:
     app.command()(estimate)
+    app.command()(rehearse)
     app.command()(doctor)
     app.command()(train)
     app.command()(launch)
@@ -73,23 +74,57 @@ def estimate(
         room.show(result, machine, Console())
 
 
+def rehearse(
+    config: ConfigOption,
+    overrides: Overrides = None,
+    ranks: Annotated[int, typer.Option(min=1, help="Devices, over all nodes.")] = 1024,
+    gpus_per_node: Annotated[int, typer.Option(min=1, help="Devices of a node.")] = 8,
+    device_memory_gib: Annotated[float, typer.Option(min=0.1, help="Memory of one device.")] = 80.0,
+    steps: Annotated[int, typer.Option(min=1, help="Steps whose data every rank's loader goes through.")] = 1000,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Go through a job of any size on this machine: every rank's settings, place, data and memory; nothing is started.
+
+    All that does not fit together is said at once: the batch, DeepSpeed's reading of the settings on each rank, hpZ
+    groups against nodes, memory. Then each rank's loader runs over the steps, and every global batch must be shared out
+    exactly.
+
+    Example:
+
+        globallocal rehearse --config launch/runs/wikitext103-base.yaml --ranks 1024 training.global_batch_size=4096
+    """
+    from launch import rehearse as room
+    from launch.submit import choose_accelerator
+
+    choose_accelerator()
+    fleet = room.Fleet(ranks, gpus_per_node, device_memory_gib)
+    result = room.rehearse(checked_config(config, overrides), fleet, steps, lambda line: typer.echo(line, err=True))
+    typer.echo(result.to_json() if as_json else "\n".join(result.lines()))
+
+
 def doctor(
     config: Annotated[Path | None, typer.Option(help="Run file; without one only this machine is looked at.")] = None,
     overrides: Overrides = None,
     processes: Annotated[
         int | None, typer.Option(min=1, help="Ranks on this machine; as `train` chooses when absent.")
     ] = None,
+    hostfile: Annotated[Path | None, typer.Option(help="Look at the hosts of this file too, over ssh.")] = None,
+    ssh: Annotated[str, typer.Option(help="hostfile: options for ssh, such as '-p 2222 -i ~/.ssh/cluster'.")] = "",
+    local: Annotated[bool, typer.Option("--local", help="This machine and nothing else.")] = False,
     skip_step: Annotated[bool, typer.Option("--skip-step", help="Take no real step (it needs a minute).")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Find every problem of a run before it starts, each with its remedy.
 
-    Versions, devices, compiler; settings, batch, dataset, vocabulary, DeepSpeed JSON; memory, disk, MLflow; and one
-    real step. Exit codes: 0 all is well, 1 warnings, 2 problems.
+    Versions, devices, compiled operators; settings, batch, dataset, vocabulary, DeepSpeed JSON; memory, disk, MLflow;
+    one real step. With --hostfile also the hosts: ssh there and back, the same code and versions, clocks, a folder
+    that is truly shared, bandwidth between them. Exit codes: 0 all is well, 1 warnings, 2 problems.
 
     Examples:
 
-        globallocal doctor
+        globallocal doctor --local
+
+        globallocal doctor --config launch/runs/wikitext103-base.yaml --hostfile hosts
 
         globallocal doctor --config launch/runs/quickstart.yaml
 
@@ -97,17 +132,23 @@ def doctor(
     """
     from rich.console import Console
 
+    from data_prep.errors import UserError
     from launch import doctor as room
+    from launch.doctor_hosts import host_findings
     from launch.submit import choose_accelerator, default_ranks
 
     choose_accelerator()
     if config is None and overrides:
-        from data_prep.errors import UserError
-
         raise UserError(f"{' '.join(overrides)}: overrides need --config")
+    if local and (config or hostfile):
+        raise UserError("--local looks at this machine alone; leave out --config and --hostfile")
     findings = list(room.local_findings())
+    if hostfile is not None:
+        run_folder = checked_config(config, overrides).run_folder if config is not None else None
+        findings += host_findings(hostfile, ssh, run_folder)
     if config is not None:
-        findings += room.run_findings(config, overrides or [], processes or default_ranks())
+        ranks = processes or (room.slots(hostfile) if hostfile else 0) or default_ranks()
+        findings += room.run_findings(config, overrides or [], ranks)
         if not skip_step and room.exit_code(findings) < 2:
             findings.append(room.step(config, overrides or [], processes))
     if as_json:

@@ -9,7 +9,7 @@ from launch.cli import app, main
 
 IN_ORDER = [
     *("tokenizer", "prepare", "verify", "inspect"),
-    *("estimate", "doctor", "train", "launch"),
+    *("estimate", "rehearse", "doctor", "train", "launch"),
     *("evaluate", "generate", "export"),
 ]
 
