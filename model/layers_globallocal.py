@@ -104,14 +104,14 @@ class GlobalLocalAttention(nn.Module):
     def forward(
         self, x: Tensor, pool: Tensor, mask: Tensor | None, cache: GlobalLocalCache | None
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """x [B, S, h] → output [B, S, h], diversity loss, router statistics [2], mean gate."""
+        """x [B, S, h] → output [B, S, h], diversity loss, pool usage [N], mean gate."""
         local = self.dropout(self.local(x, mask, cache))
         folds = None if cache is None else cache.folds
         query = x if self.summary is None else self.summary(x, mask, cache)
-        routed, diversity, statistics = self.router(query, pool, mask, folds)
+        routed, diversity, usage = self.router(query, pool, mask, folds)
         gate = torch.sigmoid(self.gate(x))
         mean_gate = at_least_float32(gate.detach()).mean()
-        return self.dropout(torch.lerp(routed, local, gate)), diversity, statistics, mean_gate
+        return self.dropout(torch.lerp(routed, local, gate)), diversity, usage, mean_gate
 
 
 class FeedForward(nn.Module):
@@ -145,15 +145,15 @@ class GlobalLocalBlock(nn.Module):
     def forward(
         self, x: Tensor, pool: Tensor, mask: Tensor | None = None, cache: GlobalLocalCache | None = None
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """x [B, S, h], pool [N, D], mask [B, S, 1] → x, diversity loss, statistics [5]: gate, then two routers."""
+        """x [B, S, h], pool [N, D], mask [B, S, 1] → x, diversity loss, mean gate and both usages [1 + 2N]."""
         folds = None if cache is None else cache.folds
         before = self.attention_norm(x) if self.norm_first else x
-        update, diversity, attention_statistics, gate = self.attention(before, pool, mask, cache)
+        update, diversity, attention_usage, gate = self.attention(before, pool, mask, cache)
         x = x + self.dropout(update)
         x = x if self.norm_first else self.attention_norm(x)
 
         before = self.router_norm(x) if self.norm_first else x
-        update, router_diversity, router_statistics = self.router(before, pool, mask, folds)
+        update, router_diversity, router_usage = self.router(before, pool, mask, folds)
         x = x + self.dropout(update)
         x = x if self.norm_first else self.router_norm(x)
 
@@ -161,5 +161,5 @@ class GlobalLocalBlock(nn.Module):
             x = x + self.feed_forward(self.feed_forward_norm(x))
         else:
             x = self.feed_forward_norm(x + self.feed_forward(x))
-        statistics = torch.cat([gate.reshape(1), attention_statistics, router_statistics])
+        statistics = torch.cat([gate.reshape(1), attention_usage, router_usage])
         return x, diversity + router_diversity, statistics

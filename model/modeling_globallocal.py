@@ -61,8 +61,9 @@ class GlobalLocalCausalLMOutput(ModelOutput):
         language_loss: mean cross entropy in nats over the valid targets, float32.
         diversity_loss: float32 scalar, summed over all routers and scaled.
         router_statistics: float32 tensors without gradient: `gate_mean` [L] (1 is local, 0 global), and per
-            layer and router [L, 2]: `pool_entropy_nats` of the usage and `pool_hit_rate`, the fraction of
-            rows that this batch used.
+            layer and router (the attention's, the block's own): `pool_usage` [L, 2, N], the mixture weight that
+            each row got in this batch, `pool_entropy_nats` of it and `pool_hit_rate`, the fraction of rows in
+            use, [L, 2] each.
         cache: state for the next tokens, if asked for.
         hidden_states: the embedding and every block's output, if asked for.
     """
@@ -190,15 +191,10 @@ class GlobalLocalModel(GlobalLocalPreTrainedModel):
             all_states.append(x)
         if cache is not None:
             cache.seen_tokens += x.shape[1]
-        numbers = torch.stack(statistics).detach()
         return GlobalLocalModelOutput(
             last_hidden_state=self.norm(x),
             diversity_loss=torch.stack(diversity_losses).sum() * DIVERSITY_LOSS_TOTAL_SCALE,
-            router_statistics={
-                "gate_mean": numbers[:, 0],
-                "pool_entropy_nats": numbers[:, 1::2],
-                "pool_hit_rate": numbers[:, 2::2],
-            },
+            router_statistics=_router_statistics(torch.stack(statistics)),
             cache=cache,
             hidden_states=tuple(all_states) if output_hidden_states else None,
         )
@@ -211,10 +207,24 @@ class GlobalLocalModel(GlobalLocalPreTrainedModel):
         return [on and chosen for chosen in blocks or []]
 
 
+@torch.no_grad()
+def _router_statistics(numbers: Tensor) -> dict[str, Tensor]:
+    """numbers [L, 1 + 2N], a row a block → see `GlobalLocalCausalLMOutput`; nothing is read by the host."""
+    usage = numbers[:, 1:].unflatten(1, (ROUTERS_PER_LAYER, -1))
+    fraction = usage / usage.sum(dim=-1, keepdim=True).clamp_min(1e-8)
+    return {
+        "gate_mean": numbers[:, 0],
+        "pool_usage": usage,
+        "pool_entropy_nats": torch.special.entr(fraction).sum(dim=-1),
+        "pool_hit_rate": (usage > 0).to(usage.dtype).mean(dim=-1),
+    }
+
+
 def _checkpoint_function(policy: str) -> Callable[..., Any]:
     """torch.utils.checkpoint as the policy wants it; "selective" keeps the results of matrix products."""
     if policy == "deepspeed":
-        return lambda *args: import_module("deepspeed").checkpointing.checkpoint(*args)
+        # The block's input alone is an argument: what is partitioned or offloaded must not be the pool, once a layer.
+        return lambda block, x, *rest: import_module("deepspeed").checkpointing.checkpoint(lambda y: block(y, *rest), x)
     if policy != "selective":
         return partial(checkpoint, use_reentrant=False)
     aten = torch.ops.aten

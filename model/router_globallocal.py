@@ -147,7 +147,7 @@ class TensorRouter(nn.Module):
     def forward(
         self, x: Tensor, pool: Tensor, mask: Tensor | None, folds: dict[nn.Module, FoldedRouter] | None
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """x [B, S, h], pool [N, D], mask [B, S, 1] or None → [B, S, h], diversity loss, statistics [2].
+        """x [B, S, h], pool [N, D], mask [B, S, 1] or None → [B, S, h], diversity loss, usage [N]: weight a row got.
 
         `folds` holds what was multiplied out while decoding; the weights do not change there.
         """
@@ -166,7 +166,7 @@ class TensorRouter(nn.Module):
         return (
             output.view_as(x),
             self._diversity_loss(usage, token_count, x.shape[-1]),
-            _pool_statistics(usage),
+            usage.detach(),
         )
 
     def _folded(self, folds: dict[nn.Module, FoldedRouter] | None) -> FoldedRouter:
@@ -206,13 +206,6 @@ class TensorRouter(nn.Module):
         coverage = token_count * (hidden_size / (usage.numel() * self.scores.top_k))
         coverage = coverage.clamp(max=1.0) if isinstance(coverage, Tensor) else min(1.0, coverage)
         return distance * coverage * self.diversity_loss_scale
-
-
-@torch.no_grad()
-def _pool_statistics(usage: Tensor) -> Tensor:
-    """Entropy of the usage in nats, and the fraction of rows in use: [2]."""
-    fraction = usage / usage.sum().clamp_min(1e-8)
-    return torch.stack([torch.special.entr(fraction).sum(), (usage > 0).to(usage.dtype).mean()])
 
 
 def at_least_float32(x: Tensor) -> Tensor:

@@ -147,6 +147,7 @@ def initialize(model: nn.Module, config: RunConfig, settings: dict[str, Any]) ->
     groups = parameter_groups(model, config.optimizer.weight_decay)
     optimizer = build_optimizer(groups, config.optimizer, offload != "none")
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=settings)
+    deepspeed.checkpointing.configure(None, deepspeed_config=settings)  # its activation_checkpointing section
 
     def clip() -> None:
         norm = torch.nn.utils.clip_grad_norm_(engine.module.parameters(), engine.gradient_clipping())

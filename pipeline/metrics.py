@@ -37,6 +37,43 @@ class LossMeter:
         return {"train/language_loss": language / count, "train/diversity_loss": diversity / count}
 
 
+class RouterMeter:
+    """Health of the routers over a log interval and all ranks; stays on the device until it is read."""
+
+    def __init__(self) -> None:
+        self.parts: dict[str, torch.Tensor] = {}
+        self.count = 0
+
+    @torch.no_grad()
+    def add(self, statistics: dict[str, torch.Tensor]) -> None:
+        for name in ("gate_mean", "pool_hit_rate", "pool_usage"):
+            part = statistics[name].float()
+            self.parts[name] = self.parts[name] + part if self.count else part.clone()
+        self.count += 1
+
+    def read(self) -> dict[str, float]:
+        """Per layer the mean gate (1 is local, 0 global), and per router what a micro-batch uses of the pool (hit
+        rate), and of the whole interval the entropy and the share of dead rows, which no token chose; a collective.
+        """
+        sums = torch.cat([self.parts[name].flatten() for name in self.parts])
+        dist.all_reduce(sums)
+        shapes = self.parts.values()
+        pieces = sums.split([part.numel() for part in shapes])
+        gate, hit_rate, usage = (piece.view_as(part) for piece, part in zip(pieces, shapes, strict=True))
+        batches = self.count * dist.get_world_size()
+        entropy = torch.special.entr(usage / usage.sum(dim=-1, keepdim=True).clamp_min(1e-8)).sum(dim=-1)
+        dead = (usage == 0).float().mean(dim=-1)
+        per_router = torch.stack([hit_rate / batches, entropy, dead], dim=-1).tolist()
+        self.count = 0
+        result = {}
+        for layer, (mean_gate, routers) in enumerate(zip((gate / batches).tolist(), per_router, strict=True)):
+            result[f"router/layer_{layer:02d}/gate_mean"] = mean_gate
+            for router, values in zip(("attention", "block"), routers, strict=True):
+                for name, value in zip(("hit_rate", "entropy_nats", "dead_rows"), values, strict=True):
+                    result[f"router/layer_{layer:02d}/{router}_{name}"] = value
+        return result
+
+
 class Clock:
     """Seconds by phase over all starts of a run, and the phase that this process is in.
 

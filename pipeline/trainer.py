@@ -15,7 +15,7 @@ from pipeline.config import RunConfig
 from pipeline.data import BatchLayout
 from pipeline.distributed import World
 from pipeline.health import HealthState
-from pipeline.metrics import Clock, LossMeter, StepTimes, Throughput, duration, straggler
+from pipeline.metrics import Clock, LossMeter, RouterMeter, StepTimes, Throughput, duration, straggler
 from pipeline.optim import learning_rate, set_learning_rate
 from pipeline.stop import Plan, Stopped, StopRequest, plan
 
@@ -57,11 +57,13 @@ class Trainer:
     step_seconds: float = 0.0
     save_seconds: float = 0.0
     losses: LossMeter = field(init=False)
+    routers: RouterMeter = field(init=False)
     throughput: Throughput = field(init=False)
     step_times: StepTimes = field(init=False)
 
     def __post_init__(self) -> None:
         self.losses = LossMeter(self.world.device)
+        self.routers = RouterMeter()
         self.throughput = Throughput(self.clock)
         self.step_times = StepTimes(self.clock, self.step)
 
@@ -112,6 +114,7 @@ class Trainer:
             with clock.phase("backward"):
                 self.engine.backward(output.loss)
             self.losses.add(output.language_loss, output.diversity_loss)
+            self.routers.add(output.router_statistics)
             self.agree()
             if left and self.stopping and self.plan(left / count) != "finish the step":
                 checkpoint_io.set_random_state(before[0])
@@ -156,7 +159,7 @@ class Trainer:
         gradient_norm = float(self.engine.get_global_grad_norm())  # before clipping
         rate = learning_rate(self.step - 1, self.max_steps, self.config.optimizer)
         tokens_per_second = self.throughput.read()
-        metrics = losses | {
+        metrics = losses | self.routers.read() | {
             "train/learning_rate": rate,
             "train/gradient_norm": gradient_norm,
             "train/tokens_per_second": tokens_per_second,

@@ -1,8 +1,9 @@
-"""Ratios of the model's fast paths over what they replace, side by side in one run.
+"""Ratios of the model's fast paths over what they replace, side by side in one run; float32.
 
-Each pair alternates and the faster of its rounds counts, so that other work on the machine touches both.
+Each pair alternates and the least of its rounds counts, so that other work on the machine touches both.
 """
 
+import sys
 import time
 from collections.abc import Callable
 from typing import Any
@@ -12,13 +13,15 @@ import torch
 from model import reference
 from model.configuration_globallocal import GlobalLocalConfig
 from model.modeling_globallocal import GlobalLocalForCausalLM
+from tests.benchmarks.memory import peak_bytes
+from tests.benchmarks.quality.contenders import Contender
 
-# (preset, overrides, batch, sequence): the seed's blocks at full width, two of them.
-STEPS: list[tuple[str, dict[str, Any], int, int]] = [
-    ("quickstart", {}, 8, 256),
-    ("seed", {"num_hidden_layers": 2, "dropout": 0.0}, 4, 512),
-    ("small", {"num_hidden_layers": 2}, 4, 512),
-]
+# preset → overrides, batch, sequence: blocks at their full width, two of them; the head is counted once.
+STEPS: dict[str, tuple[dict[str, Any], int, int]] = {
+    "quickstart": ({}, 4, 256),
+    "seed": ({"num_hidden_layers": 2, "dropout": 0.0}, 2, 512),
+    "small": ({"num_hidden_layers": 2}, 2, 512),
+}
 
 
 def best_seconds(functions: dict[str, Callable[[], Any]], rounds: int) -> dict[str, float]:
@@ -33,15 +36,21 @@ def best_seconds(functions: dict[str, Callable[[], Any]], rounds: int) -> dict[s
     return best
 
 
-def matrix_flops_per_second(tokens: int, hidden_size: int) -> float:
-    """What one product [tokens, h] × [h, 4h] reaches on this machine."""
-    x, w = torch.randn(tokens, hidden_size), torch.randn(hidden_size, 4 * hidden_size)
-    seconds = best_seconds({"product": lambda: x @ w}, rounds=5)["product"]
-    return 2 * x.numel() * w.shape[1] / seconds
+def say(text: str) -> None:
+    """Standard output belongs to the result."""
+    print(text, file=sys.stderr, flush=True)
 
 
-def training_step(preset: str, overrides: dict[str, Any], batch: int, length: int, rounds: int) -> dict:
-    """Forward and backward of one micro-batch: the fast path over the equations as written."""
+# ---- a training step against the equations as written, and against the machine
+
+
+def training_step(preset: str, rounds: int) -> dict:
+    """Forward and backward of one micro-batch: the fast path over the equations as written, and utilisation.
+
+    `mfu` divides the counted operations of the model by what products of the very same shapes reach here, each
+    with the share of the operations that it has.
+    """
+    overrides, batch, length = STEPS[preset]
     config = GlobalLocalConfig.from_preset(preset, **overrides)
     torch.manual_seed(0)
     model = GlobalLocalForCausalLM(config).train()
@@ -60,22 +69,147 @@ def training_step(preset: str, overrides: dict[str, Any], batch: int, length: in
             tensor.grad = None
         reference.loss(weights, config, ids, labels).backward()
 
-    seconds = best_seconds({"fast": fast, "as_written": as_written}, rounds)
+    seconds = best_seconds({"fast": fast, "as_written": as_written, **products(config, batch * length)}, rounds)
+    shapes = product_shapes(config)
+    at_best = sum(3 * seconds[str(shape)] * count for shape, count in shapes.items())
     flops = config.flops_per_token(length) * batch * length
-    best_rate = matrix_flops_per_second(batch * length, config.hidden_size)
     return {
         "fast_seconds": seconds["fast"],
         "as_written_seconds": seconds["as_written"],
         "ratio": seconds["as_written"] / seconds["fast"],
-        "fast_tokens_per_second": batch * length / seconds["fast"],
-        "fast_mfu": flops / seconds["fast"] / best_rate,
+        "fast_gflop_per_second": flops / seconds["fast"] / 1e9,
+        "products_gflop_per_second": products_flops(shapes, batch * length) / at_best / 1e9,
+        "mfu": flops / seconds["fast"] / (products_flops(shapes, batch * length) / at_best),
     }
+
+
+def product_shapes(config: GlobalLocalConfig) -> dict[tuple[int, int], float]:
+    """(columns in, columns out) of the products that a token meets → how often in a forward pass."""
+    h, layers = config.hidden_size, config.num_hidden_layers
+    kernel, branches = config.conv_kernel_size, len(config.dilations_of_layer(0))
+    shapes = {
+        (kernel * h, h): branches * layers,
+        (branches * h, h): layers,
+        (h, 2 * h): 2 * layers,
+        (h, config.router_hidden_size): 2 * layers,
+        (config.router_hidden_size, config.pool_size): 2 * layers / 3,  # forward only
+        (h, config.intermediate_size): layers,
+        (config.intermediate_size, h): layers,
+    }
+    shapes[h, config.vocab_size] = shapes.get((h, config.vocab_size), 0) + 1
+    return shapes
+
+
+def products(config: GlobalLocalConfig, tokens: int) -> dict[str, Callable[[], Any]]:
+    """One product of every shape."""
+
+    def product(rows_in: int, columns: int) -> Callable[[], Any]:
+        x, w = torch.randn(tokens, rows_in), torch.randn(columns, rows_in)
+        out = torch.empty(tokens, columns)
+        return lambda: torch.mm(x, w.T, out=out)
+
+    return {str(shape): product(*shape) for shape in product_shapes(config)}
+
+
+def products_flops(shapes: dict[tuple[int, int], float], tokens: int) -> float:
+    """Operations of forward and backward: three products of 2 · T · in · out each."""
+    return sum(6.0 * tokens * rows_in * columns * count for (rows_in, columns), count in shapes.items())
+
+
+# ---- sequences, memory, recomputation
+
+
+def long_sequences(tokens: int = 16_384) -> dict:
+    """One batch as a single sequence of 16,384 over the same tokens as sequences of 512: speed and peak memory."""
+    config = {"vocab_size": 4096}
+    contenders = {
+        "globallocal": Contender("globallocal", GlobalLocalConfig.from_preset("quickstart").to_diff_dict() | config),
+        "gpt": Contender(
+            "gpt",
+            {
+                "hidden_size": 192,
+                "num_hidden_layers": 4,
+                "intermediate_size": 512,
+                "num_attention_heads": 4,
+                "num_key_value_heads": 4,
+            },
+        ),
+    }
+    result = {}
+    for name, contender in contenders.items():
+        torch.manual_seed(0)
+        model = contender.build(tokens).train()
+
+        def step(length: int, model: Any = model) -> Callable[[], None]:
+            ids = torch.randint(0, 4096, (tokens // length, length))
+
+            def run() -> None:
+                model.zero_grad()
+                model(ids, ids)[0].backward()
+
+            return run
+
+        functions = {"long": step(tokens), "short": step(512)}
+        seconds = best_seconds(functions, rounds=1)
+        peaks = {length: peak_bytes(function) for length, function in functions.items()}
+        result[name] = {
+            "tokens_per_second_at_512": tokens / seconds["short"],
+            "tokens_per_second_at_16384": tokens / seconds["long"],
+            "speed_at_16384_over_512": seconds["short"] / seconds["long"],
+            "peak_megabytes_at_512": peaks["short"] / 1e6,
+            "peak_megabytes_at_16384": peaks["long"] / 1e6,
+        }
+    return result
+
+
+def activation_checkpointing(rounds: int) -> dict:
+    """Peak memory of a training step against its time, for every policy; both over those of "none"."""
+    policies = ("none", "every-2", "selective", "full", "deepspeed")
+    functions, peaks = {}, {}
+    for policy in policies:
+        config = GlobalLocalConfig.from_preset("quickstart", num_hidden_layers=8, activation_checkpointing=policy)
+        torch.manual_seed(0)
+        model = GlobalLocalForCausalLM(config).train()
+        ids = torch.randint(0, config.vocab_size, (4, 256))
+        functions[policy] = lambda model=model, ids=ids: model(ids, shift_labels=ids).loss.backward()
+        functions[policy]()  # gradients stand from here on
+        peaks[policy] = peak_bytes(functions[policy])
+    seconds = best_seconds(functions, rounds)
+    return {
+        policy: {
+            "peak_megabytes": peaks[policy] / 1e6,
+            "memory_over_none": peaks[policy] / peaks["none"],
+            "time_over_none": seconds[policy] / seconds["none"],
+        }
+        for policy in policies
+    }
+
+
+# ---- pools, decoding, compilation
+
+
+def pools(rounds: int) -> dict:
+    """Scores, choice and their backward for 1,024 tokens, by the size of the pool; R 128, k 2."""
+    from model.router_globallocal import SCORES
+
+    hidden = torch.randn(1024, 256, requires_grad=True)
+    functions = {}
+    for pool_size in (10**4, 10**5, 10**6):
+        for scores in ("dense", "product_key") if pool_size < 10**6 else ("product_key",):
+            config = GlobalLocalConfig(
+                hidden_size=256, pool_size=pool_size, pool_dim=8, router_hidden_size=128, router_scores=scores
+            )
+            module = SCORES[scores](config)
+            for parameter in module.parameters():
+                torch.nn.init.normal_(parameter, std=0.1)
+            functions[f"{scores}_{pool_size}"] = lambda module=module: module(hidden)[1].sum().backward()
+    return {f"{name}_milliseconds": 1e3 * value for name, value in best_seconds(functions, rounds).items()}
 
 
 def decoding(new_tokens: int) -> dict:
     """Greedy decoding with the cache, and by running the whole sequence again for each token.
 
-    The recomputing side is measured at every eighth length and summed up, which is exact for a cost that
+    The recomputing side is measured at every sixteenth length and summed up, which is exact for a cost that
     grows linearly.
     """
     config = GlobalLocalConfig.from_preset("quickstart")
@@ -88,10 +222,10 @@ def decoding(new_tokens: int) -> dict:
         model.generate(ids[:, :1], max_new_tokens=new_tokens, min_new_tokens=new_tokens, do_sample=False)
         cached = time.perf_counter() - start
         recomputed = 0.0
-        for length in range(8, new_tokens + 1, 8):
+        for length in range(16, new_tokens + 1, 16):
             start = time.perf_counter()
             model(ids[:, :length], use_cache=False, logits_to_keep=1)
-            recomputed += 8 * (time.perf_counter() - start)
+            recomputed += 16 * (time.perf_counter() - start)
     return {
         "new_tokens": new_tokens,
         "cached_tokens_per_second": new_tokens / cached,
@@ -100,32 +234,42 @@ def decoding(new_tokens: int) -> dict:
     }
 
 
-def long_sequences(tokens: int = 16384) -> dict:
-    """Tokens per second of one batch as a single long sequence, over the same tokens as short ones."""
-    config = GlobalLocalConfig.from_preset("quickstart")
+def compilation(rounds: int) -> dict:
+    """`torch.compile` of a block, forward and backward, over the same block as it is."""
+    config = GlobalLocalConfig.from_preset("small", num_hidden_layers=1)
     torch.manual_seed(0)
-    model = GlobalLocalForCausalLM(config).train()
+    model = GlobalLocalForCausalLM(config).train().model
+    block, compiled = model.layers[0], torch.compile(model.layers[0], fullgraph=True)
+    x = torch.randn(2, 512, config.hidden_size, requires_grad=True)
 
-    def step(length: int) -> Callable[[], None]:
-        ids = torch.randint(0, config.vocab_size, (tokens // length, length))
-        return lambda: model(ids, shift_labels=ids).loss.backward()
+    def step(function: Any) -> Callable[[], None]:
+        def run() -> None:
+            output, diversity, _ = function(x, model.pool)
+            (output.square().mean() + diversity).backward()
 
-    seconds = best_seconds({"long": step(tokens), "short": step(512)}, rounds=2)
-    return {
-        "long_tokens_per_second": tokens / seconds["long"],
-        "short_tokens_per_second": tokens / seconds["short"],
-        "ratio": seconds["short"] / seconds["long"],
-    }
+        return run
+
+    seconds = best_seconds({"plain": step(block), "compiled": step(compiled)}, rounds)
+    return {"plain_seconds": seconds["plain"], "compiled_seconds": seconds["compiled"],
+            "ratio": seconds["plain"] / seconds["compiled"]}  # fmt: skip
 
 
 def run(rounds: int = 3) -> dict:
-    """All ratios; float32, the number of threads torch is set to."""
-    return {
-        "threads": torch.get_num_threads(),
-        "training_step": {preset: training_step(preset, *rest, rounds) for preset, *rest in STEPS},
-        "decoding": decoding(512),
-        "long_sequences": long_sequences(),
+    """All ratios. bfloat16 only where the machine multiplies it: elsewhere it is emulated, and says nothing."""
+    result: dict[str, Any] = {"threads": torch.get_num_threads(), "precision": "float32"}
+    parts: dict[str, Callable[[], dict]] = {
+        "training_step": lambda: {preset: training_step(preset, rounds) for preset in STEPS},
+        "long_sequences": long_sequences,
+        "activation_checkpointing": lambda: activation_checkpointing(rounds),
+        "pools": lambda: pools(rounds),
+        "decoding": lambda: decoding(512),
+        "compilation": lambda: compilation(rounds),
     }
+    for name, part in parts.items():
+        start = time.perf_counter()
+        result[name] = part()
+        say(f"{name}: {time.perf_counter() - start:.0f} s  {result[name]}")
+    return result
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ import torch
 from model.configuration_globallocal import PRESETS, GlobalLocalConfig
 from model.modeling_globallocal import GlobalLocalForCausalLM
 from tests.model.helpers import tiny_config
+from tests.model.preset_table import PAGE, preset_table
 
 EXTRAS = {"router_scores": "product_key", "pool_size": 10_000, "router_context": "summary"}
 
@@ -26,6 +27,10 @@ def test_parameter_counts_are_the_real_ones(name, options):
         "gates": sum(p.numel() for n, p in model.named_parameters() if ".gate." in n),
     }
     assert real == {part: counts[part] for part in real}
+
+
+def test_the_page_shows_the_presets_as_they_are():
+    assert preset_table() in PAGE.read_text(), "python -m tests.model.preset_table"
 
 
 def test_seed_preset_has_the_size_of_the_seed():

@@ -7,9 +7,26 @@ from typing import Any
 
 import pytest
 
+from tests.conftest import ROOT
 from tests.pipeline.ranks import Run, run_ranks
 
 STAGES = (0, 1, 2, 3)
+# Activation checkpointing under ZeRO-3: policy → DeepSpeed's own section.
+POLICIES: dict[str, dict[str, bool]] = {
+    "full": {},
+    "every-2": {},
+    "selective": {},
+    "deepspeed": {},
+    "deepspeed.partitioned": {"partition_activations": True},
+    "deepspeed.offloaded": {"partition_activations": True, "cpu_checkpointing": True},
+}
+
+
+def write_engine(path: Path, activation_checkpointing: dict[str, bool]) -> Path:
+    """ds_configs/zero3.json with that section."""
+    settings = json.loads((ROOT / "ds_configs" / "zero3.json").read_text())
+    path.write_text(json.dumps(settings | {"activation_checkpointing": activation_checkpointing}))
+    return path
 
 
 def special_configs(folder: Path) -> dict[str, Path]:
@@ -43,6 +60,12 @@ def runs(trained: Path, small_dataset: Path) -> dict[str, dict[str, Any]]:
     shard[len(shard) // 2] ^= 1
     (damaged / "train-000000.tar").write_bytes(bytes(shard))
     bf16 = ["training.precision=bf16"]
+    for policy in POLICIES:
+        engine = write_engine(trained / f"{policy}.json", POLICIES[policy])
+        model = policy.partition(".")[0]
+        plan.append(
+            Run(f"recomputed-{policy}", [f"deepspeed.config={engine}", f"model.activation_checkpointing={model}"])
+        )
     plan += [
         Run("unbroken-bf16", bf16),
         Run("resumed-bf16", bf16, copy_checkpoint="unbroken-bf16/step-00000003"),

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from pipeline.weights import only_weights
-from tests.pipeline.conftest import STAGES
+from tests.pipeline.conftest import POLICIES, STAGES
 
 Runs = dict[str, dict[str, Any]]
 
@@ -80,6 +80,30 @@ def test_offload_and_hierarchical_partitions_train_the_same_model(runs: Runs, tr
 
 def test_bf16_stays_near_fp32(runs: Runs, trained: Path) -> None:
     assert losses_of(trained, "unbroken-bf16") == pytest.approx(losses_of(trained, "unbroken-2"), rel=5e-3)
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("metric", ["train/language_loss", "train/diversity_loss", "train/gradient_norm"])
+def test_recomputing_activations_changes_no_bit_at_stage_3(runs: Runs, trained: Path, policy: str, metric: str) -> None:
+    run = f"recomputed-{policy}"
+    assert runs[run]["code"] == 0, runs[run]
+    assert losses_of(trained, run, metric) == losses_of(trained, "unbroken-3", metric)
+
+
+def test_the_routers_health_is_logged_for_every_layer(runs: Runs, trained: Path) -> None:
+    for layer in ("layer_00", "layer_01"):
+        gate = losses_of(trained, "unbroken-3", f"router/{layer}/gate_mean")
+        assert sorted(gate) == [1, 2, 3, 4, 5, 6]
+        assert all(0.0 < value < 1.0 for value in gate.values())
+        for router in ("attention", "block"):
+            values = [
+                losses_of(trained, "unbroken-3", f"router/{layer}/{router}_{name}")[6]
+                for name in ("hit_rate", "entropy_nats", "dead_rows")
+            ]
+            hit_rate, entropy, dead = values
+            assert 0.0 < hit_rate <= 1.0
+            assert 0.0 < entropy <= math.log(64)
+            assert 0.0 <= dead <= 1.0 - hit_rate + 1e-6  # both ranks and all micro-batches reach no fewer rows
 
 
 def test_accumulation_does_not_change_the_loss(runs: Runs, trained: Path) -> None:

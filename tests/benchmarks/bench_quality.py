@@ -1,0 +1,109 @@
+"""GlobalLocal against a well-tuned GPT: see docs/quality.md, which this writes.
+
+About an hour on two idle cores, and only when named: `make bench ARGS="quality"`. What is finished is kept in
+`.cache/quality`, so it goes on where it was interrupted. `python -m tests.benchmarks.bench_quality --part NAME` does
+a part alone: a run by its name, or the page from what is there (`page`); `list` shows the names.
+"""
+
+import argparse
+import json
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+
+from data_prep.manifest import Dataset
+from pipeline.optim import parameter_groups
+from tests.benchmarks.quality import page
+from tests.benchmarks.quality.plan import SIZES, Size, ablations, chosen, finals, sweep
+from tests.benchmarks.quality.text import CACHE, VOCAB_SIZE, dataset
+from tests.benchmarks.quality.training import Run, held_out, say, train, train_step
+
+
+def run() -> dict[str, Any]:
+    """Everything that is missing, then the page. Returns the headline figures."""
+    data = dataset()
+    for stage in stages():
+        for item in stage():
+            train(item, data)
+    for size in SIZES.values():
+        for seeds in finals(size).values():
+            test(seeds[0], data)
+        speed(size)
+    return write_page()
+
+
+def stages() -> list[Callable[[], list[Run]]]:
+    """In this order; what a later one trains depends on what the earlier ones found."""
+    return [
+        lambda: [item for runs in sweep(SIZES["A"]).values() for item in runs],
+        lambda: [item for size in SIZES.values() for seeds in finals(size).values() for item in seeds],
+        lambda: list(ablations().values()),
+    ]
+
+
+def write_page() -> dict[str, Any]:
+    speeds = {name: speed(size) for name, size in SIZES.items() if chosen().keys() == {"globallocal", "gpt"}}
+    return page.write(page.finished(), speeds)
+
+
+def test(item: Run, data: Dataset) -> None:
+    """Perplexities of a finished run over the whole WikiText-103 test split."""
+    path = CACHE / f"{item.name}.test.json"
+    if path.exists():
+        return
+    model = item.contender.build(item.sequence_length)
+    model.load_state_dict(torch.load(item.weights))
+    path.write_text(json.dumps(held_out(model, data, "test", item, None)))
+    say(f"{path.name}  {path.read_text()}")
+
+
+def speed(size: Size, rounds: int = 12) -> dict[str, float]:
+    """CPU seconds of one training step, one thread, the contenders in turns in one process: their medians.
+
+    Seconds of the processor and not of the clock, so that other work on the machine does not count.
+    """
+    path = CACHE / f"{size.name}.speed.json"
+    if path.exists():
+        return json.loads(path.read_text())
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    prepared, seconds = {}, {}
+    for name, seeds in finals(size).items():
+        model = seeds[0].contender.build(size.sequence_length).train()
+        prepared[name] = model, torch.optim.AdamW(parameter_groups(model, 0.1))
+        seconds[name] = []
+    tokens = np.random.default_rng(0).integers(0, VOCAB_SIZE, (size.batch_size, size.sequence_length + 1))
+    for turn in range(rounds + 2):
+        for name, (model, optimizer) in prepared.items():
+            start = time.process_time()
+            train_step(model, optimizer, tokens, 1.0)
+            if turn > 1:
+                seconds[name].append(time.process_time() - start)
+    torch.set_num_threads(threads)
+    medians = {name: statistics.median(values) for name, values in seconds.items()}
+    path.write_text(json.dumps(medians))
+    return medians
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--part", default="all", help="all, page, list, or the name of a run")
+    part = parser.parse_args().part
+    known = {item.name: item for stage in stages() for item in stage()}
+    if part == "list":
+        for name, item in known.items():
+            print(f"{'done ' if item.result() else 'to do'} {name}")
+    elif part in known:
+        train(known[part], dataset())
+    elif part in ("all", "page"):
+        print(json.dumps(run() if part == "all" else write_page(), indent=2))
+    else:
+        parser.error(f"no part {part!r}; known: all, page, list, {', '.join(known)}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,214 @@
+"""docs/quality.md and its pictures, from the finished runs alone."""
+
+from typing import Any
+
+import numpy as np
+
+from tests.benchmarks.__main__ import machine
+from tests.benchmarks.quality.plan import LEARNING_RATES, SIZES, Size, ablations, chosen, finals, sweep
+from tests.benchmarks.quality.text import CACHE
+from tests.benchmarks.quality.training import FINAL_EVALUATION_TOKENS, Run
+from tests.conftest import ROOT
+
+PAGE = ROOT / "docs" / "quality.md"
+NAMES = {"globallocal": "GlobalLocal", "gpt": "GPT"}
+AXES = {"tokens": "tokens", "FLOPs": "FLOPs", "seconds": "seconds of one core"}
+
+HEAD = """# GlobalLocal against a GPT
+
+Written by `make bench ARGS="quality"`, from runs in `.cache/quality` (what is missing is trained first).
+
+Both models read the same English Wikipedia (2019) through the same byte-pair tokenizer of 8,192 pieces, the same
+batches in the same order, under the same AdamW (0.9, 0.95; weight decay 0.1 on matrices; clipping at 1), the same
+warm-up and cosine, in float32. The GPT is the Llama of `transformers`: RMS norm in front, rotary positions, SwiGLU,
+SDPA, tied embeddings; residual projections scaled by depth; begun both with the usual deviation 0.02 and with
+1/√fan_in, the better of which counts; its loss runs through the same chunked kernel as GlobalLocal's. Sizes are
+matched in FLOPs a token. Each has the best of its own learning rates.
+"""
+
+
+def write(results: dict[str, dict[str, Any]], speeds: dict[str, dict[str, float]]) -> dict[str, Any]:
+    """Write the page and the pictures. Returns the headline figures.
+
+    Args:
+        results: of every finished run, by its name.
+        speeds: size → contender → CPU seconds a step, measured side by side.
+    """
+    parts, headline = [HEAD, f"{machine()}.\n"], {}
+    for size in SIZES.values():
+        runs = {name: [r for r in seeds if r.name in results] for name, seeds in finals(size).items()}
+        if all(runs.get(name) for name in NAMES) and size.name in speeds:
+            text, figures = comparison(size, runs, results, speeds[size.name])
+            draw(size, runs, results, speeds[size.name])
+            parts.append(text)
+            headline[f"size_{size.name}"] = figures
+    parts += [learning_rates(results), ablation_table(results)]
+    PAGE.write_text("\n".join(part for part in parts if part))
+    return headline
+
+
+# ---- the comparison
+
+
+def axes(run: Run, result: dict[str, Any], seconds_per_step: float) -> dict[str, np.ndarray]:
+    """The curve's points on each axis of effort."""
+    steps = np.array([step for step, _ in result["curve"]], float)
+    tokens = steps * run.batch_size * run.sequence_length
+    return {"tokens": tokens, "FLOPs": tokens * result["flops_per_token"], "seconds": steps * seconds_per_step}
+
+
+def losses(result: dict[str, Any]) -> np.ndarray:
+    """The curve, moved so that it ends in the loss over all held-out tokens that were read."""
+    curve = np.array([loss for _, loss in result["curve"]])
+    return curve + result["valid"]["loss"] - curve[-1]
+
+
+def at_equal(axis: str, runs: dict[str, list[Run]], results: dict[str, Any], speed: dict[str, float]) -> dict[str, Any]:
+    """Loss of each model, a value a seed, where the one that ends first on this axis ends."""
+    ends = [axes(r, results[r.name], speed[n])[axis][-1] for n, seeds in runs.items() for r in seeds]
+    return {
+        name: [
+            float(np.interp(min(ends), axes(r, results[r.name], speed[name])[axis], losses(results[r.name])))
+            for r in seeds
+        ]
+        for name, seeds in runs.items()
+    } | {"effort": min(ends)}
+
+
+def comparison(
+    size: Size, runs: dict[str, list[Run]], results: dict[str, Any], speed: dict[str, float]
+) -> tuple[str, dict[str, Any]]:
+    first = {name: results[seeds[0].name] for name, seeds in runs.items()}
+    tokens = size.steps * size.batch_size * size.sequence_length
+    lines = [
+        f"## Size {size.name}",
+        "",
+        f"{size.steps} steps of {size.batch_size} × {size.sequence_length} tokens, {tokens:,} in all; seeds "
+        f"{', '.join(str(r.seed) for r in runs['globallocal'])} (weights and data order).",
+        "",
+        f"![Held-out loss against effort, size {size.name}](quality-{size.name}.svg)",
+        "",
+        "| | GlobalLocal | GPT |",
+        "|---|---|---|",
+    ]
+
+    def row(title: str, values: dict[str, str]) -> None:
+        lines.append(f"| {title} | {values['globallocal']} | {values['gpt']} |")
+
+    row("parameters", {n: f"{r['parameters'] / 1e6:.2f} M" for n, r in first.items()})
+    row("FLOPs a token", {n: f"{r['flops_per_token'] / 1e6:.1f} M" for n, r in first.items()})
+    row("width × layers", {n: _shape(runs[n][0]) for n in first})
+    row("learning rate", {n: f"{runs[n][0].learning_rate:g}" for n in first})
+    row("CPU seconds a step, side by side", {n: f"{speed[n]:.3f}" for n in first})
+    figures: dict[str, Any] = {}
+    for axis, title in AXES.items():
+        found = at_equal(axis, runs, results, speed)
+        row(f"held-out loss at equal {title}", {n: _spread(found[n]) for n in first})
+        figures[f"loss_at_equal_{axis}"] = {n: float(np.mean(found[n])) for n in first}
+    row(
+        "held-out bits a byte at the end", {n: _spread(_all(runs[n], results, "valid", "bits_per_byte")) for n in first}
+    )
+    if all("test" in result for result in first.values()):
+        row(
+            "WikiText-103 test, perplexity a word (245,569 of them, with ends of lines)",
+            {n: _spread(_all(runs[n], results, "test", "word_perplexity"), 0) for n in first},
+        )
+        row("… a token", {n: _spread(_all(runs[n], results, "test", "token_perplexity"), 1) for n in first})
+    return "\n".join(lines) + "\n", figures
+
+
+def _shape(run: Run) -> str:
+    settings = run.contender.settings
+    return f"{settings['hidden_size']} × {settings['num_hidden_layers']}"
+
+
+def _all(runs: list[Run], results: dict[str, Any], split: str, key: str) -> list[float]:
+    return [results[run.name][split][key] for run in runs if split in results[run.name]]
+
+
+def _spread(values: list[float], digits: int = 3) -> str:
+    """Mean, and how far the seeds lie from it."""
+    middle = (min(values) + max(values)) / 2
+    text = f"{middle:,.{digits}f}"
+    return f"{text} ± {(max(values) - min(values)) / 2:.{digits}f}" if len(values) > 1 else text
+
+
+def draw(size: Size, runs: dict[str, list[Run]], results: dict[str, Any], speed: dict[str, float]) -> None:
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    mpl.rcParams["svg.hashsalt"] = "quality"
+    import matplotlib.pyplot as plt
+
+    figure, panels = plt.subplots(1, 3, figsize=(12, 3.6), sharey=True)
+    for panel, (axis, title) in zip(panels, AXES.items(), strict=True):
+        for name, colour in (("globallocal", "tab:blue"), ("gpt", "tab:orange")):
+            for run in runs[name]:
+                result = results[run.name]
+                style = "-" if run.seed == 0 else "--"
+                label = f"{NAMES[name]}, seed {run.seed}"
+                panel.plot(axes(run, result, speed[name])[axis], losses(result), style, color=colour, label=label)
+        panel.set_xlabel(title)
+        panel.grid(alpha=0.3)
+    panels[0].set_ylabel("held-out loss, nats a token")
+    panels[0].legend(fontsize=8)
+    figure.tight_layout()
+    figure.savefig(ROOT / "docs" / f"quality-{size.name}.svg", metadata={"Date": None})
+    plt.close(figure)
+
+
+# ---- sweep and ablations
+
+
+def learning_rates(results: dict[str, Any]) -> str:
+    lines = [
+        "## Learning rates, size A, seed 0",
+        "",
+        "| | " + " | ".join(f"{rate:g}" for rate in LEARNING_RATES) + " |",
+    ]
+    lines.append("|---" * (len(LEARNING_RATES) + 1) + "|")
+    titles = {"globallocal": "GlobalLocal", "gpt": "GPT, deviation 0.02", "gpt-fan-in": "GPT, deviation 1/√fan_in"}
+    for label, runs in sweep(SIZES["A"]).items():
+        cells = [f"{results[r.name]['valid']['loss']:.3f}" if r.name in results else "–" for r in runs]
+        lines.append(f"| {titles[label]} | {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def ablation_table(results: dict[str, Any]) -> str:
+    done = {title: results[run.name] for title, run in ablations().items() if run.name in results}
+    base = chosen().get("globallocal")
+    if not done or base is None:
+        return ""
+    seeds = [r for r in finals(SIZES["A"])["globallocal"] if r.name in results]
+    values = _all(seeds, results, "valid", "loss")
+    lines = [
+        "## Ablations, size A, seed 0, equal steps",
+        "",
+        f"Two seeds of one setting differ by {max(values) - min(values):.3f}: a smaller difference says nothing.",
+        "",
+        "| what is changed | held-out loss | against the default | FLOPs a token | parameters |",
+        "|---|---|---|---|---|",
+    ]
+    default = results[base.name]
+    for title, result in {"the default": default, **done}.items():
+        loss = result["valid"]["loss"]
+        lines.append(
+            f"| {title} | {loss:.3f} | {loss - default['valid']['loss']:+.3f} "
+            f"| {result['flops_per_token'] / default['flops_per_token']:.2f} × | {result['parameters'] / 1e6:.2f} M |"
+        )
+    return "\n".join(lines) + f"\n\nLosses are over the first {FINAL_EVALUATION_TOKENS:,} held-out tokens.\n"
+
+
+def finished() -> dict[str, dict[str, Any]]:
+    """Results of this plan's runs, by name."""
+    import json
+
+    wanted = [run for runs in sweep(SIZES["A"]).values() for run in runs]
+    wanted += [run for size in SIZES.values() for seeds in finals(size).values() for run in seeds]
+    wanted += ablations().values()
+    results = {run.name: result for run in wanted if (result := run.result())}
+    for name, result in results.items():
+        test = CACHE / f"{name}.test.json"
+        if test.exists():
+            result["test"] = json.loads(test.read_text())
+    return results
