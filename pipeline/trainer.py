@@ -159,7 +159,9 @@ class Trainer:
         gradient_norm = float(self.engine.get_global_grad_norm())  # before clipping
         rate = learning_rate(self.step - 1, self.max_steps, self.config.optimizer)
         tokens_per_second = self.throughput.read()
-        metrics = losses | self.routers.read() | {
+        metrics = {
+            **losses,
+            **self.routers.read(),
             "train/learning_rate": rate,
             "train/gradient_norm": gradient_norm,
             "train/tokens_per_second": tokens_per_second,

@@ -6,7 +6,7 @@ from typing import Any
 from tests.benchmarks.quality.contenders import Contender
 from tests.benchmarks.quality.training import Run
 
-LEARNING_RATES = (4e-3, 8e-3, 1.6e-2)
+LEARNING_RATES = (2e-3, 4e-3, 8e-3)
 SEEDS = (0, 1)
 
 
