@@ -28,7 +28,8 @@ quickstart: $(READY) ## the whole job on real text: tokenizer, shards, training,
 test: $(READY) ## all tests (arguments: ARGS="-k resume")
 	$(BIN)/python -m pytest $(ARGS)
 
-cluster: $(READY) ## tests over two hosts: network namespaces, sshd, pdsh; as root
+cluster: $(READY) ## tests over three hosts and on Slurm: network namespaces, sshd, pdsh, slurmd; as root
+	@sh tests/cluster/install.sh
 	$(BIN)/python -m pytest -m cluster tests/cluster $(ARGS)
 
 lint: $(READY) ## ruff and mypy

@@ -25,7 +25,7 @@ from launch.hosts import differences
 from launch.processes import Ended, Launch, run_session
 from launch.restarts import Failure, Verdict, failure_of, judge, newest_step, record, recorded
 from launch.shell import cpu_environment
-from launch.slurm import SAVE_SECONDS, slurm
+from launch.slurm import slurm
 from launch.submit import master_address
 
 FACTS_SECONDS = 120
@@ -36,6 +36,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--run-folder", type=Path, required=True)
     parser.add_argument("--max-restarts", type=int, required=True)
+    parser.add_argument("--grace-seconds", type=float, required=True)
     parser.add_argument("--master-addr", default="")
     parser.add_argument("command", nargs="+")
     options = parser.parse_args(arguments)
@@ -46,7 +47,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         verdict = settle(failures, unseen, options, job, stopped=False)
         if not verdict.restart:
             return give_up(job, unseen.code)
-    ended = start(options.command, options.master_addr)
+    ended = start(options.command, options.master_addr, options.grace_seconds)
     if ended.code == 0:
         cancel_rest(job)
         return 0
@@ -71,7 +72,7 @@ def unseen_end(failures: Sequence[Failure], run_folder: Path) -> Failure | None:
     return Failure("a node failed, or the job was preempted: Slurm queued it again", newest_step(run_folder), 1)
 
 
-def start(command: Sequence[str], address: str) -> Ended:
+def start(command: Sequence[str], address: str, grace_seconds: float) -> Ended:
     """Run the ranks once, to their end; a node that differs from the others ends it before they start."""
     noticed: list[int] = []
     signal.signal(signal.SIGUSR1, lambda number, _: noticed.append(number))
@@ -100,7 +101,7 @@ def start(command: Sequence[str], address: str) -> Ended:
     if noticed:  # the time was up before there was anything to save
         return Ended(PREEMPTED, signal.SIGUSR1)
     ended = run_session(
-        Launch(command, {**os.environ, **added}, grace_seconds=SAVE_SECONDS, stop_signal=signal.SIGUSR1)
+        Launch(command, {**os.environ, **added}, grace_seconds=grace_seconds, stop_signal=signal.SIGUSR1)
     )
     if ended.stopped_by == signal.SIGUSR1 and ended.code == KILLED_BY_NOTICE:
         return Ended(PREEMPTED, ended.stopped_by)  # likewise: the ranks did not listen yet

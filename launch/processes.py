@@ -16,7 +16,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import BinaryIO
+from typing import TYPE_CHECKING, BinaryIO
 
 import psutil
 
@@ -24,11 +24,16 @@ import pipeline
 from launch.blame import CHATTER, Blame, blame
 from launch.hosts import Elsewhere
 
+if TYPE_CHECKING:
+    from pipeline.config import RunConfig
+
 TRAIN_PROGRAM = Path(pipeline.__file__).parent / "train.py"
 ABANDONED_EXIT_CODE = 1
 """The launcher said 0, and left ranks running."""
 FAILURE_GRACE_SECONDS = 10.0
 """Time that the ranks of other nodes have to end by themselves after one node has failed."""
+CLOSING_SECONDS = 30.0
+"""What a rank may need beyond its own grace: rank 0 hands over to MLflow."""
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 
 
@@ -49,7 +54,7 @@ class Launch:
     command: Sequence[str]
     environment: Mapping[str, str]
     log: Path | None = None
-    grace_seconds: float = 120.0
+    grace_seconds: float = 150.0
     elsewhere: Elsewhere | None = None
     stop_signal: signal.Signals = signal.SIGTERM
     echo: bool = True
@@ -77,6 +82,11 @@ class _Watch:
 
     asked: list[signal.Signals] = field(default_factory=list)
     blames: list[Blame] = field(default_factory=list)
+
+
+def grace_seconds(settings: "RunConfig") -> float:
+    """Time that the ranks get to save and leave; they keep to their own part of it."""
+    return settings.training.preemption_grace_seconds + CLOSING_SECONDS
 
 
 def run_session(launch: Launch) -> Ended:

@@ -21,13 +21,11 @@ from typing import TYPE_CHECKING
 
 from data_prep.errors import UserError
 from launch import cluster, node
-from launch.processes import TRAIN_PROGRAM
+from launch.processes import TRAIN_PROGRAM, grace_seconds
 
 if TYPE_CHECKING:
     from pipeline.config import RunConfig
 
-SAVE_SECONDS = 120
-"""The ranks are told to save so long before the time limit; Slurm may tell them up to a minute earlier."""
 WAIT_SECONDS = 60
 """After one rank has left in order, the others (rank 0 hands over to MLflow) have so long."""
 POLL_SECONDS = 2.0
@@ -117,7 +115,7 @@ class SlurmRun:
             f"--array=1-{wanted.turns}%1" if wanted.turns else "--requeue",
             "--open-mode=append",
             f"--output={self.log}",
-            f"--signal=B:USR1@{SAVE_SECONDS}",
+            f"--signal=B:USR1@{grace_seconds(self.settings):.0f}",
             *wanted.options,
         ]
         head = "".join(f"#SBATCH {option}\n" for option in options if option)
@@ -130,6 +128,7 @@ class SlurmRun:
             *(sys.executable, "-m", "launch.batch"),
             *("--run-folder", str(self.job.run_folder.absolute())),
             *("--max-restarts", str(self.max_restarts)),
+            *("--grace-seconds", f"{grace_seconds(self.settings):.0f}"),
             *(("--master-addr", self.master_address) if self.master_address else ()),
         ]
         rank = RANK.format(environment=shlex.quote(str(self.job.folder / cluster.ENVIRONMENT)))

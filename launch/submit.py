@@ -13,7 +13,7 @@ from data_prep.errors import UserError
 from launch import cluster, node
 from launch.hostfile import read_hostfile, select
 from launch.hosts import Elsewhere, differences, gather_facts
-from launch.processes import TRAIN_PROGRAM, Ended, Launch, run_session
+from launch.processes import TRAIN_PROGRAM, Ended, Launch, grace_seconds, run_session
 from launch.restarts import Failure, fitting_hosts, run_with_restarts
 from launch.shell import Job, cpu_environment, deepspeed_program
 
@@ -61,7 +61,9 @@ class LocalRun:
 
     def start(self, failures: list[Failure]) -> Ended:
         job = self.job(self.port if self.port and node.port_is_free(self.port) else node.free_port())
-        return run_session(Launch(job.command, job.whole_environment(), launch_log(self.settings)))
+        return run_session(
+            Launch(job.command, job.whole_environment(), launch_log(self.settings), grace_seconds(self.settings))
+        )
 
     def job(self, port: int) -> Job:
         """
@@ -168,6 +170,7 @@ class HostfileRun:
                 job.command,
                 cluster.runner_environment(job.whole_environment()),
                 launch_log(self.settings),
+                grace_seconds(self.settings),
                 elsewhere=Elsewhere(tuple(hosts), self.job.job_id, self.job.ssh),
             )
         )

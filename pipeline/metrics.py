@@ -78,7 +78,8 @@ class Clock:
     """Seconds by phase over all starts of a run, and the phase that this process is in.
 
     Phases nest: `training` holds data, forward, backward, agreement and step, and is not charged for saving or
-    evaluation. Every begin and end counts as a move. The watch (`watch.py`), another thread, reads all of it.
+    evaluation. Every begin and end counts as a move. The watch (`watch.py`), another thread, reads all of it. An
+    error that leaves a phase carries its name as `phase`.
 
     Attributes:
         now: the phase, a slash before what it holds: `forward`, `evaluation/agreement`.
@@ -101,6 +102,10 @@ class Clock:
         self.move(name if outer in self.OUTERMOST else f"{outer}/{name}")
         try:
             yield
+        except Exception as error:
+            if not hasattr(error, "phase"):  # the innermost one stays
+                error.phase = self.now  # type: ignore[attr-defined]
+            raise
         finally:
             self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
             self.move(outer)

@@ -52,8 +52,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
             for problem in error.problems:
                 print(f"error: {problem}", file=sys.stderr, flush=True)
         return error.exit_code
+    except Exception as error:
+        log.critical(last_words(error, world.rank), exc_info=True)
+        return 1
     finally:
         shutdown()
+
+
+def last_words(error: Exception, rank: int) -> str:
+    """One line that the launcher takes as the cause of a restart: rank, host, phase, what."""
+    phase = getattr(error, "phase", "start")
+    said = " ".join(str(error).split())[:300]
+    return f"globallocal: rank {rank} on {platform.node()} failed in {phase}: {type(error).__name__}: {said}"
 
 
 def run(config: RunConfig, world: World, stop: StopRequest) -> int:
@@ -107,17 +117,17 @@ def lock(run_folder: Path) -> Any:
 
 
 def open_log(run_folder: Path, rank: int) -> None:
-    """Rank 0 speaks on the terminal; every rank writes its own file, with times."""
+    """Every rank writes its own file, with times; rank 0 speaks on the terminal, the others when they fail."""
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")  # DeepSpeed's calls
     folder = run_folder / "logs"
     folder.mkdir(exist_ok=True)
     to_file = logging.FileHandler(folder / f"rank-{rank:05d}.log")
-    to_file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
-    log.addHandler(to_file)
-    if rank == 0:
-        to_terminal = logging.StreamHandler(sys.stdout)
-        to_terminal.setFormatter(logging.Formatter("%(message)s"))
-        log.addHandler(to_terminal)
+    where = f"{platform.node()} rank {rank}"
+    to_file.setFormatter(logging.Formatter(f"%(asctime)s {where} %(levelname)s %(message)s"))
+    to_terminal = logging.StreamHandler(sys.stdout)
+    to_terminal.setFormatter(logging.Formatter("%(message)s"))
+    to_terminal.setLevel(logging.INFO if rank == 0 else logging.CRITICAL)
+    log.handlers = [to_file, to_terminal]
     log.setLevel(logging.INFO)
     log.propagate = False
 

@@ -26,16 +26,20 @@ NEEDED = {
 
 
 def why_not() -> tuple[str, str] | None:
-    """(What is missing to make hosts here, the remedy); None if nothing is."""
-    if os.geteuid() != 0:
-        return "root, to make network namespaces", "run the tests as root"
+    """(Programs that are missing to make hosts here, the remedy); None if none is."""
     missing = sorted({package for program, package in NEEDED.items() if shutil.which(program) is None})
-    if missing:
-        return " ".join(missing), f"apt-get install {' '.join(missing)}"
-    if subprocess.run(["ip", "netns", "add", "glprobe"], capture_output=True).returncode:
-        return "the right to make network namespaces", "run the tests in a virtual machine or a privileged container"
+    return (" ".join(missing), f"apt-get install {' '.join(missing)}") if missing else None
+
+
+def forbidden() -> str:
+    """What no installation can change; empty where hosts can be made."""
+    if os.geteuid() != 0:
+        return "network namespaces need root"
+    tried = subprocess.run(["ip", "netns", "add", "glprobe"], capture_output=True, text=True)
+    if tried.returncode:
+        return f"network namespaces are not permitted here: {tried.stderr.strip()}"
     run("ip", "netns", "delete", "glprobe")
-    return None
+    return ""
 
 
 def run(*command: str) -> str:

@@ -15,15 +15,16 @@ import psutil
 
 from tests.conftest import ROOT
 
-STEPS = 40
-SECONDS = 400.0
+STEPS = 12
+SECONDS = 1200.0
 """Bound of every wait: a start takes 20 s on an idle machine, and many times that on a busy one."""
+TRAIN = ROOT / "pipeline" / "train.py"
 RUN_FILE = """
 run: {{name: tiny}}
 model: {{hidden_size: 32, num_hidden_layers: 1, pool_size: 64, pool_dim: 32, router_hidden_size: 16}}
 data: {{dataset: {dataset}, sequence_length: 32}}
 training: {{max_steps: {steps}, global_batch_size: 4, micro_batch_size: 1, log_interval_steps: 1, precision: fp32}}
-checkpoint: {{interval_steps: 5}}
+checkpoint: {{interval_steps: 3}}
 evaluation: {{split: null}}
 tracking: {{enabled: false}}
 deepspeed: {{config: {root}/ds_configs/zero3.json}}
@@ -90,15 +91,14 @@ class Run:
         return sorted(int(path.parent.name[5:]) for path in self.run_folder.glob("checkpoints/*/integrity.json"))
 
     def losses(self) -> dict[int, str]:
-        """The last loss printed for each step, over all starts."""
-        return {int(step): loss for step, loss in re.findall(rf"step (\d+)/{STEPS} +loss ([\d.]+)", self.log)}
+        return losses(self.log)
 
     def ranks(self) -> list[psutil.Process]:
         """Its training processes, on all hosts: their process namespaces are inside ours."""
         found = []
         for process in psutil.process_iter():
             said = words(process)
-            if str(ROOT / "pipeline" / "train.py") in said[:3] and str(self.file) in said:
+            if str(TRAIN) in said[:3] and str(self.file) in said:
                 found.append(process)
         return found
 
@@ -115,6 +115,11 @@ class Run:
         for rank in self.ranks():
             with suppress(psutil.Error):
                 rank.kill()
+
+
+def losses(text: str) -> dict[int, str]:
+    """The last loss printed for each step, over all starts."""
+    return {int(step): loss for step, loss in re.findall(rf"step (\d+)/{STEPS} +loss ([\d.]+)", text)}
 
 
 def words(process: psutil.Process) -> list[str]:
