@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import typer
 
 from data_prep.errors import UserError
-from launch import data_commands, model_commands, run_commands
+from launch import checkpoint_commands, data_commands, model_commands, run_commands
 
 app = typer.Typer(
     name="globallocal",
@@ -20,7 +20,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode="markdown",
 )
-for commands in (data_commands, run_commands, model_commands):
+for commands in (data_commands, run_commands, checkpoint_commands, model_commands):
     commands.register(app)
 
 

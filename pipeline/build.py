@@ -9,11 +9,13 @@ from typing import Any
 import deepspeed
 import torch
 import transformers
+from torch import nn
 
+from data_prep.errors import UserError
 from model.configuration_globallocal import GlobalLocalConfig
 from model.modeling_globallocal import GlobalLocalForCausalLM
 from pipeline.checkpoint import CheckpointState
-from pipeline.checkpoint_io import HashingCheckpointEngine, logit_fingerprint
+from pipeline.checkpoint_io import DeferringCheckpointEngine, logit_fingerprint
 from pipeline.config import RunConfig
 from pipeline.corpus import Corpus, open_corpus
 from pipeline.data import BatchLayout, BatchLoader, Source, batch_hash, data_step
@@ -24,6 +26,9 @@ from pipeline.metrics import Clock
 from pipeline.optim import describe_groups, parameter_groups
 from pipeline.redact import redact
 from pipeline.resume import Resumed, resume
+from pipeline.saver import Saver
+from pipeline.snapshot import HostBuffers
+from pipeline.space import checkpoint_bytes, retained, start_problems
 from pipeline.stop import StopRequest
 from pipeline.tracking import NullTracker, open_tracker
 from pipeline.tracking.restarts import restart_tags
@@ -46,14 +51,16 @@ def build(config: RunConfig, world: World, stop: StopRequest, clock: Clock) -> T
         settings = deepspeed_config(config, layout, precision)
         check_machine(config, settings, world.size, world.device.type == "cuda")
     check_corpus(config, corpus, world)
+    steps = max_steps(config, source.num_samples)
     clock.move()
 
     transformers.set_seed(config.run.seed)
     model = GlobalLocalForCausalLM(model_config)
     torch.nn.Module.to(model, world.device)  # transformers' own `to` is typed too narrowly
+    expected_bytes = check_space(config, world, model, precision, zero_stage(settings), steps)
     narrate(config, world, corpus, source, layout, model, precision, settings)
     engine = initialize(model, config, settings)
-    engine.checkpoint_engine = HashingCheckpointEngine()
+    engine.checkpoint_engine = DeferringCheckpointEngine(HostBuffers() if config.checkpoint.background else None)
     clock.move()
     transformers.set_seed(config.run.seed + world.rank)  # dropout differs between ranks
     resumed = resume(config, world, engine, source, layout, corpus, precision, zero_stage(settings), model_config)
@@ -114,19 +121,20 @@ def build(config: RunConfig, world: World, stop: StopRequest, clock: Clock) -> T
         )
 
     first_batch = data_step(resumed.step, resumed.health.skipped_batches)
-    stands = resumed.folder is not None and resumed.folder.parent == config.run_folder / "checkpoints"
+    stands = resumed.folder is not None and resumed.folder.parent == config.checkpoints
     trainer = Trainer(
         config=config,
         world=world,
         engine=engine,
         layout=layout,
-        max_steps=max_steps(config, source.num_samples),
+        max_steps=steps,
         batches=BatchLoader(
             source, layout, world.rank, first_batch * layout.global_batch_size, resumed.health.skipped_batches
         ),
         evaluate=evaluate if config.evaluation.split else None,
         generate=generate,
         describe=describe,
+        saver=Saver(engine, config.checkpoints, world, config.retention, expected_bytes, clock.move),
         tracker=tracker,
         stop=stop,
         clock=clock,
@@ -145,6 +153,19 @@ def max_steps(config: RunConfig, num_samples: int) -> int:
         return config.training.max_steps
     assert config.training.max_epochs is not None
     return math.ceil(config.training.max_epochs * num_samples / config.training.global_batch_size)
+
+
+def check_space(config: RunConfig, world: World, model: nn.Module, precision: str, stage: int, steps: int) -> int:
+    """Bytes of one checkpoint. Raises UserError where the disk has no room for those that the run keeps."""
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    buffers = sum(buffer.numel() for buffer in model.buffers())
+    one_bytes = checkpoint_bytes(parameters, buffers, stage, precision, world.size)
+    count = retained(config.retention, steps, config.checkpoint.interval_steps)
+    with world.together():
+        problems = start_problems(config.checkpoints, one_bytes, count) if world.is_main else []
+        if problems:
+            raise UserError(problems)
+    return one_bytes
 
 
 def check_corpus(config: RunConfig, corpus: Corpus, world: World) -> None:

@@ -3,12 +3,14 @@
 A folder without a whole `integrity.json` does not exist. `checkpoint_io.py` writes and reads them.
 """
 
+import fcntl
 import hashlib
 import json
 import os
+import platform
 import re
 import shutil
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +25,10 @@ if TYPE_CHECKING:
 FORMAT_VERSION = 1
 INTEGRITY = "integrity.json"
 STATE = "state.json"
+SAVING = ".saving-"
+_DELETING = ".deleting-"
+_REPLACED = ".replaced-"
+_BLOCK_BYTES = 1 << 23
 
 
 class CheckpointState(BaseModel):
@@ -51,7 +57,7 @@ class CheckpointState(BaseModel):
     seconds: dict[str, float]
     """Time spent training, evaluating and saving, over all starts."""
     evaluation: dict[str, float] | None = None
-    """The latest held-out measurement."""
+    """The latest held-out measurement; `step` is when."""
     pending_evaluation: bool = False
     """This step's evaluation was due and is not done: a stop came before its end. The next start does it first."""
     loss_sums: list[list[float]] = []
@@ -60,8 +66,32 @@ class CheckpointState(BaseModel):
     versions: dict[str, str]
 
 
+def lock(run_folder: Path) -> Any:
+    """Hold the run folder while the file that is returned is open: only the holder changes checkpoints.
+
+    Raises:
+        UserError: another job is writing there.
+    """
+    file = open(run_folder / ".lock", "a+")  # noqa: SIM115
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        file.seek(0)
+        raise UserError(
+            f"{run_folder}: another job is writing there ({file.read().strip()}); end it, or choose another run.name"
+        ) from None
+    file.truncate(0)
+    file.write(f"host {platform.node()}, process {os.getpid()}")
+    file.flush()
+    return file
+
+
 def step_name(step: int) -> str:
     return f"step-{step:08d}"
+
+
+def step_of(folder: Path) -> int:
+    return int(folder.name.removeprefix("step-"))
 
 
 def sync_folder(path: Path) -> None:
@@ -75,21 +105,38 @@ def sync_folder(path: Path) -> None:
 
 def discard(folder: Path) -> None:
     """Delete a checkpoint; it stops being one at once, however long the deletion takes."""
-    doomed = folder.with_name(f".deleting-{folder.name}")
+    doomed = folder.with_name(f"{_DELETING}{folder.name}")
     shutil.rmtree(doomed, ignore_errors=True)
     os.rename(folder, doomed)
     shutil.rmtree(doomed, ignore_errors=True)
 
 
-def prune(root: Path, keep_last: int) -> list[Path]:
-    """Delete all but the newest `keep_last`, and never the newest one that verifies."""
-    folders = list_checkpoints(root)
-    doomed = folders[keep_last:]
-    if not doomed or not any(not verify(folder) for folder in folders[:keep_last]):
-        return []
-    for folder in doomed:
-        discard(folder)
-    return doomed
+def put_in_place(folder: Path, final: Path) -> None:
+    """Rename `folder` to `final`, durably. One that stands there gives way; `tidy` brings it back if this is cut."""
+    replaced = final.with_name(f"{_REPLACED}{final.name}")
+    if final.exists():
+        shutil.rmtree(replaced, ignore_errors=True)
+        os.rename(final, replaced)
+    os.rename(folder, final)
+    sync_folder(final.parent)
+    shutil.rmtree(replaced, ignore_errors=True)
+
+
+def tidy(root: Path) -> None:
+    """End what a killed process began: unfinished saves and deletions go. Only for who holds the run's lock.
+
+    Raises:
+        UserError: a checkpoint whose replacement never came cannot be given its name back.
+    """
+    for item in root.iterdir() if root.is_dir() else ():
+        final = root / item.name.removeprefix(_REPLACED)
+        if item.name.startswith(_REPLACED) and not final.exists():
+            try:
+                os.rename(item, final)
+            except OSError as error:
+                raise UserError(f"{item}: cannot be renamed to {final.name}: {error.strerror}") from None
+        elif item.name.startswith((_REPLACED, SAVING, _DELETING)):
+            shutil.rmtree(item, ignore_errors=True)
 
 
 def list_checkpoints(root: Path) -> list[Path]:
@@ -97,39 +144,67 @@ def list_checkpoints(root: Path) -> list[Path]:
     if not root.is_dir():
         return []
     found = [item for item in root.iterdir() if re.fullmatch(r"step-\d+", item.name) and item.is_dir()]
-    return sorted(found, key=lambda item: int(item.name[5:]), reverse=True)
+    return sorted(found, key=step_of, reverse=True)
 
 
-def verify(folder: Path, only: Iterable[str] | None = None) -> list[str]:
+def read_listing(folder: Path) -> tuple[dict[str, dict[str, Any]], list[str]]:
+    """File → `bytes` and `sha256` as integrity.json tells, and why it cannot be read."""
+    try:
+        table = json.loads((folder / INTEGRITY).read_bytes())
+        if table["format_version"] != FORMAT_VERSION:
+            return {}, [f"{folder}: format version {table['format_version']}, this program reads {FORMAT_VERSION}"]
+        return {
+            name: {"bytes": int(item["bytes"]), "sha256": str(item["sha256"])} for name, item in table["files"].items()
+        }, []
+    except FileNotFoundError:
+        return {}, [f"{folder}: has no {INTEGRITY}: it was never finished"]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        return {}, [f"{folder / INTEGRITY}: cannot be read: {first_line(error)}"]
+
+
+def verify_sizes(folder: Path) -> list[str]:
+    """Problems of a checkpoint that show without reading its files, one a line."""
+    files, problems = read_listing(folder)
+    return problems + [line for name in files for line in _verify_size(folder / name, files[name])]
+
+
+def verify(
+    folder: Path, only: Iterable[str] | None = None, progress: Callable[[int], None] = lambda count: None
+) -> list[str]:
     """Problems of a checkpoint, one a line; none means that every byte is what was written.
 
     Args:
         only: names of files to hash, for sharing the work; all when absent.
+        progress: called with the number of bytes hashed since the last call.
     """
-    try:
-        table = json.loads((folder / INTEGRITY).read_bytes())
-        files: dict[str, dict[str, Any]] = table["files"]
-    except FileNotFoundError:
-        return [f"{folder}: has no {INTEGRITY}: it was never finished"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        return [f"{folder / INTEGRITY}: cannot be read: {first_line(error)}"]
-    if table.get("format_version") != FORMAT_VERSION:
-        return [f"{folder}: format version {table.get('format_version')}, this program reads {FORMAT_VERSION}"]
-    problems = []
+    files, problems = read_listing(folder)
     for name in files if only is None else only:
-        path, expected = folder / name, files[name]
-        try:
-            size = path.stat().st_size
-            if size != expected["bytes"]:
-                problems.append(f"{path}: {size:,} bytes, {expected['bytes']:,} were written")
-                continue
-            with open(path, "rb") as file:
-                actual = hashlib.file_digest(file, "sha256").hexdigest()
-            if actual != expected["sha256"]:
-                problems.append(f"{path}: sha256 {actual[:12]}…, {expected['sha256'][:12]}… was written")
-        except OSError as error:
-            problems.append(f"{path}: {error.strerror}")
+        found = _verify_size(folder / name, files[name])
+        problems += found or _verify_hash(folder / name, files[name], progress)
     return problems
+
+
+def _verify_size(path: Path, expected: dict[str, Any]) -> list[str]:
+    try:
+        size = path.stat().st_size
+    except OSError as error:
+        return [f"{path}: {error.strerror}"]
+    return [] if size == expected["bytes"] else [f"{path}: {size:,} bytes, {expected['bytes']:,} were written"]
+
+
+def _verify_hash(path: Path, expected: dict[str, Any], progress: Callable[[int], None]) -> list[str]:
+    digest, block = hashlib.sha256(), memoryview(bytearray(_BLOCK_BYTES))
+    try:
+        with open(path, "rb", buffering=0) as file:
+            while count := file.readinto(block):
+                digest.update(block[:count])
+                progress(count)
+    except OSError as error:
+        return [f"{path}: {error.strerror}"]
+    actual = digest.hexdigest()
+    if actual == expected["sha256"]:
+        return []
+    return [f"{path}: sha256 {actual[:12]}…, {expected['sha256'][:12]}… was written"]
 
 
 def newest_verified(root: Path, world: "World") -> tuple[Path | None, list[str]]:
@@ -149,12 +224,8 @@ def newest_verified(root: Path, world: "World") -> tuple[Path | None, list[str]]
 
 def verify_together(folder: Path, world: "World") -> list[str]:
     """`verify`, each rank hashing its share; the same list on every rank."""
-    try:
-        names = sorted(json.loads((folder / INTEGRITY).read_bytes())["files"])
-        mine: list[str] | None = names[world.rank :: world.size]
-    except (OSError, ValueError, KeyError, TypeError):
-        mine = None
-    lines = [line for report in world.gather(verify(folder, mine)) for line in report]
+    names = sorted(read_listing(folder)[0])
+    lines = [line for report in world.gather(verify(folder, names[world.rank :: world.size])) for line in report]
     return list(dict.fromkeys(lines))
 
 

@@ -1,15 +1,16 @@
-"""Writing and reading checkpoints with all ranks.
+"""What is in a checkpoint folder: writing its files durably, and reading them back into the engine.
 
-A checkpoint is built under a temporary name, hashed while it is written, and renamed when every rank has fsynced.
-DeepSpeed writes and reads its own files, through `HashingCheckpointEngine`, its own extension point.
+DeepSpeed hands its files to `DeferringCheckpointEngine`, its own extension point; `saver.py` has them written.
 """
 
 import hashlib
 import json
 import os
 import random
-import shutil
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -23,13 +24,13 @@ from pipeline.checkpoint import (
     INTEGRITY,
     STATE,
     CheckpointState,
-    discard,
     first_line,
-    step_name,
+    put_in_place,
     sync_folder,
 )
 from pipeline.distributed import World
 from pipeline.redact import redact
+from pipeline.snapshot import HostBuffers
 
 
 class _HashingFile:
@@ -37,14 +38,36 @@ class _HashingFile:
 
     def __init__(self, raw: BinaryIO) -> None:
         self.raw, self.digest, self.size = raw, hashlib.sha256(), 0
+        self.error: OSError | None = None
 
-    def write(self, data: bytes) -> int:
-        self.digest.update(data)
+    def write(self, data: bytes | memoryview) -> int:
         self.size += len(data)
-        return self.raw.write(data)
+        _written[0] += len(data)
+        # Neither hashing nor writing holds the interpreter: large pieces do both at once.
+        hashed = _hashers.submit(self.digest.update, data) if len(data) >= _LARGE_BYTES else None
+        try:
+            if hashed is None:
+                self.digest.update(data)
+            return self.raw.write(data)
+        except OSError as error:
+            self.error = error
+            raise
+        finally:
+            if hashed is not None:
+                hashed.result()  # `data` is the caller's again when this returns
 
     def flush(self) -> None:
         self.raw.flush()
+
+
+_LARGE_BYTES = 1 << 16
+_written = [0]
+_hashers = ThreadPoolExecutor(1, "checkpoint-hash")
+
+
+def written_bytes() -> int:
+    """What this process has written of checkpoints so far."""
+    return _written[0]
 
 
 @dataclass(frozen=True)
@@ -53,29 +76,41 @@ class Written:
     sha256: str
 
 
-class HashingCheckpointEngine(CheckpointEngine):
-    """DeepSpeed's files, hashed on their way to the disk and fsynced.
+class DeferringCheckpointEngine(CheckpointEngine):
+    """What DeepSpeed would write, kept in `files` for `write_files`: `save_checkpoint` touches no disk.
 
-    An error while writing is kept in `errors` and raised by nobody here: a rank that left `save_checkpoint`
-    early would leave the others in its barriers.
+    Nothing is raised while it does: a rank that left `save_checkpoint` early would leave the others in its
+    barriers. What went wrong is in `errors`.
+
+    Attributes:
+        buffers: where tensors are copied to; None: `files` refers to the live ones.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, buffers: HostBuffers | None = None) -> None:
         super().__init__()
-        self.name = "HashingCheckpointEngine"
-        self.written: dict[str, Written] = {}
+        self.name = "DeferringCheckpointEngine"
+        self.buffers = buffers
+        self.files: dict[str, Any] = {}
         self.errors: list[str] = []
 
     def create(self, info: Any) -> None:
-        self.written, self.errors = {}, []
+        self.files, self.errors = {}, []
+        if self.buffers is not None:
+            self.buffers.begin()
+
+    def makedirs(self, path: str, exist_ok: bool = False) -> None:
+        pass
 
     def save(self, state_dict: Any, path: str) -> None:
         if "ds_config" in state_dict:
             state_dict = {**state_dict, "ds_config": redact(state_dict["ds_config"])}
         try:
-            self.written[Path(path).name] = write_durably(Path(path), lambda file: torch.save(state_dict, file))
-        except (OSError, RuntimeError) as error:  # torch.save turns a full disk into a RuntimeError
-            self.errors.append(f"{path}: {first_line(error)}")
+            self.files[Path(path).name] = state_dict if self.buffers is None else self.buffers.copy(state_dict)
+        except (MemoryError, RuntimeError) as error:  # torch says RuntimeError where memory is short
+            self.errors.append(
+                f"{Path(path).name}: no room in host memory for its copy ({first_line(error)}); "
+                "set checkpoint.background=false to write without one"
+            )
 
     def load(self, path: str, map_location: Any = None) -> Any:
         with torch.serialization.safe_globals(safe_globals()):
@@ -94,74 +129,72 @@ def safe_globals() -> list[Any]:
     return [LossScaler, DynamicLossScaler, ZeroStageEnum, fragment_address]
 
 
-def write_durably(path: Path, write: Any) -> Written:
+def collect(engine: Any, building: Path, name: str, rank: int) -> tuple[dict[str, Any], list[str]]:
+    """This rank's files of a checkpoint as objects for `torch.save`, and problems. A collective."""
+    deferring: DeferringCheckpointEngine = engine.checkpoint_engine
+    engine._copy_recovery_script = lambda folder: None  # a script of DeepSpeed's, copied past the checkpoint engine
+    engine.save_checkpoint(str(building), tag=name, save_latest=False)
+    files = {**deferring.files, _rng_name(rank): random_state()}
+    deferring.files = {}
+    return files, deferring.errors
+
+
+def write_files(folder: Path, files: dict[str, Any]) -> tuple[dict[str, Written], list[str]]:
+    """Write one rank's files; what was written, and the problem that ended it early."""
+    written: dict[str, Written] = {}
+    for name, content in files.items():
+        try:
+            folder.mkdir(exist_ok=True)
+            written[name] = write_durably(folder / name, partial(torch.save, content))
+        except Exception as error:  # torch.save turns a full disk into a RuntimeError; a thread's error must be said
+            return written, [f"{folder / name}: {first_line(error)}"]
+    return written, []
+
+
+def write_durably(path: Path, write: Callable[[Any], Any]) -> Written:
     """Call `write(file)`, hash what it wrote and fsync it. Raises OSError."""
     with open(path, "wb") as raw:
         file = _HashingFile(raw)
-        write(file)
+        try:
+            write(file)
+        except RuntimeError as error:  # torch.save's, where the disk's own error says more
+            raise (file.error or error) from None
         raw.flush()
         os.fsync(raw.fileno())
     return Written(file.size, file.digest.hexdigest())
 
 
-def save(engine: Any, root: Path, state: CheckpointState, world: World) -> list[str]:
-    """Write `root/step-XXXXXXXX` on all ranks; it appears whole or not at all.
+def commit(folder: Path, final: Path, state: CheckpointState, files: dict[str, Written]) -> list[str]:
+    """state.json, integrity.json, then the rename that makes `folder` a checkpoint; by one rank.
 
     Returns:
-        The problems that kept it from being written, the same on every rank; empty when it stands.
+        What kept it from being one; empty when it stands.
     """
-    name = step_name(state.step)
-    building, final = root / f".saving-{name}", root / name
-    problems: list[str] = []
-    if world.is_main:
-        try:
-            shutil.rmtree(building, ignore_errors=True)
-            (building / name).mkdir(parents=True)
-        except OSError as error:
-            problems.append(f"{building}: {error.strerror}")
-    problems = world.broadcast(problems)
-    if problems:
-        return problems
-    writer: HashingCheckpointEngine = engine.checkpoint_engine
-    engine.save_checkpoint(str(building), tag=name, save_latest=False)
-    written, problems = dict(writer.written), list(writer.errors)
-    try:
-        path = building / name / _rng_name(world.rank)
-        written[path.name] = write_durably(path, lambda file: torch.save(random_state(), file))
-    except (OSError, RuntimeError) as error:
-        problems.append(f"{building / name / _rng_name(world.rank)}: {first_line(error)}")
-    reports = world.gather((written, problems))
-    problems = [problem for _, lines in reports for problem in lines]
-    if not problems and world.is_main:
-        problems = _commit(building, final, state, [files for files, _ in reports])
-    problems = world.broadcast(problems)
-    if problems and world.is_main:
-        shutil.rmtree(building, ignore_errors=True)
-    return problems
-
-
-def _commit(building: Path, final: Path, state: CheckpointState, reports: list[dict[str, Written]]) -> list[str]:
-    """Rank 0: state.json, integrity.json, then the rename that makes it a checkpoint."""
-    folder = building / final.name
-    files = {name: written for report in reports for name, written in report.items()}
     try:
         text = state.model_dump_json(indent=2).encode()
-        files[STATE] = write_durably(folder / STATE, lambda file: file.write(text))
-        unknown = {item.name for item in folder.iterdir()} - files.keys()
-        if unknown:
-            return [f"{folder}: {', '.join(sorted(unknown))} was written past the integrity list"]
+        files = {**files, STATE: write_durably(folder / STATE, lambda file: file.write(text))}
+        problems = _strays(folder, files)
+        if problems:
+            return problems
         table = {name: {"bytes": item.size_bytes, "sha256": item.sha256} for name, item in sorted(files.items())}
         listing = json.dumps({"format_version": FORMAT_VERSION, "files": table}, indent=2).encode()
         write_durably(folder / INTEGRITY, lambda file: file.write(listing))
         sync_folder(folder)
-        if final.exists():  # an earlier try that failed verification
-            discard(final)
-        os.rename(folder, final)
-        sync_folder(final.parent)
-        shutil.rmtree(building, ignore_errors=True)
+        put_in_place(folder, final)
     except OSError as error:
         return [f"{error.filename or folder}: {error.strerror}"]
     return []
+
+
+def _strays(folder: Path, files: dict[str, Written]) -> list[str]:
+    """Files beside the list, and files that are no longer as they were written."""
+    sizes = {item.name: item.stat().st_size for item in folder.iterdir()}
+    problems = [f"{folder / name}: was written past the integrity list" for name in sorted(sizes.keys() - files.keys())]
+    for name, item in files.items():
+        if sizes.get(name) != item.size_bytes:
+            now = f"has {sizes[name]:,} bytes" if name in sizes else "is gone"
+            problems.append(f"{folder / name}: {now}, {item.size_bytes:,} bytes were written a moment ago")
+    return problems
 
 
 def load(engine: Any, folder: Path, world: World) -> None:

@@ -16,6 +16,7 @@ from data_prep.errors import UserError
 from model.configuration_globallocal import PRESETS, GlobalLocalConfig
 from pipeline.redact import redact
 from pipeline.remote_dataset import DEFAULT_CACHE_BYTES
+from pipeline.retention import Retention
 
 CATCHABLE_SIGNALS = ("SIGTERM", "SIGUSR1", "SIGUSR2", "SIGINT", "SIGHUP", "SIGCONT", "SIGXCPU")
 """What schedulers and people send; SIGKILL and SIGSTOP cannot be caught, and others mean a crash."""
@@ -157,8 +158,15 @@ class TrainingSection(Section):
 class CheckpointSection(Section):
     interval_steps: int = Field(1000, ge=1)
     """The last step is always saved too."""
+    background: bool = True
+    """Training goes on while a checkpoint is written, from a copy of this rank's state in host memory; false: no
+    copy, and training waits."""
     keep_last: int = Field(3, ge=1)
     """Newest checkpoints kept; the newest verified one is never deleted."""
+    keep_every_steps: int | None = Field(None, ge=1)
+    """Checkpoints at multiples of this are kept for ever."""
+    keep_best: int = Field(0, ge=0)
+    """So many of the lowest validation loss are kept, among those saved at a step that was evaluated."""
     resume: str = "auto"
     """`auto`: the newest verified checkpoint of this run, a fresh start only where there is none;
     `none`: a fresh start, refused where checkpoints stand; else the folder of one checkpoint."""
@@ -217,9 +225,27 @@ class RunConfig(Section):
     tracking: TrackingSection = TrackingSection()
     deepspeed: DeepSpeedSection = DeepSpeedSection()
 
+    @model_validator(mode="after")
+    def best_is_measured(self) -> "RunConfig":
+        if self.checkpoint.keep_best and self.evaluation.split is None:
+            raise ValueError(
+                f"checkpoint.keep_best ({self.checkpoint.keep_best}) needs a validation loss, but evaluation.split is "
+                "null; name a split, or set keep_best to 0"
+            )
+        return self
+
     @property
     def run_folder(self) -> Path:
         return self.run.output_dir or Path("runs") / self.run.name
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.run_folder / "checkpoints"
+
+    @property
+    def retention(self) -> Retention:
+        section = self.checkpoint
+        return Retention(section.keep_last, section.keep_every_steps, section.keep_best)
 
     @property
     def order_seed(self) -> int:

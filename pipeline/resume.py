@@ -84,7 +84,10 @@ def resume(
 
 def find(config: RunConfig, world: World) -> Path | None:
     """The checkpoint to go on from, agreed by all ranks; None is a fresh start."""
-    root, wanted = config.run_folder / "checkpoints", config.checkpoint.resume
+    root, wanted = config.checkpoints, config.checkpoint.resume
+    with world.together():
+        if world.is_main:
+            checkpoint.tidy(root)
     standing = world.broadcast(checkpoint.list_checkpoints(root) if world.is_main else None)
     if wanted == "none":
         if standing:

@@ -13,17 +13,15 @@ from pathlib import Path
 if not __package__:  # started as a file: `pipeline/` must not shadow other people's module names
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-import fcntl
 import logging
-import os
-import platform
 import signal
 import warnings
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 from data_prep.errors import UserError
 from pipeline.build import build
+from pipeline.checkpoint import lock
 from pipeline.config import RunConfig, load_config
 from pipeline.distributed import PREEMPTED_EXIT_CODE, SharedUserError, World, outlast, shutdown, start
 from pipeline.metrics import Clock
@@ -44,8 +42,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         with world.together():
             config = load_config(options.config, options.overrides)
-            config.run_folder.mkdir(parents=True, exist_ok=True)
-            open_log(config.run_folder, world.rank)
+            with writable(config.run_folder):
+                config.run_folder.mkdir(parents=True, exist_ok=True)
+                open_log(config.run_folder, world.rank)
         return run(config, world, stop)
     except UserError as error:
         if world.is_main or not isinstance(error, SharedUserError):
@@ -68,7 +67,7 @@ def last_words(error: Exception, rank: int) -> str:
 
 def run(config: RunConfig, world: World, stop: StopRequest) -> int:
     """Build, train, and say truthfully how it ended."""
-    with world.together():
+    with world.together(), writable(config.run_folder):
         held = lock(config.run_folder) if world.is_main else None
         if world.is_main:
             config.save(config.run_folder / "config.yaml")
@@ -88,6 +87,7 @@ def run(config: RunConfig, world: World, stop: StopRequest) -> int:
                 trainer.tracker.set_tags({"globallocal.status": "preempted"})
             return 0 if finished else PREEMPTED_EXIT_CODE
         finally:
+            trainer.saver.close()
             watch.close()  # what follows has bounds of its own
             trainer.batches.close()  # type: ignore[attr-defined]
             if not trainer.tracker.close(status):
@@ -96,24 +96,15 @@ def run(config: RunConfig, world: World, stop: StopRequest) -> int:
                 held.close()
 
 
-def lock(run_folder: Path) -> Any:
-    """Hold the run folder while this process lives.
-
-    Raises:
-        UserError: another job is writing there.
-    """
-    file = open(run_folder / ".lock", "a+")  # noqa: SIM115
+@contextmanager
+def writable(run_folder: Path) -> Iterator[None]:
+    """An OSError inside becomes a UserError."""
     try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        file.seek(0)
+        yield
+    except OSError as error:
         raise UserError(
-            f"{run_folder}: another job is writing there ({file.read().strip()}); end it, or choose another run.name"
+            f"{error.filename or run_folder}: {error.strerror}; choose a run.output_dir that you may write, with room"
         ) from None
-    file.truncate(0)
-    file.write(f"host {platform.node()}, process {os.getpid()}")
-    file.flush()
-    return file
 
 
 def open_log(run_folder: Path, rank: int) -> None:
@@ -130,6 +121,7 @@ def open_log(run_folder: Path, rank: int) -> None:
     log.handlers = [to_file, to_terminal]
     log.setLevel(logging.INFO)
     log.propagate = False
+    logging.raiseExceptions = False  # where the disk is full, lines miss in the file; no traceback for each
 
 
 if __name__ == "__main__":

@@ -4,19 +4,20 @@ import logging
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from pipeline import checkpoint, checkpoint_io
+from pipeline.checkpoint import CheckpointState
+from pipeline.checkpoint_io import random_state, set_random_state
 from pipeline.config import RunConfig
 from pipeline.data import BatchLayout
-from pipeline.distributed import World
+from pipeline.distributed import SharedUserError, World
 from pipeline.health import HealthState
 from pipeline.metrics import Clock, LossMeter, RouterMeter, StepTimes, Throughput, duration, straggler
 from pipeline.optim import learning_rate, set_learning_rate
+from pipeline.saver import Saved, Saver
 from pipeline.stop import Plan, Stopped, StopRequest, plan
 
 log = logging.getLogger("globallocal")
@@ -33,7 +34,10 @@ class Trainer:
         generate: continuations of the run's prompts; calls its argument before each.
         describe: the checkpoint state of the current step, all but what the trainer knows itself.
         step: optimizer steps taken.
+        evaluation: the latest held-out measurement, and its `step`.
         pending_evaluation: this step's evaluation is due and not done yet.
+        saved_step: the step of the newest checkpoint that stands.
+        save_seconds: what the last save took, waiting for steps not counted.
     """
 
     config: RunConfig
@@ -44,7 +48,8 @@ class Trainer:
     batches: Iterator[np.ndarray]
     evaluate: Callable[[Callable[[], None]], dict[str, float]] | None
     generate: Callable[[Callable[[], None]], list[str]]
-    describe: Callable[["Trainer"], checkpoint.CheckpointState]
+    describe: Callable[["Trainer"], CheckpointState]
+    saver: Saver
     tracker: Any
     stop: StopRequest
     clock: Clock
@@ -68,7 +73,11 @@ class Trainer:
         self.step_times = StepTimes(self.clock, self.step)
 
     def train(self) -> bool:
-        """Train to the last step. Returns False where a stop ended it early."""
+        """Train to the last step. Returns False where a stop ended it early.
+
+        Raises:
+            UserError: the last step could not be saved.
+        """
         config = self.config
         self.clock.move("training")
         try:
@@ -89,8 +98,10 @@ class Trainer:
                     self.run_evaluation()
                 if self.due(config.checkpoint.interval_steps):
                     self.save()
+                self.report(self.saver.poll())
         except Stopped:
             return self.leave()
+        self.save_last()
         return True
 
     def due(self, interval_steps: int) -> bool:
@@ -104,7 +115,7 @@ class Trainer:
             Stopped: the rest of the step would outlast the grace; all is as it was before the step.
         """
         clock, count = self.clock, self.layout.gradient_accumulation_steps
-        before, begin = (checkpoint_io.random_state(), self.losses.sums.clone()), time.perf_counter()
+        before, begin = (random_state(), self.losses.sums.clone()), time.perf_counter()
         set_learning_rate(self.engine.optimizer, self.current_learning_rate())
         for left in reversed(range(count)):
             with clock.phase("data"):
@@ -117,7 +128,7 @@ class Trainer:
             self.routers.add(output.router_statistics)
             self.agree()
             if left and self.stopping and self.plan(left / count) != "finish the step":
-                checkpoint_io.set_random_state(before[0])
+                set_random_state(before[0])
                 self.losses.sums.copy_(before[1])
                 raise Stopped
             with clock.phase("step"):
@@ -189,7 +200,7 @@ class Trainer:
             result = self.evaluate(before_batch)
             texts = self.generate(before_batch)
         self.pending_evaluation = False
-        self.evaluation = result
+        self.evaluation = {"step": self.step, **result}
         self.tracker.log_metrics({f"valid/{name}": value for name, value in result.items()}, self.step)
         log.info(
             f"step {self.step:,}  held-out loss {result['loss']:.4f}  "
@@ -208,30 +219,52 @@ class Trainer:
         if self.step == self.max_steps:
             self.save()
 
-    def save(self) -> bool:
-        """Write a checkpoint; a failure is said and survived, and the older ones stand."""
-        root, begin = self.checkpoints, time.perf_counter()
+    def save(self) -> None:
+        """Begin to write a checkpoint; `report` hears how it ended."""
         with self.clock.phase("saving"):
-            problems = checkpoint_io.save(self.engine, root, self.describe(self), self.world)
-            if not problems and self.world.is_main:
-                checkpoint.prune(root, self.config.checkpoint.keep_last)
-        for problem in problems:
-            log.error(f"checkpoint at step {self.step:,} not written: {problem}")
-        if not problems:
-            self.saved_step = self.step
-            self.save_seconds = time.perf_counter() - begin
-            log.info(f"step {self.step:,}  saved {root / checkpoint.step_name(self.step)}")
+            self.saver.start(self.describe(self))
         self.tracker.log_metrics({f"clock/{name}_seconds": s for name, s in self.clock.seconds.items()}, self.step)
-        return not problems
 
-    @property
-    def checkpoints(self) -> Path:
-        return self.config.run_folder / "checkpoints"
+    def report(self, ended: list[Saved]) -> None:
+        """Say how saves ended. A failure is survived: the older ones stand, the next interval tries again."""
+        for saved in ended:
+            for problem in saved.problems:
+                log.error(f"checkpoint at step {saved.step:,} not written: {problem}")
+            for warning in saved.warnings:
+                log.warning(warning)
+            if not saved.problems:
+                self.saved_step, self.save_seconds = saved.step, saved.seconds
+                deleted = f"; deleted {', '.join(item.name for item in saved.deleted)}" if saved.deleted else ""
+                size = f"{saved.size_bytes / 1e6:,.1f} MB in {saved.seconds:.1f} s"
+                log.info(f"step {saved.step:,}  saved {saved.folder}  {size}{deleted}")
+
+    def finish_saving(self) -> None:
+        """Wait for the save in flight."""
+        with self.clock.phase("saving"):
+            self.report(self.saver.finish())
+
+    def save_last(self) -> None:
+        """At the end: the last step is saved, at a second try where need be.
+
+        Raises:
+            UserError: it could not be written.
+        """
+        self.finish_saving()
+        if self.saved_step != self.step:
+            self.save()
+            self.finish_saving()
+        if self.saved_step != self.step:
+            stands = "no checkpoint stands" if self.saved_step is None else f"step {self.saved_step:,} stands"
+            raise SharedUserError(
+                f"step {self.step:,} could not be saved, for the reasons above; {stands}: make room and start again, "
+                "and the run goes on from there"
+            )
 
     def leave(self) -> bool:
         """Asked to stop: save what stands, where the time allows. True where the run was complete anyway."""
         log.info(f"{self.stop.reason}: stopping after step {self.step:,}")
         grace = self.config.training.preemption_grace_seconds
+        self.finish_saving()  # it is begun: whatever the grace, it does no harm
         if self.saved_step == self.step or self.step == 0:
             log.info("nothing to save: " + ("no step is taken yet" if self.step == 0 else "this step is saved"))
         elif self.plan(0) == "leave":
@@ -242,4 +275,5 @@ class Trainer:
             )
         else:
             self.save()
+            self.finish_saving()
         return self.step >= self.max_steps and not self.pending_evaluation

@@ -10,6 +10,7 @@ import torch
 
 from data_prep.errors import UserError
 from pipeline import checkpoint, checkpoint_io
+from pipeline.retention import Retention, prune
 
 
 @pytest.fixture
@@ -90,12 +91,14 @@ def test_folders_under_construction_are_not_checkpoints(root: Path) -> None:
     assert checkpoint.list_checkpoints(root) == [root / "step-00000003"]
 
 
-def test_pruning_keeps_the_newest_and_never_the_last_whole_one(root: Path) -> None:
+def test_pruning_never_deletes_the_last_whole_one(root: Path) -> None:
     flip(root / "step-00000006" / "state.json")
-    assert checkpoint.prune(root, keep_last=1) == []
-    shutil.rmtree(root / "step-00000006")
+    assert prune(root, Retention(keep_last=1), checkpoint.verify).deleted == [root / "step-00000006"]
+    assert prune(root, Retention(keep_last=1), checkpoint.verify).deleted == []
+    flip(root / "step-00000003" / "state.json")
+    assert prune(root, Retention(keep_last=1), checkpoint.verify).deleted == []
     shutil.copytree(root.parent / "whole", root / "step-00000006")
-    assert checkpoint.prune(root, keep_last=1) == [root / "step-00000003"]
+    assert prune(root, Retention(keep_last=1), checkpoint.verify).deleted == [root / "step-00000003"]
     assert names(root) == ["step-00000006"]
 
 
@@ -106,7 +109,7 @@ def test_a_pickle_that_is_not_ours_is_not_run(tmp_path: Path) -> None:
 
     torch.save({"module": Payload()}, tmp_path / "bad.pt")
     with pytest.raises(Exception, match="Weights only load failed"):
-        checkpoint_io.HashingCheckpointEngine().load(str(tmp_path / "bad.pt"))
+        checkpoint_io.DeferringCheckpointEngine().load(str(tmp_path / "bad.pt"))
     assert not (tmp_path / "owned").exists()
 
 
