@@ -36,15 +36,15 @@ from pipeline.snapshot import HostBuffers
 class _HashingFile:
     """A write-only binary file that knows the sha256 of what passed through it."""
 
-    def __init__(self, raw: BinaryIO) -> None:
-        self.raw, self.digest, self.size = raw, hashlib.sha256(), 0
+    def __init__(self, raw: BinaryIO, hasher: ThreadPoolExecutor) -> None:
+        self.raw, self.hasher, self.digest, self.size = raw, hasher, hashlib.sha256(), 0
         self.error: OSError | None = None
 
     def write(self, data: bytes | memoryview) -> int:
         self.size += len(data)
         _written[0] += len(data)
         # Neither hashing nor writing holds the interpreter: large pieces do both at once.
-        hashed = _hashers.submit(self.digest.update, data) if len(data) >= _LARGE_BYTES else None
+        hashed = self.hasher.submit(self.digest.update, data) if len(data) >= _LARGE_BYTES else None
         try:
             if hashed is None:
                 self.digest.update(data)
@@ -62,7 +62,6 @@ class _HashingFile:
 
 _LARGE_BYTES = 1 << 16
 _written = [0]
-_hashers = ThreadPoolExecutor(1, "checkpoint-hash")
 
 
 def written_bytes() -> int:
@@ -153,8 +152,8 @@ def write_files(folder: Path, files: dict[str, Any]) -> tuple[dict[str, Written]
 
 def write_durably(path: Path, write: Callable[[Any], Any]) -> Written:
     """Call `write(file)`, hash what it wrote and fsync it. Raises OSError."""
-    with open(path, "wb") as raw:
-        file = _HashingFile(raw)
+    with open(path, "wb") as raw, ThreadPoolExecutor(1, "checkpoint-hash") as hasher:
+        file = _HashingFile(raw, hasher)
         try:
             write(file)
         except RuntimeError as error:  # torch.save's, where the disk's own error says more

@@ -38,11 +38,7 @@ def write(name: str, figures: dict[str, object]) -> None:
     block = f"<!-- torture {name} -->\n### {name}\n\n| figure | value |\n|---|---|\n{rows}\n<!-- end {name} -->"
     page = PAGE.read_text()
     standing = re.compile(rf"<!-- torture {name} -->.*?<!-- end {name} -->", re.S)
-    if standing.search(page):
-        page = standing.sub(lambda match: block, page)
-    else:
-        page = f"{page.rstrip()}\n\n{block}\n"
-    PAGE.write_text(page)
+    PAGE.write_text(standing.sub(lambda match: block, page) if standing.search(page) else f"{page}\n{block}\n")
 
 
 if __name__ == "__main__":
