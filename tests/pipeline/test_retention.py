@@ -18,7 +18,8 @@ from pipeline.checkpoint import SAVING, CheckpointState, step_name
 from pipeline.retention import Entry, Retention, prune, reasons
 
 ENTRIES = st.lists(
-    st.builds(Entry, st.integers(1, 40), st.none() | st.floats(0, 10), st.booleans()), unique_by=lambda entry: entry.step
+    st.builds(Entry, st.integers(1, 40), st.none() | st.floats(0, 10), st.booleans()),
+    unique_by=lambda entry: entry.step,
 )
 RETENTION = st.builds(Retention, st.integers(1, 4), st.none() | st.integers(1, 10), st.integers(0, 3))
 
