@@ -14,6 +14,7 @@ if not __package__:  # started as a file: `pipeline/` must not shadow other peop
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import logging
+import platform
 import signal
 import warnings
 from collections.abc import Iterator, Sequence
