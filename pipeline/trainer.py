@@ -154,8 +154,8 @@ class Trainer:
 
     def plan(self, rest_of_step: float) -> Plan:
         """What still fits into the grace; `rest_of_step` is the part of a step that is left. A collective."""
-        saving = 0.0 if self.saved_step == self.step else self.save_seconds
-        slowest = self.world.agree({"step": self.step_seconds, "save": saving, "waited": self.stop.waited_seconds()})
+        own = {"step": self.step_seconds, "save": self.save_seconds, "waited": self.stop.waited_seconds()}
+        slowest = self.world.agree(own)
         left = self.config.training.preemption_grace_seconds - slowest["waited"]
         return plan(left, rest_of_step * slowest["step"], slowest["save"])
 

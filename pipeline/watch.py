@@ -14,6 +14,7 @@ import sys
 import threading
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from datetime import timedelta
 from pathlib import Path
@@ -217,8 +218,9 @@ class Watch:
 
     def _tell(self, cause: str, alone: bool) -> None:
         """Stacks, a line, MLflow, in the order of their worth."""
-        print(cause, file=self._stacks, flush=True)
-        faulthandler.dump_traceback(self._stacks)
+        with suppress(OSError):  # a full disk must not keep the rest from being told
+            print(cause, file=self._stacks, flush=True)
+            faulthandler.dump_traceback(self._stacks)
         log.error(f"{cause}; stacks of every rank: {self._stacks_path.with_name('rank-*.stacks')}")
         if alone and (self.world.local_rank == 0 or self.world.rank == 1):
             print(cause, flush=True)  # rank 0, which speaks on the terminal, cannot

@@ -17,7 +17,7 @@ from tests.pipeline.moments import Moment, happening
 from tests.pipeline.ranks import Run, tiny_overrides
 
 RANKS = 2
-AT_ONCE = 3
+AT_ONCE = 4
 LIMIT_SECONDS = 400.0
 
 
