@@ -50,7 +50,7 @@ def build(config: RunConfig, world: World, stop: StopRequest, clock: Clock) -> T
     with world.together():
         settings = deepspeed_config(config, layout, precision)
         check_machine(config, settings, world.size, world.device.type == "cuda")
-    check_corpus(config, corpus, world)
+    check_corpus(config, corpus, world, clock)
     steps = max_steps(config, source.num_samples)
     clock.move()
 
@@ -168,7 +168,7 @@ def check_space(config: RunConfig, world: World, model: nn.Module, precision: st
     return one_bytes
 
 
-def check_corpus(config: RunConfig, corpus: Corpus, world: World) -> None:
+def check_corpus(config: RunConfig, corpus: Corpus, world: World, clock: Clock) -> None:
     """Look at every shard before step 0, each rank at its share."""
     problems: list[str] = []
     wanted = [name for name in dict.fromkeys([config.data.train_split, config.evaluation.split]) if name]
@@ -177,7 +177,8 @@ def check_corpus(config: RunConfig, corpus: Corpus, world: World) -> None:
             for name in wanted:
                 part.dataset.split(name)
     if config.data.verify != "none":
-        problems = corpus.check_shards(wanted, world.rank, world.size, config.data.verify == "hashes")
+        hashes = config.data.verify == "hashes"
+        problems = corpus.check_shards(wanted, world.rank, world.size, hashes, clock.touch)
     world.raise_together(problems)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
@@ -67,16 +67,19 @@ class Corpus:
         sources = [SampleSource(part.dataset, split, sequence_length, seed, window_tokens) for part in self.parts]
         return sources[0] if len(sources) == 1 else MixtureSource(sources, [part.share for part in self.parts])
 
-    def check_shards(self, splits: Sequence[str], rank: int, world_size: int, hashes: bool) -> list[str]:
+    def check_shards(
+        self, splits: Sequence[str], rank: int, world_size: int, hashes: bool, before_shard: Callable[[], None]
+    ) -> list[str]:
         """One line for every damaged shard in this rank's share of those that lie in folders.
 
         Shards behind a URL are hashed when they are downloaded, so nothing is asked of them here.
         """
         problems = []
         for part in self.parts:
-            for name in splits:
-                shards = range(rank, part.dataset.split(name).num_shards, world_size)
-                problems += [] if part.is_remote else check_shards(part.dataset, name, shards, hashes)
+            for name in splits if not part.is_remote else ():
+                for shard in range(rank, part.dataset.split(name).num_shards, world_size):
+                    before_shard()
+                    problems += check_shards(part.dataset, name, [shard], hashes)
         return problems
 
     def describe(self, split: str) -> Iterator[str]:

@@ -111,9 +111,13 @@ class Clock:
             self.move(outer)
 
     def move(self, name: str | None = None) -> None:
-        """Something was done: this process is alive."""
+        """A place in the program that all ranks come to, the same number of times."""
         self.now = name or self.now
         self.moves += 1
+        self.touch()
+
+    def touch(self) -> None:
+        """Something was done between two moves, by this rank alone: it does not stand still."""
         self.moved_at = time.monotonic()
 
 

@@ -74,18 +74,16 @@ class Beat:
 
 
 def suspects(beats: Sequence[Beat], timeout_seconds: float) -> list[Beat]:
-    """The ranks that keep the job from moving; none while every rank has moved within its allowance.
+    """The ranks that keep the job from moving; none while they have moved within their allowance.
 
     Ranks that give no sign of life come first. Otherwise it is those that are behind all others in the sequence of
     phases; of these, not the ones that only wait in a collective operation for the rest.
     """
     beats = [beat for beat in beats if not beat.ended]
-    if all(beat.still_seconds <= beat.allowance(timeout_seconds) for beat in beats):
-        return []
-    if silent := [beat for beat in beats if beat.silent_seconds > timeout_seconds / 2]:
-        return silent
+    silent = [beat for beat in beats if beat.silent_seconds > timeout_seconds / 2]
     behind = [beat for beat in beats if beat.moves == min(other.moves for other in beats)]
-    return [beat for beat in behind if not beat.waits] or behind
+    slow = silent or [beat for beat in behind if not beat.waits] or behind
+    return [beat for beat in slow if beat.still_seconds > beat.allowance(timeout_seconds)]
 
 
 def explain(slow: Sequence[Beat]) -> str:

@@ -100,11 +100,13 @@ def beat(rank: int, moves: int = 10, still: float = 20, **values: object) -> Bea
         ([beat(0, waits=True), beat(1)], [1]),
         ([beat(0, waits=True), beat(1, waits=True)], [0, 1]),
         ([beat(0, moves=11), beat(1, moves=9, waits=True), beat(2, moves=11)], [1]),
-        ([beat(0, still=0), beat(1, moves=12)], [0]),  # the one behind still moves: it is the slow one
+        ([beat(0, still=0), beat(1, waits=True)], []),  # one rank reads all shards, the other waits for it
+        ([beat(0, still=0), beat(1, moves=12)], []),
         ([beat(0), beat(1, moves=12, silent_seconds=19)], [1]),
         ([beat(0), beat(1, ended=True, moves=1, silent_seconds=90)], [0]),
         ([Beat(0, "n0", 1, still_seconds=39), Beat(1, "n1", 2, still_seconds=39)], []),  # before the first step
         ([Beat(0, "n0", 1, still_seconds=41), beat(1, still=0)], [0]),
+        ([], []),
     ],
 )
 def test_suspects(beats: list[Beat], ranks: list[int]) -> None:

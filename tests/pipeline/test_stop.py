@@ -173,11 +173,11 @@ def test_through_the_launcher_a_signal_saves_and_leaves_nobody(tmp_path: Path, s
     assert living(tmp_path) == []
 
 
-def living(folder: Path) -> list[str]:
-    """Command lines of the processes that work for a folder."""
+def living(folder: Path) -> list[psutil.Process]:
+    """The processes that work for a folder."""
     found = []
     for process in psutil.process_iter():
         with suppress(psutil.Error):
             if process.status() != psutil.STATUS_ZOMBIE and str(folder) in " ".join(process.cmdline()):
-                found.append(" ".join(process.cmdline()))
+                found.append(process)
     return found
