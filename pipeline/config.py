@@ -141,9 +141,9 @@ class TrainingSection(Section):
     def signals_that_can_be_taken(cls, names: tuple[str, ...]) -> tuple[str, ...]:
         refused = [name for name in names if name not in CATCHABLE_SIGNALS]
         if refused:
-            raise ValueError(f"{', '.join(refused)} cannot be taken; there are: {', '.join(CATCHABLE_SIGNALS)}")
+            raise ValueError(f"cannot take {', '.join(refused)}; known: {', '.join(CATCHABLE_SIGNALS)}")
         if "SIGTERM" not in names:
-            raise ValueError("SIGTERM must be among them: launchers stop a job with it")
+            raise ValueError("must hold SIGTERM: launchers stop a job with it")
         return names
 
     @model_validator(mode="after")

@@ -15,7 +15,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from data_prep.errors import UserError
 from pipeline.checkpoint import list_checkpoints, read_state, verify
+from pipeline.config import load_config
 from pipeline.distributed import PREEMPTED_EXIT_CODE
 from pipeline.stop import plan
 from tests.conftest import ROOT
@@ -145,6 +147,18 @@ def test_a_spent_time_budget_is_a_stop(stopped: tuple[Path, list[dict[str, Any]]
     assert "training.max_seconds: stopping after step" in text
     saved = list_checkpoints(folder / "budget" / "checkpoints")
     assert [verify(item) for item in saved] == [[]] or "no step is taken yet" in text
+
+
+@pytest.mark.parametrize(
+    ("signals", "message"),
+    [
+        ("[SIGTERM,SIGKILL,SIGTREM]", "cannot take SIGKILL, SIGTREM; known: SIGTERM, SIGUSR1, SIGUSR2"),
+        ("[SIGUSR1]", "must hold SIGTERM: launchers stop a job with it"),
+    ],
+)
+def test_signals_that_cannot_be_taken_are_refused(signals: str, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        load_config("launch/runs/quickstart.yaml", [f"training.stop_signals={signals}"])
 
 
 @given(st.floats(-10, 1000), st.floats(0, 1000), st.floats(0, 1000))
