@@ -156,7 +156,8 @@ def straggler(seconds: Sequence[Sequence[float]]) -> tuple[dict[str, float], str
     phase = next(index for index, spread in enumerate(spreads) if spread >= max(spreads) / 2)
     slowest = columns[phase].index(max(columns[phase]))
     metrics = {"time/step_seconds_max": max(totals), "time/step_seconds_min": min(totals)}
-    metrics |= {f"time/{name}_seconds_max": max(column) for name, column in zip(StepTimes.PHASES, columns, strict=True)}
+    for name, column in zip(("data", "forward", "backward", "optimizer"), columns, strict=True):
+        metrics[f"time/{name}_seconds_max"] = max(column)
     metrics["time/slowest_rank"] = float(slowest)
     if spreads[phase] < 0.3 * max(totals):
         return metrics, ""
