@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 PREEMPTED = 75
+HANG = 76
 CHATTER = re.compile(rb"\[(INFO|ERROR)\] \[(launch|runner|multinode_runner)\.py:")
 """What DeepSpeed's launcher says of itself: kept in the log only."""
 _CONSEQUENCE = re.compile(r"[Cc]onnection (reset|closed|refused)|[Bb]roken pipe|timed? ?out|[Rr]emote", re.ASCII)
@@ -25,6 +26,10 @@ class Blame:
     node: str
     what: str
     certain: bool
+
+    @property
+    def is_hang(self) -> bool:
+        return self.what.startswith("hang: ")
 
 
 def blame(line: str) -> Blame | None:

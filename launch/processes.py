@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, BinaryIO
 import psutil
 
 import pipeline
-from launch.blame import CHATTER, Blame, blame
+from launch.blame import CHATTER, HANG, Blame, blame
 from launch.hosts import Elsewhere
 
 if TYPE_CHECKING:
@@ -126,6 +126,8 @@ def run_session(launch: Launch) -> Ended:
         copier.join(timeout=5)
     code = job.returncode if job.returncode >= 0 else 128 - job.returncode
     code = code or (ABANDONED_EXIT_CODE if abandoned else 0)
+    if code and any(told.is_hang for told in watch.blames):
+        code = HANG  # the launcher itself may have been killed, waiting for a rank that is stopped
     return Ended(code, watch.asked[0] if watch.asked else None, tuple(watch.blames))
 
 

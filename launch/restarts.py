@@ -6,12 +6,11 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
-from launch.blame import PREEMPTED, first_cause
+from launch.blame import HANG, PREEMPTED, first_cause
 from launch.processes import Ended
 from pipeline.tracking.restarts import RESTARTS_FILE
 
 USER_ERROR_EXIT_CODE = 2
-HANG_EXIT_CODE = 76
 SAME_STEP_FAILURES = 3
 """As many failures without a new checkpoint in between are a crash loop."""
 
@@ -77,14 +76,14 @@ def newest_step(run_folder: Path) -> int:
 def cause_of(ended: Ended) -> str:
     """One line that says how a job ended."""
     if ended.code == PREEMPTED:
-        return "preempted: the ranks were told to stop, and all is saved"
+        return "preempted: the ranks were told to stop, and left in order"
     if ended.code == USER_ERROR_EXIT_CODE:
         return f"refused by the ranks (exit code {USER_ERROR_EXIT_CODE})"
     cause = first_cause(ended.blames)
     if cause:
         return cause.what
-    if ended.code == HANG_EXIT_CODE:
-        return f"a rank hung (exit code {HANG_EXIT_CODE})"
+    if ended.code == HANG:
+        return f"a rank hung (exit code {HANG})"
     if ended.code > 128:
         return f"ended by signal {ended.code - 128}"
     return f"a rank failed (exit code {ended.code})"

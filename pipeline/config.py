@@ -127,9 +127,9 @@ class TrainingSection(Section):
     """`auto`: bf16 where the hardware multiplies it, else fp32; what was chosen is printed."""
     log_interval_steps: int = Field(10, ge=1)
     stop_signals: tuple[str, ...] = ("SIGTERM", "SIGUSR1", "SIGINT")
-    """At one of these, on any rank, all ranks save and leave with exit code 75: start it again to go on. SIGTERM, which
-    launchers send, is always one."""
-    preemption_grace_seconds: float = Field(120, gt=0)
+    """At one of these, on any rank, all ranks save and leave with exit code 75: start it again to go on. SIGTERM and
+    SIGUSR1, which launchers send, always are."""
+    preemption_grace_seconds: float = Field(90, gt=0)
     """From the first signal on: what cannot be finished in this time (a step, a save) is not begun."""
     max_seconds: float | None = Field(None, gt=0)
     """Time budget of one start; when it is spent the run leaves as if it had received a signal then."""
@@ -142,8 +142,8 @@ class TrainingSection(Section):
         refused = [name for name in names if name not in CATCHABLE_SIGNALS]
         if refused:
             raise ValueError(f"cannot take {', '.join(refused)}; known: {', '.join(CATCHABLE_SIGNALS)}")
-        if "SIGTERM" not in names:
-            raise ValueError("must hold SIGTERM: launchers stop a job with it")
+        if not {"SIGTERM", "SIGUSR1"} <= set(names):
+            raise ValueError("must hold SIGTERM and SIGUSR1, with which launchers stop a job")
         return names
 
     @model_validator(mode="after")

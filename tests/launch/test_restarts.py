@@ -52,7 +52,7 @@ def test_a_job_is_never_started_more_often_than_the_budget_allows(steps: list[in
     [
         (Ended(1), "a rank failed (exit code 1)"),
         (Ended(137), "ended by signal 9"),
-        (Ended(75), "preempted: the ranks were told to stop, and all is saved"),
+        (Ended(75), "preempted: the ranks were told to stop, and left in order"),
         (Ended(76), "a rank hung (exit code 76)"),
         (Ended(2, blames=(Blame("n1", "node n1 failed (exit code 2)", False),)), "refused by the ranks (exit code 2)"),
         (
@@ -62,7 +62,7 @@ def test_a_job_is_never_started_more_often_than_the_budget_allows(steps: list[in
         (Ended(1, blames=(Blame("n0", "rank 0 on n0: reset", False),)), "rank 0 on n0: reset"),
         (
             Ended(75, signal.SIGTERM, (Blame("n1", "node n1 failed", True),)),
-            "preempted: the ranks were told to stop, and all is saved",
+            "preempted: the ranks were told to stop, and left in order",
         ),
     ],
 )

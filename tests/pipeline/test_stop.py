@@ -153,7 +153,7 @@ def test_a_spent_time_budget_is_a_stop(stopped: tuple[Path, list[dict[str, Any]]
     ("signals", "message"),
     [
         ("[SIGTERM,SIGKILL,SIGTREM]", "cannot take SIGKILL, SIGTREM; known: SIGTERM, SIGUSR1, SIGUSR2"),
-        ("[SIGUSR1]", "must hold SIGTERM: launchers stop a job with it"),
+        ("[SIGUSR1]", "must hold SIGTERM and SIGUSR1, with which launchers stop a job"),
     ],
 )
 def test_signals_that_cannot_be_taken_are_refused(signals: str, message: str) -> None:
