@@ -141,8 +141,10 @@ def queue_again(failures: Sequence[Failure]) -> int:
     if "SLURM_ARRAY_JOB_ID" in os.environ:
         return code
     number = os.environ["SLURM_JOB_ID"]
-    if "RUNNING" not in slurm("squeue", "--noheader", "--jobs", number, "--format", "%T"):
-        return code  # cancelled or over its time: that is for others to decide
+    state = slurm("squeue", "--noheader", "--jobs", number, "--format", "%T %r").strip()
+    if "RUNNING" not in state and "TimeLimit" not in state:  # cancelled meanwhile, say
+        print(f"globallocal: not queued again, since Slurm has the job as {state or 'ended'}", flush=True)
+        return code
     signal.signal(signal.SIGTERM, signal.SIG_IGN)  # Slurm ends this script for the requeue
     done = subprocess.run(["scontrol", "requeue", number], capture_output=True, text=True)
     if done.returncode:

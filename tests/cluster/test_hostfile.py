@@ -101,7 +101,9 @@ def test_a_stop_saves_on_all_hosts(three_hosts: Cluster, run: Run) -> None:
 def test_nobody_is_left_when_a_launcher_is_killed(three_hosts: Cluster, run: Run, vanished: str) -> None:
     """On one remote host of the hostfile, and not on this machine, where DeepSpeed alone would start it."""
     include = ("--include", three_hosts.hosts[1].address)
-    job = run.launch(*three_hosts.options(3), *include, "--max-restarts", 0, "training.max_steps=4000")
+    store = f"sqlite:///{run.folder}/mlflow.db"
+    tracking = ("tracking.enabled=true", f"tracking.uri={store}")
+    job = run.launch(*three_hosts.options(3), *include, "--max-restarts", 0, "training.max_steps=4000", *tracking)
     run.wait_until(lambda: "step 2/4000" in run.log)
     (rank,) = run.ranks()
     assert Path(f"/proc/{rank.pid}/ns/net").readlink() != Path("/proc/self/ns/net").readlink()
@@ -111,6 +113,9 @@ def test_nobody_is_left_when_a_launcher_is_killed(three_hosts: Cluster, run: Run
     else:
         next(p for p in psutil.Process(job.pid).children() if any("deepspeed" in word for word in words(p))).kill()
         run.finish(expect=137)
+        client = MlflowClient(store)
+        (tracked,) = client.search_runs([client.get_experiment_by_name("globallocal").experiment_id])
+        assert tracked.info.status == "FAILED"
     deadline = time.monotonic() + SECONDS
     while run.ranks():
         assert time.monotonic() < deadline

@@ -48,10 +48,10 @@ def test_a_job_out_of_time_and_a_dead_rank_cost_no_sample(
         rank.suspend()
     slurm.run("scontrol", "update", f"JobId={number}", "EndTime=now+40")
     run.wait_until(lambda: "SIGUSR1: the ranks save and stop" in run.log)
+    slurm.run("scontrol", "update", f"JobId={number}", "TimeLimit=60")  # a busy machine takes longer than 5 s to save
     for rank in ranks:
         rank.resume()
     run.wait_until(lambda: restarts(run))
-    slurm.run("scontrol", "update", f"JobId={number}", "TimeLimit=60")
     saved = run.steps_saved()[-1]
     run.wait_until(lambda: run.steps_saved()[-1] > saved)
     run.ranks()[-1].send_signal(signal.SIGKILL)
