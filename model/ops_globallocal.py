@@ -20,10 +20,13 @@ class RowChoice:
     Args:
         indices: int64 [T, k], values in [0, N).
         num_rows: N.
+        grouped: False where only the chosen rows are read: no sums by row, no gradients.
     """
 
-    def __init__(self, indices: Tensor, num_rows: int) -> None:
+    def __init__(self, indices: Tensor, num_rows: int, grouped: bool = True) -> None:
         self.indices = indices
+        if not grouped:
+            return
         ordered, self.order = indices.reshape(-1).sort(stable=True)
         self.offsets = torch.searchsorted(ordered, torch.arange(num_rows, device=indices.device))
 
@@ -121,7 +124,10 @@ def top_rows(tokens: Tensor, table: Tensor, bias: Tensor, k: int) -> tuple[Tenso
     """
     k = min(k, table.shape[0])
     block = max(1, SCORE_BLOCK_ELEMENTS // table.shape[0])
-    parts = [F.linear(part, table, bias).topk(k, dim=-1) for part in tokens.split(block)]
+    scores = tokens.new_empty(min(block, tokens.shape[0]), table.shape[0])  # `out=`: no checkpointing policy keeps it
+    parts = [
+        torch.addmm(bias, part, table.T, out=scores[: part.shape[0]]).topk(k, dim=-1) for part in tokens.split(block)
+    ]
     return torch.cat([part.values for part in parts]), torch.cat([part.indices for part in parts])
 
 

@@ -49,11 +49,11 @@ class DenseScores(RouterScores):
         self.keys_weight = nn.Parameter(torch.empty(config.pool_size, config.router_hidden_size))
         self.keys_bias = nn.Parameter(torch.empty(config.pool_size))
 
-    def forward(self, tokens: Tensor) -> tuple[RowChoice, Tensor]:
+    def forward(self, tokens: Tensor, grouped: bool) -> tuple[RowChoice, Tensor]:
         """tokens [T, h] → the choice among N rows, and its scores [T, k]."""
         hidden = self.hidden(tokens)
         _, indices = top_rows(hidden, self.keys_weight, self.keys_bias, self.top_k)
-        choice = RowChoice(indices, self.keys_weight.shape[0])
+        choice = RowChoice(indices, self.keys_weight.shape[0], grouped)
         return choice, dot_rows(hidden, self.keys_weight, self.keys_bias, choice)
 
 
@@ -73,17 +73,17 @@ class ProductKeyScores(RouterScores):
         self.right_weight = nn.Parameter(torch.empty(right_keys, half))
         self.right_bias = nn.Parameter(torch.empty(right_keys))
 
-    def forward(self, tokens: Tensor) -> tuple[RowChoice, Tensor]:
+    def forward(self, tokens: Tensor, grouped: bool) -> tuple[RowChoice, Tensor]:
         """tokens [T, h] → the choice among N rows, and its scores [T, k]."""
         left, right = (part.contiguous() for part in self.hidden(tokens).chunk(2, dim=-1))
         left_index, right_index = self._best_pairs(left, right)
-        left_choice = RowChoice(left_index, self.left_weight.shape[0])
-        right_choice = RowChoice(right_index, self.right_weight.shape[0])
+        left_choice = RowChoice(left_index, self.left_weight.shape[0], grouped)
+        right_choice = RowChoice(right_index, self.right_weight.shape[0], grouped)
         scores = dot_rows(left, self.left_weight, self.left_bias, left_choice)
         scores = scores + dot_rows(right, self.right_weight, self.right_bias, right_choice)
         num_right = self.right_weight.shape[0]
         num_rows = self.left_weight.shape[0] * num_right
-        return RowChoice(left_index * num_right + right_index, num_rows), scores
+        return RowChoice(left_index * num_right + right_index, num_rows, grouped), scores
 
     @torch.no_grad()
     def _best_pairs(self, left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
@@ -149,16 +149,20 @@ class TensorRouter(nn.Module):
     ) -> tuple[Tensor, Tensor, Tensor]:
         """x [B, S, h], pool [N, D], mask [B, S, 1] or None → [B, S, h], diversity loss, usage [N]: weight a row got.
 
-        `folds` holds what was multiplied out while decoding; the weights do not change there.
+        `folds` holds what was multiplied out while decoding; the weights do not change there. One token more has
+        no diversity loss and no usage: nobody reads them, and they would cost as much as the token itself.
         """
+        counted = folds is None or x.shape[1] > 1 or torch.is_grad_enabled()
         tokens = x.reshape(-1, x.shape[-1])
         folded = self._folded(folds)
-        choice, scores = self.scores(tokens)
+        choice, scores = self.scores(tokens, counted)
         weights = self._weights(scores)
         inverse_deviation, projected = self._normalised_input(tokens, folded)
         output = torch.addcmul(folded.output_bias, projected, inverse_deviation) + self._mixture(
             weights.to(pool.dtype), pool, folded.mixture_weight, choice
         )
+        if not counted:
+            return output.view_as(x), weights.new_zeros(()), weights.new_zeros(pool.shape[0])
         if mask is not None:
             weights = weights * mask.reshape(-1, 1)
         usage = sum_by_row(weights, choice)
