@@ -5,12 +5,14 @@ A folder without a whole `integrity.json` does not exist. `checkpoint_io.py` wri
 
 import fcntl
 import hashlib
+import itertools
 import json
 import os
 import platform
 import re
 import shutil
 from collections.abc import Callable, Iterable
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -147,6 +149,11 @@ def list_checkpoints(root: Path) -> list[Path]:
     return sorted(found, key=step_of, reverse=True)
 
 
+def listing_digest(files: dict[str, dict[str, Any]]) -> str:
+    """What integrity.json says of itself, so that damage to it is not laid to the files."""
+    return hashlib.sha256(json.dumps(files, sort_keys=True).encode()).hexdigest()
+
+
 def read_listing(folder: Path) -> tuple[dict[str, dict[str, Any]], list[str]]:
     """File → `bytes` and `sha256` as integrity.json tells, and why it cannot be read."""
     try:
@@ -193,11 +200,18 @@ def _verify_size(path: Path, expected: dict[str, Any]) -> list[str]:
 
 
 def _verify_hash(path: Path, expected: dict[str, Any], progress: Callable[[int], None]) -> list[str]:
-    digest, block = hashlib.sha256(), memoryview(bytearray(_BLOCK_BYTES))
+    digest, blocks = hashlib.sha256(), itertools.cycle([bytearray(_BLOCK_BYTES) for _ in range(2)])
     try:
-        with open(path, "rb", buffering=0) as file:
-            while count := file.readinto(block):
-                digest.update(block[:count])
+        with open(path, "rb", buffering=0) as file, ThreadPoolExecutor(1, "hash") as hasher:
+            hashed: Future[None] | None = None
+            while True:  # one block is hashed while the next is read; both leave the interpreter to others
+                block = next(blocks)
+                count = file.readinto(block)
+                if hashed:
+                    hashed.result()
+                if not count:
+                    break
+                hashed = hasher.submit(digest.update, memoryview(block)[:count])
                 progress(count)
     except OSError as error:
         return [f"{path}: {error.strerror}"]

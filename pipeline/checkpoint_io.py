@@ -25,6 +25,7 @@ from pipeline.checkpoint import (
     STATE,
     CheckpointState,
     first_line,
+    listing_digest,
     put_in_place,
     sync_folder,
 )
@@ -176,7 +177,8 @@ def commit(folder: Path, final: Path, state: CheckpointState, files: dict[str, W
         if problems:
             return problems
         table = {name: {"bytes": item.size_bytes, "sha256": item.sha256} for name, item in sorted(files.items())}
-        listing = json.dumps({"format_version": FORMAT_VERSION, "files": table}, indent=2).encode()
+        whole = {"format_version": FORMAT_VERSION, "sha256": listing_digest(table), "files": table}
+        listing = json.dumps(whole, indent=2).encode()
         write_durably(folder / INTEGRITY, lambda file: file.write(listing))
         sync_folder(folder)
         put_in_place(folder, final)

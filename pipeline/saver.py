@@ -174,10 +174,12 @@ class Saver:
     def _prepare(self, building: Path) -> list[str]:
         try:
             shutil.rmtree(building, ignore_errors=True)
-            building.mkdir(parents=True)
-            return save_problems(self.root, self.expected_bytes)
+            problems = save_problems(self.root, self.expected_bytes)
+            if not problems:
+                building.mkdir(parents=True)
         except OSError as error:
             return [f"{building}: {error.strerror}"]
+        return problems
 
     @staticmethod
     def _write(folder: Path, files: dict[str, Any], problems: list[str]) -> Report:

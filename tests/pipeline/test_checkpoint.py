@@ -1,6 +1,7 @@
 """What a checkpoint folder promises: whole or not there, every byte accounted for."""
 
 import json
+import random
 import shutil
 from pathlib import Path
 from typing import Any
@@ -68,6 +69,21 @@ def test_every_damage_to_every_file_is_named_and_the_older_one_taken(root: Path,
         assert len(problems) == 1
         assert name in problems[0]
         assert checkpoint.newest_verified_alone(root) == root / "step-00000003"
+
+
+def test_a_single_flipped_bit_anywhere_is_found_200_times(root: Path) -> None:
+    generator = random.Random(0)
+    folder = root / "step-00000006"
+    for _ in range(200):
+        path = folder / generator.choice(names(folder))
+        content = path.read_bytes()
+        damaged = bytearray(content)
+        damaged[generator.randrange(len(damaged))] ^= 1 << generator.randrange(8)
+        path.write_bytes(bytes(damaged))
+        (problem,) = checkpoint.verify(folder)
+        assert str(path) in problem
+        path.write_bytes(content)
+    assert checkpoint.verify(folder) == []
 
 
 @pytest.fixture(autouse=True)

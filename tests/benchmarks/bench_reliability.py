@@ -1,0 +1,42 @@
+"""What reliability costs, as ratios over doing without it, all in one run; two ranks, fp32, ZeRO-1.
+
+Contenders take turns, and the fastest turn of each counts, so that other work on the machine touches all.
+"""
+
+import json
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from tests.conftest import globallocal
+from tests.pipeline.ranks import outputs, start_ranks, wait
+
+PROGRAM = "tests.benchmarks.reliability_ranks"
+BOUNDS = {
+    "blocked_by_a_background_save_over_a_plain_save": "≤ 0.1",
+    "save_bandwidth_over_plain_write_and_fsync": "≥ 0.7",
+    "verified_load_bandwidth_over_plain_read": "≥ 0.7",
+    "tokens_per_second_over_a_bare_deepspeed_loop": "≥ 0.98",
+}
+
+
+def run() -> dict[str, Any]:
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        globallocal("tokenizer", "--source", "sample", "--vocab-size", 512, "--output", folder / "tokenizer")
+        globallocal("prepare", "--source", "sample", "--tokenizer", folder / "tokenizer", "--output", folder / "data")
+        figures = ranks(folder, "costs", 2)
+        memory = {f"{count} ranks": ranks(folder, "memory", count) for count in (1, 2, 4)}
+    bounded = {f"{key} [{BOUNDS[key]}]" if key in BOUNDS else key: value for key, value in figures.items()}
+    return {**bounded, "peak bytes of tensors over launch/memory.py": memory}
+
+
+def ranks(folder: Path, what: str, count: int) -> dict[str, Any]:
+    codes = wait(start_ranks(["-m", PROGRAM, str(folder), what], folder, count), folder, 3600)
+    assert codes == [0] * count, outputs(folder)
+    figures: dict[str, Any] = json.loads((folder / f"{what}.json").read_text())
+    return figures
+
+
+if __name__ == "__main__":
+    print(json.dumps(run(), indent=2))

@@ -1,0 +1,256 @@
+"""One rank of the benchmark `reliability`: `python -m tests.benchmarks.reliability_ranks FOLDER costs|memory`."""
+
+import json
+import os
+import shutil
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+from deepspeed.runtime.checkpoint_engine import TorchCheckpointEngine
+
+from launch.memory import LiveBytes, measure, rank_memory
+from pipeline import checkpoint, checkpoint_io
+from pipeline.build import build
+from pipeline.config import RunConfig, load_config
+from pipeline.distributed import World, shutdown, start
+from pipeline.metrics import Clock
+from pipeline.saver import Saved
+from pipeline.stop import StopRequest
+from pipeline.trainer import Trainer
+from pipeline.watch import Watch
+from tests.pipeline.ranks import Run, tiny_overrides
+
+TURNS = 4
+SPEED_STEPS = 30
+LARGE = [
+    "model.hidden_size=512",
+    "model.num_hidden_layers=8",
+    "model.pool_size=1024",
+    "model.pool_dim=128",
+    "model.router_hidden_size=128",
+]
+USUAL = [
+    *LARGE[:1],
+    "model.num_hidden_layers=4",
+    *LARGE[2:],
+    "model.dropout=0",
+    "data.sequence_length=256",
+    "training.log_interval_steps=10",
+]
+
+
+def main(folder: Path, what: str) -> None:
+    world, stop = start(), StopRequest()
+    figures = costs(folder, world, stop) if what == "costs" else memory(folder, world, stop)
+    if world.is_main:
+        (folder / f"{what}.json").write_text(json.dumps(figures))
+    shutdown()
+
+
+def settings(folder: Path, name: str, *overrides: str) -> RunConfig:
+    rare = [f"{key}=1000000" for key in ("training.max_steps", "checkpoint.interval_steps")]
+    run = Run(name, [*rare, "evaluation.split=null", *overrides])
+    config = load_config("launch/runs/quickstart.yaml", tiny_overrides(run, folder, folder / "data"))
+    config.run_folder.mkdir(parents=True, exist_ok=True)
+    (config.run_folder / "logs").mkdir(exist_ok=True)
+    return config
+
+
+def costs(folder: Path, world: World, stop: StopRequest) -> dict[str, Any]:
+    zero = "deepspeed.config=ds_configs/zero1.json"
+    trainer = build(settings(folder, "saving", zero, *LARGE, "tracking.enabled=false"), world, stop, Clock())
+    trainer.train_step()
+    figures = blocked(trainer, folder / "plain") | save_bandwidth(trainer) | load_bandwidth(trainer)
+    trainer.batches.close()  # type: ignore[attr-defined]
+    shutil.rmtree(folder / "saving", ignore_errors=True)
+    return figures | speed(folder, world, stop)
+
+
+def blocked(trainer: Trainer, plain: Path) -> dict[str, Any]:
+    """Seconds that the training thread gives to a background save, its polls included, over a plain save."""
+    times: dict[str, list[float]] = {"plain": [], "background": []}
+    for turn in range(TURNS + 1):
+        times["plain"].append(timed(trainer.world, lambda turn=turn: plain_save(trainer, plain / str(turn))))
+        shutil.rmtree(plain, ignore_errors=True)
+        seconds, ended = timed(trainer.world, lambda: trainer.saver.start(trainer.describe(trainer))), []
+        while not ended:
+            trainer.train_step()
+            begin = time.perf_counter()
+            ended = trainer.saver.poll()
+            seconds += time.perf_counter() - begin
+        assert not ended[0].problems, ended
+        times["background"].append(seconds)
+    cold, warm = times["background"][0], min(times["background"][1:])
+    best = min(times["plain"][1:])
+    return {
+        "checkpoint_megabytes": ended[0].size_bytes / 1e6,
+        "plain_save_seconds": best,
+        "blocked_by_a_background_save_over_a_plain_save": warm / best,
+        "the_first_one_which_makes_the_buffers": cold / best,
+    }
+
+
+def timed(world: World, work: Callable[[], Any]) -> float:
+    """Seconds of the slowest rank."""
+    world.barrier()
+    begin = time.perf_counter()
+    work()
+    return world.agree({"seconds": time.perf_counter() - begin})["seconds"]
+
+
+def plain_save(trainer: Trainer, folder: Path) -> None:
+    """As DeepSpeed does it by itself: no hashes, no fsync."""
+    engine = trainer.engine
+    ours, engine.checkpoint_engine = engine.checkpoint_engine, TorchCheckpointEngine(engine._config)
+    engine.save_checkpoint(str(folder), tag="step")
+    engine.checkpoint_engine = ours
+
+
+def saved(trainer: Trainer) -> Saved:
+    trainer.step += 1
+    trainer.saver.start(trainer.describe(trainer))
+    (ended,) = trainer.saver.finish()
+    assert not ended.problems, ended
+    return ended
+
+
+def save_bandwidth(trainer: Trainer) -> dict[str, Any]:
+    """Writing, hashing, fsyncing and committing over writing and fsyncing the same bytes, each rank its own."""
+    engine, world, root = trainer.engine, trainer.world, trainer.saver.root
+    files, _ = checkpoint_io.collect(engine, root / ".saving-measure", "measure", world.rank)
+    checkpoint_io.write_files(root, files)
+    contents = [bytes((root / name).read_bytes()) for name in files]
+    ours, plain = [], []
+    for _ in range(TURNS):
+        plain.append(timed(world, lambda: [write(root / f"plain-{world.rank}-{i}", c) for i, c in enumerate(contents)]))
+        ours.append(saved(trainer).seconds)
+    total = sum(map(len, contents))
+    by_rank = world.gather(total)
+    return {
+        "plain_write_megabytes_per_second": sum(by_rank) / min(plain) / 1e6,
+        "save_bandwidth_over_plain_write_and_fsync": min(plain) / min(ours),
+    }
+
+
+def write(path: Path, content: bytes) -> None:
+    with open(path, "wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    path.unlink()
+
+
+def load_bandwidth(trainer: Trainer) -> dict[str, Any]:
+    """Verifying and loading over reading the same files, all from the disk, the ranks sharing the reading."""
+    world, folder = trainer.world, saved(trainer).folder
+    names = sorted(checkpoint.read_listing(folder)[0])
+    plain, ours = [], []
+    for _ in range(TURNS):
+        forget(folder)
+        plain.append(timed(world, lambda: [read(folder / name) for name in names[world.rank :: world.size]]))
+        forget(folder)
+        ours.append(timed(world, lambda: verified_load(trainer, folder)))
+    total = sum((folder / name).stat().st_size for name in names)
+    return {
+        "plain_read_megabytes_per_second": total / min(plain) / 1e6,
+        "verified_load_bandwidth_over_plain_read": min(plain) / min(ours),
+    }
+
+
+def verified_load(trainer: Trainer, folder: Path) -> None:
+    assert checkpoint.verify_together(folder, trainer.world) == []
+    checkpoint_io.load(trainer.engine, folder, trainer.world)
+
+
+def read(path: Path) -> None:
+    block = bytearray(1 << 23)
+    with open(path, "rb", buffering=0) as file:
+        while file.readinto(block):
+            pass
+
+
+def forget(folder: Path) -> None:
+    """Out of the page cache."""
+    for path in folder.iterdir():
+        with open(path, "rb") as file:
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+class Enough(Exception):
+    pass
+
+
+def speed(folder: Path, world: World, stop: StopRequest) -> dict[str, Any]:
+    """Tokens per second of the whole trainer (loader, MLflow, watch, checks) over forward, backward, step."""
+    config, clock = settings(folder, "speed", "deepspeed.config=ds_configs/zero1.json", *USUAL), Clock()
+    ours, bare = [], []
+    with Watch(world, clock, config.run_folder, config.training.hang_timeout_seconds):
+        trainer = build(config, world, stop, clock)
+        loader, batch = trainer.batches, torch.from_numpy(next(trainer.batches))
+        for _ in range(TURNS):
+            bare.append(timed(world, lambda: bare_loop(trainer, batch)))
+            trainer.batches = some(loader, SPEED_STEPS * trainer.layout.gradient_accumulation_steps)
+            ours.append(timed(world, lambda: whole_trainer(trainer)))
+        loader.close()  # type: ignore[attr-defined]
+        trainer.tracker.close("FINISHED")
+    ratios = [b / o for b, o in zip(bare, ours, strict=True)]
+    return {
+        "bare_tokens_per_second": SPEED_STEPS * trainer.tokens_per_step / min(bare),
+        "tokens_per_second_over_a_bare_deepspeed_loop": min(bare) / min(ours),
+        "the_same_turn_by_turn_median": median(ratios),
+    }
+
+
+def bare_loop(trainer: Trainer, tokens: torch.Tensor) -> None:
+    for _ in range(SPEED_STEPS * trainer.layout.gradient_accumulation_steps):
+        output = trainer.engine(input_ids=tokens[:, :-1], shift_labels=tokens[:, 1:])
+        trainer.engine.backward(output.loss)
+        trainer.engine.step()
+
+
+def some(loader: Iterator[Any], count: int) -> Iterator[Any]:
+    for _ in range(count):
+        yield next(loader)
+    raise Enough
+
+
+def whole_trainer(trainer: Trainer) -> None:
+    with suppress(Enough):
+        trainer.train()
+
+
+def memory(folder: Path, world: World, stop: StopRequest) -> dict[str, float]:
+    """Peak bytes of all tensors of this rank over two steps, building included, over the theory, by stage."""
+    found = {}
+    for stage in range(4):
+        zero = {"stage": stage, "reduce_bucket_size": 500_000, "allgather_bucket_size": 500_000}
+        if stage == 3:
+            zero |= {"stage3_prefetch_bucket_size": 100_000, "stage3_param_persistence_threshold": 1_000}
+        path = folder / f"zero{stage}.json"
+        if world.is_main:
+            path.write_text(json.dumps({"zero_optimization": zero}))
+        world.barrier()
+        name = f"memory-{world.size}-{stage}"
+        overrides = [f"deepspeed.config={path}", *USUAL[:-3], "tracking.enabled=false"]
+        config = settings(folder, name, *overrides, "training.micro_batch_size=1")
+        with LiveBytes() as live:
+            trainer = build(config, world, stop, Clock())
+            trainer.train_step()
+            trainer.train_step()
+        size = measure(trainer.engine.module.config, 1, config.data.sequence_length, "fp32")
+        theory = rank_memory(size, stage, world.size, "fp32", zero).total
+        found[f"stage {stage}"] = world.agree({"peak": live.peak})["peak"] / theory
+        trainer.batches.close()  # type: ignore[attr-defined]
+        trainer.engine.destroy()
+    return found
+
+
+if __name__ == "__main__":
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    main(Path(sys.argv[1]), sys.argv[2])

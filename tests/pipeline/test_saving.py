@@ -1,0 +1,144 @@
+"""Saving while training goes on, on two real ranks: of the right step, and in every trouble of a disk."""
+
+import json
+import os
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from pipeline.checkpoint import read_state
+from pipeline.retention import Retention
+from pipeline.space import checkpoint_bytes, retained, size_bytes, start_problems
+from pipeline.weights import only_weights
+from tests.conftest import missing
+from tests.pipeline.ranks import outputs, start_ranks, wait
+from tests.pipeline.saving import STAGES, WRITES
+from tests.pipeline.test_training import plain
+
+MOUNTS = {"trouble/checkpoints": "8m", "tiny": "24k"}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """With small disks in it, where this user may mount them."""
+    folder = tmp_path_factory.mktemp("saving")
+    mounted = []
+    if os.geteuid() == 0:
+        for name, size in MOUNTS.items():
+            (folder / name).mkdir(parents=True)
+            command = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(folder / name)]
+            if subprocess.run(command, capture_output=True).returncode == 0:
+                mounted.append(folder / name)
+    if len(mounted) == len(MOUNTS):
+        (folder / "mounted").touch()
+    yield folder
+    for item in mounted:
+        subprocess.run(["umount", "--lazy", str(item)], check=True)
+
+
+@pytest.fixture(scope="module")
+def results(folder: Path, small_dataset: Path) -> dict[str, Any]:
+    (folder / "dataset").write_text(str(small_dataset))
+    codes = wait(start_ranks(["-m", "tests.pipeline.saving", str(folder)], folder), folder, 1500)
+    assert codes == [0, 0], outputs(folder)
+    found: dict[str, Any] = json.loads((folder / "results.json").read_text())
+    return found
+
+
+@pytest.fixture
+def small_disks(results: dict[str, Any], folder: Path) -> dict[str, Any]:
+    if not (folder / "mounted").exists():
+        missing("a small disk (tmpfs)", "run the tests as root, who may mount it")
+    return results
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_the_checkpoint_is_of_the_step_it_says_though_training_has_moved_on(
+    results: dict[str, Any], folder: Path, stage: int
+) -> None:
+    result = results[f"later-{stage}"]
+    assert (result["step"], result["steps"], result["problems"]) == (4, [2], [])
+    assert result["ended_before_written"] == 0
+    saved, expected = folder / f"later-{stage}" / "checkpoints" / "step-00000002", folder / f"plain-{stage}" / "step"
+    files = sorted(item.name for item in expected.glob("*.pt"))
+    assert len(files) >= (1 if stage == 0 else 3)
+    with only_weights():
+        for name in files:
+            assert plain(torch.load(saved / name)) == plain(torch.load(expected / name)), name
+    assert read_state(saved).step == 2
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_the_room_that_a_checkpoint_takes_is_known_before_the_first(
+    results: dict[str, Any], folder: Path, stage: int
+) -> None:
+    saved = folder / f"later-{stage}" / "checkpoints" / "step-00000002"
+    with only_weights():
+        name = "mp_rank_00_model_states.pt" if stage < 3 else "zero_pp_rank_0_mp_rank_00_model_states.pt"
+        content = torch.load(saved / name)
+    buffers = sum(content["module"][name].numel() for name in content["buffer_names"])
+    shapes = content["param_shapes"]
+    if shapes:
+        parameters = sum(shape.numel() for group in shapes for shape in group.values())
+    else:
+        parameters = sum(tensor.numel() for tensor in content["module"].values()) - buffers
+    expected = checkpoint_bytes(parameters, buffers, stage, "fp32", 2)
+    assert size_bytes(saved) <= expected * 1.05
+    assert size_bytes(saved) >= expected * 0.8
+
+
+def test_a_save_that_overtakes_another_waits_for_it_and_says_so(results: dict[str, Any], folder: Path) -> None:
+    result = results["overtaking"]
+    assert (result["steps"], result["problems"]) == ([1, 2], [])
+    log = (folder / "trouble" / "logs" / "rank-00000.log").read_text()
+    assert "step 2: the checkpoint of step 1 is still being written; waiting for it" in log
+
+
+def assert_survived(result: dict[str, Any], *words: str) -> None:
+    """Nothing of the failed save is left, the older checkpoint stands, the next save succeeds."""
+    text = "\n".join(result["problems"])
+    assert all(word in text for word in words), text
+    assert result["steps"] == [result["step"]]
+    assert result["newest"]
+    assert result["newest"] < f"step-{result['step']:08d}"
+    assert result["passed_over"] == []
+    assert result["then"]["problems"] == []
+    assert result["then"]["newest"] == f"step-{result['then']['step']:08d}"
+    assert result["then"]["left"] == []
+
+
+def test_a_folder_deleted_while_it_is_written(results: dict[str, Any]) -> None:
+    assert_survived(results["deleted"], ".saving-step-00000003", "No such file or directory")
+
+
+@pytest.mark.parametrize(("rank", "number"), [(rank, number) for rank in WRITES for number in range(WRITES[rank])])
+def test_a_disk_that_is_full_at_any_write(small_disks: dict[str, Any], rank: int, number: int) -> None:
+    result = small_disks[f"full-{rank}-{number}"]
+    assert_survived(result, "No space left on device")
+    assert result["left"] == []
+
+
+def test_a_target_that_is_read_only(small_disks: dict[str, Any]) -> None:
+    assert_survived(small_disks["read-only"], "Read-only file system")
+
+
+def test_too_little_room_is_seen_before_a_save(small_disks: dict[str, Any]) -> None:
+    assert_survived(small_disks["no room"], "free, a checkpoint takes about", "globallocal checkpoints prune")
+
+
+def test_a_disk_of_24_kilobytes_is_one_line_before_step_0(small_disks: dict[str, Any]) -> None:
+    (line,) = small_disks["tiny"]
+    assert "kB free, but the run keeps up to 2 checkpoints of about 1." in line
+    assert "move run.output_dir to a larger disk" in line
+
+
+def test_retention_counts_the_checkpoint_being_written(tmp_path: Path) -> None:
+    assert retained(Retention(keep_last=3), max_steps=100, interval_steps=10) == 4
+    assert retained(Retention(keep_last=3), max_steps=20, interval_steps=10) == 2
+    assert retained(Retention(2, keep_every_steps=20, keep_best=1), max_steps=100, interval_steps=10) == 9
+    (line,) = start_problems(tmp_path, 10**18, 4)
+    assert "4 checkpoints of about 1000000.0 TB" in line
