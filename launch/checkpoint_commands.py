@@ -64,7 +64,7 @@ def list_(run: RunPath) -> None:
             readable(size_bytes(folder)),
             loss,
             written_with,
-            "\n".join(problems) if problems else "whole",
+            "\n".join(problem.removeprefix(f"{folder}/") for problem in problems) or "whole",
             ", ".join(kept[step_of(folder)]) or "nothing: prune deletes it",
         )
     Console(width=None if sys.stdout.isatty() else 200).print(table)
