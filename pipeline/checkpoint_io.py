@@ -19,6 +19,7 @@ import torch
 from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime.checkpoint_engine.checkpoint_engine import CheckpointEngine
 
+from pipeline import layout
 from pipeline.checkpoint import (
     FORMAT_VERSION,
     INTEGRITY,
@@ -134,7 +135,8 @@ def collect(engine: Any, building: Path, name: str, rank: int) -> tuple[dict[str
     deferring: DeferringCheckpointEngine = engine.checkpoint_engine
     engine._copy_recovery_script = lambda folder: None  # a script of DeepSpeed's, copied past the checkpoint engine
     engine.save_checkpoint(str(building), tag=name, save_latest=False)
-    files = {**deferring.files, _rng_name(rank): random_state()}
+    own = {_rng_name(rank): random_state(), layout.file_name(rank): layout.to_plain(layout.layout(engine))}
+    files = {**deferring.files, **own}
     deferring.files = {}
     return files, deferring.errors
 
@@ -199,20 +201,22 @@ def _strays(folder: Path, files: dict[str, Written]) -> list[str]:
 
 
 def load(engine: Any, folder: Path, world: World) -> None:
-    """Model, optimizer and random state of a verified checkpoint into the engine.
+    """Model and optimizer of a verified checkpoint into an engine of the same ranks, stage and precision, bitwise.
 
     Raises:
-        UserError: DeepSpeed could not load it, or a rank's random state is absent.
+        UserError: DeepSpeed could not load it.
     """
-    problems: list[str] = []
     path, _ = engine.load_checkpoint(str(folder.parent), tag=folder.name)
-    if path is None:
-        problems.append(f"{folder}: DeepSpeed loaded nothing from it")
+    world.raise_together([] if path else [f"{folder}: DeepSpeed loaded nothing from it"])
+
+
+def load_random_state(folder: Path, world: World) -> None:
+    """Restore this rank's generators; raises UserError where its file is absent."""
+    path, problems = folder / _rng_name(world.rank), []
     try:
-        state = torch.load(folder / _rng_name(world.rank), weights_only=True)
-        set_random_state(state)
+        set_random_state(torch.load(path, weights_only=True))
     except OSError as error:
-        problems.append(f"{folder / _rng_name(world.rank)}: {error.strerror}")
+        problems.append(f"{path}: {error.strerror}")
     world.raise_together(problems)
 
 

@@ -66,8 +66,9 @@ def deepspeed_config(config: RunConfig, layout: BatchLayout, precision: str) -> 
         raise UserError([f"{path}: {problem}" for problem in problems])
     settings = {"steps_per_print": 2**31, **knobs, **owned}
     if precision != "fp32":
-        # Gradients are summed in fp32; the tensor pool, a buffer, is multiplied with 16-bit weights.
-        defaults = {"grad_accum_dtype": "fp32", "buffer_dtype": precision}
+        # The tensor pool, a buffer, is multiplied with 16-bit weights. Gradients are summed in fp32, but for stage 0,
+        # where DeepSpeed keeps them in the weights' own type.
+        defaults = {"buffer_dtype": precision} | ({"grad_accum_dtype": "fp32"} if zero_stage(settings) else {})
         settings["data_types"] = {**defaults, **knobs.get("data_types", {})}
     return settings
 

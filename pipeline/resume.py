@@ -3,10 +3,10 @@
 import logging
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from data_prep.errors import UserError
-from pipeline import checkpoint, checkpoint_io
+from pipeline import checkpoint, checkpoint_io, reshard
 from pipeline.config import RunConfig, flatten
 from pipeline.corpus import Corpus
 from pipeline.data import BatchLayout, Source, batch_hash, data_step
@@ -41,6 +41,18 @@ class Resumed:
     health: HealthState = field(default_factory=HealthState)
 
 
+class Shape(NamedTuple):
+    """What a checkpoint's files depend on; a run may go on in another one."""
+
+    world_size: int
+    zero_stage: int
+    precision: str
+
+    @classmethod
+    def of(cls, state: checkpoint.CheckpointState) -> "Shape":
+        return cls(state.world_size, state.zero_stage, state.precision)
+
+
 def resume(
     config: RunConfig,
     world: World,
@@ -61,15 +73,16 @@ def resume(
     folder = find(config, world)
     if folder is None:
         return Resumed()
+    shape = Shape(world.size, stage, precision)
     with world.together():
         state = checkpoint.read_state(folder)
-        problems, changes = compare(state, config, world, corpus, precision, stage)
+        problems, changes = compare(state, config, corpus, shape)
         if problems:
             raise UserError([f"{folder}: {problem}" for problem in problems])
     for change in changes:
         log.info(f"changed since the checkpoint: {change}")
-    checkpoint_io.load(engine, folder, world)
-    prove(folder, state, engine, source, layout, world, model_config.vocab_size)
+    restore(folder, state, config, world, engine, shape)
+    prove(folder, state, engine, source, layout, world, model_config.vocab_size, precision)
     return Resumed(
         folder,
         state.step,
@@ -115,13 +128,31 @@ def find(config: RunConfig, world: World) -> Path | None:
     return folder
 
 
+def restore(
+    folder: Path, state: checkpoint.CheckpointState, config: RunConfig, world: World, engine: Any, shape: Shape
+) -> None:
+    """Model, optimizer and random state of a verified checkpoint, resharded where its shape is not the run's."""
+    if Shape.of(state) == shape:
+        checkpoint_io.load(engine, folder, world)
+    else:
+        with world.together():
+            reader = reshard.ParameterReader(folder, state)
+            reshard.check(engine, reader)
+        reshard.restore(engine, reader)
+        log.info(f"resharded: {_words(Shape.of(state))} → {_words(shape)}")
+    if state.world_size == world.size:
+        checkpoint_io.load_random_state(folder, world)
+    else:
+        reshard.seed_generators(config.run.seed, state.step, world.rank)
+        log.info("random state: each rank's generators are seeded anew from run.seed, the step and its rank")
+
+
+def _words(shape: Shape) -> str:
+    return f"{shape.world_size} ranks, ZeRO stage {shape.zero_stage}, {shape.precision}"
+
+
 def compare(
-    state: checkpoint.CheckpointState,
-    config: RunConfig,
-    world: World,
-    corpus: Corpus,
-    precision: str,
-    stage: int,
+    state: checkpoint.CheckpointState, config: RunConfig, corpus: Corpus, shape: Shape
 ) -> tuple[list[str], list[str]]:
     """(What forbids the resume, what merely changed), one line each."""
     problems = [
@@ -129,14 +160,15 @@ def compare(
         for name, then, now, remedy in (
             ("dataset", state.dataset_id, corpus.dataset_id, "give data.dataset the same dataset, or mixture"),
             ("tokenizer", state.tokenizer_sha256, corpus.tokenizer.sha256, "give data.dataset one of that tokenizer"),
-            ("world size", state.world_size, world.size, f"start {state.world_size} ranks"),
-            ("ZeRO stage", state.zero_stage, stage, "choose the DeepSpeed JSON of that stage"),
-            ("precision", state.precision, precision, f"set training.precision={state.precision}"),
         )
         if then != now
     ]
     then, now = flatten(state.config), config.flat()
-    changes = []
+    changes = [
+        f"{name} {old} → {new}"
+        for name, old, new in zip(("world size", "ZeRO stage", "precision"), Shape.of(state), shape, strict=True)
+        if old != new
+    ]
     for key in sorted(then.keys() | now.keys()):
         if then.get(key) == now.get(key):
             continue
@@ -156,6 +188,7 @@ def prove(
     layout: BatchLayout,
     world: World,
     vocab_size: int,
+    precision: str,
 ) -> None:
     """Recompute the next batch's hash and the probe's logits; say how near they are, or refuse."""
     problems = []
@@ -163,7 +196,7 @@ def prove(
         problems.append(f"{folder}: the next batch is not the one the checkpoint recorded; the data has changed")
     now = checkpoint_io.logit_fingerprint(engine, vocab_size)
     distance = checkpoint_io.compare_fingerprints(state.logit_fingerprint, now)
-    bound = 1e-4 if state.precision == "fp32" else 5e-2
+    bound = 1e-4 if state.precision == precision == "fp32" else 5e-2
     if not distance <= bound:
         problems.append(
             f"{folder}: the restored model's logits differ from the saved ones by {distance:.2g} > {bound:g}"

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from data_prep.manifest import read_manifest
 from tests.conftest import ROOT
 from tests.pipeline.ranks import Run, run_ranks
 
@@ -44,6 +45,14 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("trained")
 
 
+def copy_with_another_id(dataset: Path, folder: Path) -> Path:
+    shutil.copytree(dataset, folder)
+    manifest = read_manifest(folder)
+    source = manifest.source.model_copy(update={"fingerprint": "0" * 64})
+    (folder / "manifest.json").write_bytes(manifest.model_copy(update={"source": source}).to_json())
+    return folder
+
+
 @pytest.fixture(scope="session")
 def runs(trained: Path, small_dataset: Path) -> dict[str, dict[str, Any]]:
     """Six steps on two ranks: for each stage an unbroken run and one resumed at step 3, and others."""
@@ -59,6 +68,7 @@ def runs(trained: Path, small_dataset: Path) -> dict[str, dict[str, Any]]:
     shard = bytearray((damaged / "train-000000.tar").read_bytes())
     shard[len(shard) // 2] ^= 1
     (damaged / "train-000000.tar").write_bytes(bytes(shard))
+    other = copy_with_another_id(small_dataset, trained / "other-data")
     bf16 = ["training.precision=bf16"]
     for policy in POLICIES:
         engine = write_engine(trained / f"{policy}.json", POLICIES[policy])
@@ -72,7 +82,7 @@ def runs(trained: Path, small_dataset: Path) -> dict[str, dict[str, Any]]:
         Run("accumulated", ["training.micro_batch_size=1", "model.dropout=0", "checkpoint.interval_steps=6"]),
         Run("damaged", [f"data.dataset={damaged}"]),
         Run("indivisible", ["training.micro_batch_size=3"]),
-        Run("wrong-precision", bf16, copy_checkpoint="unbroken-2/step-00000003"),
+        Run("wrong-dataset", [f"data.dataset={other}"], copy_checkpoint="unbroken-2/step-00000003"),
         Run("wrong-model", ["model.hidden_size=64"], copy_checkpoint="unbroken-2/step-00000003"),
         Run("new-rate", ["optimizer.learning_rate=1.0e-4"], copy_checkpoint="unbroken-2/step-00000003"),
         Run("tied", ["model.tie_word_embeddings=true"]),

@@ -96,7 +96,7 @@ def start_ranks(arguments: list[str], folder: Path, processes: int = 2) -> list[
     return started
 
 
-def wait(processes: list[subprocess.Popen[bytes]], folder: Path, timeout_seconds: float = 300) -> list[int]:
+def wait(processes: list[subprocess.Popen[bytes]], folder: Path, timeout_seconds: float = 900) -> list[int]:
     """Exit codes; a rank that another one left waiting is killed once one has failed."""
     try:
         return [process.wait(timeout_seconds if not index else 60) for index, process in enumerate(processes)]

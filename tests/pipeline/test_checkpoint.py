@@ -45,6 +45,8 @@ def test_a_checkpoint_holds_everything(root: Path) -> None:
     assert checkpoint.verify(folder) == []
     assert names(folder) == [
         "integrity.json",
+        "layout-rank-00000.pt",
+        "layout-rank-00001.pt",
         "mp_rank_00_model_states.pt",
         "rng-rank-00000.pt",
         "rng-rank-00001.pt",

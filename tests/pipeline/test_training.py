@@ -134,11 +134,12 @@ def test_one_flipped_bit_in_a_shard_is_one_line_before_step_0(runs: Runs, traine
 
 
 def test_what_a_resume_may_not_change_is_refused_by_name(runs: Runs) -> None:
-    (precision,) = runs["wrong-precision"]["problems"]
-    assert "precision fp32, this run has bf16; set training.precision=fp32" in precision
+    (dataset,) = runs["wrong-dataset"]["problems"]
+    assert "was written with dataset " in dataset
+    assert "give data.dataset the same dataset, or mixture" in dataset
     (model,) = runs["wrong-model"]["problems"]
     assert "model.hidden_size 32 → 64: a resumed run may not change it" in model
-    assert runs["wrong-precision"]["code"] == runs["wrong-model"]["code"] == 2
+    assert runs["wrong-dataset"]["code"] == runs["wrong-model"]["code"] == 2
 
 
 def test_a_new_learning_rate_is_said_and_used(runs: Runs, trained: Path) -> None:

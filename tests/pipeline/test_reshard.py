@@ -1,0 +1,190 @@
+"""A run goes on with another number of ranks, another ZeRO stage or another precision, on real ranks."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from deepspeed.runtime.fp16.loss_scaler import CreateLossScaler, LossScaleConfig
+from hypothesis import given
+from hypothesis import strategies as st
+
+from data_prep.errors import UserError
+from pipeline import checkpoint, layout
+from pipeline.reshard import MOMENTS, ParameterReader, read_loss_scale, set_loss_scale
+from pipeline.weights import consolidated_weights
+from tests.pipeline.reshard_ranks import ALL_STEPS, FIRST_STEPS, parse, run_pairs
+
+PAIRS = [
+    # Every stage into every stage, every number of ranks into every other.
+    *(("z0r1", target) for target in ("z0r2", "z1r4", "z2r2", "z3r4")),
+    *(("z1r4", target) for target in ("z0r2", "z1r2", "z2r1", "z3r2")),
+    *(("z2r2", target) for target in ("z0r4", "z1r1", "z2r4", "z3r1")),
+    *(("z3r2", target) for target in ("z0r2", "z1r1", "z2r4", "z3r4")),  # the first keeps its ranks
+    ("z2r2-bf16", "z3r1-bf16"),
+    ("z3r1-bf16", "z2r2"),
+    ("z2r2", "z1r1-bf16"),
+]
+FP32_PAIRS = [pair for pair in PAIRS if "bf16" not in "".join(pair)]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory, small_dataset: Path) -> Path:
+    """A folder for every run of `PAIRS`, and its measurements in `NAME.json`."""
+    folder = tmp_path_factory.mktemp("resharded")
+    run_pairs(PAIRS, folder, small_dataset)
+    return folder
+
+
+def results(folder: Path, pair: tuple[str, str]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Of the unbroken run and of the one that resumed it."""
+    source, target = pair
+    return json.loads((folder / f"{source}.json").read_text()), json.loads(
+        (folder / f"{source}-to-{target}.json").read_text()
+    )
+
+
+def saved(folder: Path, source: str) -> Path:
+    return folder / source / "checkpoints" / f"step-{FIRST_STEPS:08d}"
+
+
+def reader(folder: Path) -> ParameterReader:
+    return ParameterReader(folder, checkpoint.read_state(folder))
+
+
+@pytest.mark.parametrize("pair", FP32_PAIRS, ids="-to-".join)
+def test_losses_and_gradients_go_on_as_if_unbroken(folder: Path, pair: tuple[str, str]) -> None:
+    unbroken, resumed = results(folder, pair)
+    assert len(resumed["loss"]) == ALL_STEPS - FIRST_STEPS
+    assert resumed["loss"] == pytest.approx(unbroken["loss"], rel=1e-5)
+    assert resumed["gradient_norm"] == pytest.approx(unbroken["gradient_norm"], rel=1e-4)
+
+
+@pytest.mark.parametrize("pair", [pair for pair in PAIRS if pair not in FP32_PAIRS], ids="-to-".join)
+def test_in_16_bits_losses_stay_as_near_as_the_precision(folder: Path, pair: tuple[str, str]) -> None:
+    unbroken, resumed = results(folder, pair)
+    assert resumed["loss"] == pytest.approx(unbroken["loss"], rel=5e-3)
+
+
+@pytest.mark.parametrize("pair", PAIRS, ids="-to-".join)
+def test_the_same_samples_rates_and_decays_for_ten_steps(folder: Path, pair: tuple[str, str]) -> None:
+    unbroken, resumed = results(folder, pair)
+    assert resumed["batch"] == unbroken["batch"]
+    assert len(set(resumed["batch"])) == len(resumed["batch"]) == 10
+    assert resumed["groups"] == unbroken["groups"]
+    assert [decay for _, _, decay in resumed["groups"][0]] == [0.1, 0.0]
+    assert len({rate for step in resumed["groups"] for _, rate, _ in step}) == 10
+
+
+@pytest.mark.parametrize("pair", PAIRS, ids="-to-".join)
+def test_weights_moments_steps_and_buffers_are_bitwise_those_saved(folder: Path, pair: tuple[str, str]) -> None:
+    source, target = pair
+    before, after = reader(saved(folder, source)), reader(folder / f"{source}-to-{target}" / "restored")
+    assert before.optimizer_step == after.optimizer_step == FIRST_STEPS
+    assert before.counters == after.counters
+    assert before.elements == after.elements
+    assert len(before.elements) > 20
+    for name, elements in before.elements.items():
+        for kind in ("fp32", *MOMENTS):
+            there, here = (item.read(name, 0, elements, kind) for item in (before, after))
+            assert there.abs().sum() > 0 or name.endswith("bias")
+            assert torch.equal(there, here), f"{kind} of {name}"
+    assert before.buffers.keys() == after.buffers.keys()
+    assert before.buffers
+    for name, buffer in before.buffers.items():
+        assert torch.equal(buffer.to(after.buffers[name].dtype), after.buffers[name]), name
+
+
+@pytest.mark.parametrize("pair", FP32_PAIRS, ids="-to-".join)
+def test_deepspeeds_own_reader_finds_the_same_weights(folder: Path, pair: tuple[str, str]) -> None:
+    source, target = pair
+    there, here = (
+        consolidated_weights(item, checkpoint.read_state(item))
+        for item in (saved(folder, source), folder / f"{source}-to-{target}" / "restored")
+    )
+    assert there.keys() == here.keys()
+    assert all(torch.equal(there[name], here[name]) for name in there)
+
+
+@pytest.mark.parametrize("pair", PAIRS, ids="-to-".join)
+def test_random_state_is_restored_or_a_function_of_seed_step_and_rank(folder: Path, pair: tuple[str, str]) -> None:
+    source, target = pair
+    _, resumed = results(folder, pair)
+    ranks = parse(target)[1]
+    assert len(set(resumed["random"])) == ranks  # no two ranks drop the same units
+    if parse(source)[1] == ranks:
+        states = [torch.load(saved(folder, source) / f"rng-rank-{rank:05d}.pt")["torch"] for rank in range(ranks)]
+        assert resumed["random"] == [float(torch.rand(1, generator=torch.Generator().set_state(s))) for s in states]
+        return
+    again = [results(folder, other)[1] for other in PAIRS if parse(other[0])[1] != parse(other[1])[1]]
+    for other in again:
+        assert other["random"][0] == resumed["random"][0]
+
+
+@pytest.mark.parametrize("pair", PAIRS, ids="-to-".join)
+def test_the_resume_says_what_it_did_and_proves_it(folder: Path, pair: tuple[str, str]) -> None:
+    source, target = pair
+    log = (folder / f"{source}-to-{target}" / "logs" / "rank-00000.log").read_text()
+    (then, ranks_then, precision_then), (now, ranks_now, precision_now) = parse(source), parse(target)
+    line = (
+        f"resharded: {ranks_then} ranks, ZeRO stage {then}, {precision_then} → "
+        f"{ranks_now} ranks, ZeRO stage {now}, {precision_now}"
+    )
+    assert line in log
+    assert "resume verified: " in log.split(line)[1].split("saved")[0]
+
+
+def test_resharding_leaves_the_checkpoint_as_it_was_and_writes_nothing(folder: Path) -> None:
+    for source in {source for source, _ in PAIRS}:
+        assert checkpoint.verify(saved(folder, source)) == []
+    for source, target in PAIRS:
+        names = {item.name for item in (folder / f"{source}-to-{target}" / "checkpoints").iterdir()}
+        assert names == {f"step-{ALL_STEPS:08d}"}
+
+
+@given(data=st.data())
+def test_any_slice_of_any_parameter_is_that_of_the_whole(folder: Path, data: st.DataObject) -> None:
+    source = data.draw(st.sampled_from(["z0r1", "z1r4", "z2r2", "z3r2"]))
+    checkpoint_reader = _readers.setdefault(source, reader(saved(folder, source)))
+    name = data.draw(st.sampled_from(sorted(checkpoint_reader.elements)))
+    elements = checkpoint_reader.elements[name]
+    start = data.draw(st.integers(0, elements - 1))
+    length = data.draw(st.integers(1, elements - start))
+    kind = data.draw(st.sampled_from(["fp32", *MOMENTS]))
+    whole = checkpoint_reader.read(name, 0, elements, kind)
+    assert torch.equal(checkpoint_reader.read(name, start, length, kind), whole[start : start + length])
+
+
+_readers: dict[str, ParameterReader] = {}
+
+
+def test_a_checkpoint_without_layouts_is_refused_with_the_way_out(folder: Path, tmp_path: Path) -> None:
+    shutil.copytree(saved(folder, "z2r2"), tmp_path / "old")
+    (tmp_path / "old" / layout.file_name(1)).unlink()
+    with pytest.raises(UserError, match=r"has no layout-rank-00001\.pt, an earlier version wrote it: it can only be"):
+        reader(tmp_path / "old")
+
+
+def test_loss_scales_cross_between_the_forms_of_stage_0_and_the_others() -> None:
+    arguments = {"init_scale": 2.0**16, "scale_window": 100, "min_scale": 1, "delayed_shift": 2}
+    later = CreateLossScaler(torch.half, 1.0, True, {**arguments, "consecutive_hysteresis": False})
+    for overflow in (True, True, False, False):
+        later.update_scale(overflow)
+    plain = LossScaleConfig(torch.half, True, 1.0, None)
+
+    class Wrapper:
+        def __init__(self, **held: Any) -> None:
+            self.__dict__.update(held)
+
+    set_loss_scale(Wrapper(loss_scale_config=plain), read_loss_scale({"loss_scaler": later}))
+    assert (plain.cur_scale, plain.cur_iter, plain.last_overflow_iter) == (2.0**15, 4, 1)
+    fresh = CreateLossScaler(torch.half, 1.0, True, {**arguments, "consecutive_hysteresis": False})
+    held = {"cur_scale": 2.0**10, "cur_iter": 7, "last_overflow_iter": 3, "dynamic_loss_scale": True}
+    set_loss_scale(Wrapper(loss_scaler=fresh), read_loss_scale(held))
+    assert (fresh.cur_scale, fresh.cur_iter, fresh.last_overflow_iter) == (2.0**10, 7, 3)
+    static = CreateLossScaler(torch.bfloat16, 1.0, False, None)
+    set_loss_scale(Wrapper(loss_scaler=static), read_loss_scale({"loss_scaler": later}))
+    assert static.loss_scale == 1.0
+    assert read_loss_scale({"loss_scaler": static}) == {}
