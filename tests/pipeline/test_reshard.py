@@ -17,6 +17,8 @@ from pipeline.reshard import MOMENTS, ParameterReader, read_loss_scale, set_loss
 from pipeline.weights import consolidated_weights
 from tests.pipeline.reshard_ranks import ALL_STEPS, FIRST_STEPS, parse, run_pairs
 
+pytestmark = pytest.mark.timeout(1800)  # seven processes start at once
+
 PAIRS = [
     # Every stage into every stage, every number of ranks into every other.
     *(("z0r1", target) for target in ("z0r2", "z1r4", "z2r2", "z3r4")),
