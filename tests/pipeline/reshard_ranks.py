@@ -30,6 +30,7 @@ def overrides(shape: str, name: str, folder: Path, dataset: Path) -> list[str]:
         f"training.max_steps={ALL_STEPS}",
         f"training.precision={precision}",
         "tracking.enabled=false",
+        "checkpoint.background=false",
         f"run.name={name}",
         f"run.output_dir={folder / name}",
         f"data.dataset={dataset}",
@@ -129,13 +130,16 @@ def one_run(item: dict[str, Any], folder: Path, world: Any) -> dict[str, Any]:
     result: dict[str, Any] = {"random": drawn(world)}
     if trainer.step:  # what was restored, as a checkpoint of the new shape
         trainer.save()
+        trainer.finish_saving()
         (root / f"step-{FIRST_STEPS:08d}").rename(config.run_folder / "restored") if world.is_main else None
         world.barrier()
     else:
         measure(trainer, FIRST_STEPS)
         trainer.save()
+        trainer.finish_saving()
     result |= measure(trainer, ALL_STEPS - FIRST_STEPS)
     trainer.save()
+    trainer.finish_saving()
     trainer.batches.close()
     return result
 
