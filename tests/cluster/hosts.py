@@ -125,6 +125,7 @@ def start_host(folder: Path, index: int) -> Host:
     settings = (
         f"Port 22\nListenAddress {address}\nHostKey {home}/host_key\nPidFile none\nUsePAM no\nStrictModes no\n"
         f"AuthorizedKeysFile {authorized}\nPermitRootLogin prohibit-password\nMaxStartups 100\n"
+        "PasswordAuthentication no\nKbdInteractiveAuthentication no\n"
     )
     (home / "sshd_config").write_text(settings)
     inside = (

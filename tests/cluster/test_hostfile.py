@@ -88,8 +88,8 @@ def test_a_cut_cable_ends_the_job_and_it_comes_back(three_hosts: Cluster, run: R
 
 
 def test_a_stop_saves_on_all_hosts(three_hosts: Cluster, run: Run) -> None:
-    run.launch(*three_hosts.options(2), "training.max_steps=4000")
-    run.wait_until(lambda: "step 2/4000" in run.log)
+    run.launch(*three_hosts.options(2), "training.max_steps=999")
+    run.wait_until(lambda: "step 2/999" in run.log)
     run.launches[-1].send_signal(signal.SIGTERM)
     run.finish(expect=75)
     assert run.steps_saved()
@@ -103,8 +103,8 @@ def test_nobody_is_left_when_a_launcher_is_killed(three_hosts: Cluster, run: Run
     include = ("--include", three_hosts.hosts[1].address)
     store = f"sqlite:///{run.folder}/mlflow.db"
     tracking = ("tracking.enabled=true", f"tracking.uri={store}")
-    job = run.launch(*three_hosts.options(3), *include, "--max-restarts", 0, "training.max_steps=4000", *tracking)
-    run.wait_until(lambda: "step 2/4000" in run.log)
+    job = run.launch(*three_hosts.options(3), *include, "--max-restarts", 0, "training.max_steps=999", *tracking)
+    run.wait_until(lambda: "step 2/999" in run.log)
     (rank,) = run.ranks()
     assert Path(f"/proc/{rank.pid}/ns/net").readlink() != Path("/proc/self/ns/net").readlink()
     if vanished == "us":

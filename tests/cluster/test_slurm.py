@@ -72,15 +72,15 @@ def test_a_job_out_of_time_and_a_dead_rank_cost_no_sample(
 def test_scancel_saves_and_the_rest_of_an_array_goes_on_or_not(two_slurm_nodes: Slurm, run: Run) -> None:
     """Jobs in turn: a notice ends the first and the second goes on; scancel of the whole ends it, with all saved."""
     slurm = two_slurm_nodes
-    run.launch(*TWO_NODES, "--turns", 3, "training.max_steps=4000", **slurm.environment)
+    run.launch(*TWO_NODES, "--turns", 3, "training.max_steps=999", **slurm.environment)
     number = job_number(run)
     run.launches[-1].wait(60)
     wait_for(slurm, run, run.steps_saved)
-    slurm.run("scancel", "--batch", "--signal=USR1", number)
+    slurm.run("scancel", "--batch", "--signal=USR1", f"{number}_1")
     wait_for(slurm, run, lambda: len(restarts(run)) == 1)
     assert restarts(run)[0]["cause"].startswith("preempted")
     saved = run.steps_saved()[-1]
-    wait_for(slurm, run, lambda: f"step {saved + 2}/4000" in run.log)
+    wait_for(slurm, run, lambda: f"step {saved + 2}/999" in run.log)
     slurm.run("scancel", number)
     wait_for(slurm, run, lambda: not slurm.run("squeue", "--noheader").strip())
     assert run.steps_saved()[-1] > saved
