@@ -1,5 +1,6 @@
 """Jobs over several hosts, by DeepSpeed's pdsh runner: they train, they come back, or they say in a line why not."""
 
+import contextlib
 import json
 import re
 import signal
@@ -15,6 +16,7 @@ from tests.cluster.hosts import NETWORK, Cluster
 from tests.cluster.hosts import run as command
 from tests.cluster.jobs import SECONDS, Run, words
 from tests.conftest import ROOT
+from tests.pipeline.servers_fixture import s3_server, wait_until
 from tests.pipeline.test_tracking_outages import Server
 
 AWKWARD = "a b  (c) $HOME `id` \"quoted\" 'single' \\ back % %h * ; & | < > é\tend"
@@ -72,6 +74,37 @@ def test_a_crashed_host_costs_no_sample(
         server.kill()
         taker.kill()
         taker.wait()
+
+
+def test_a_dataset_in_s3_is_read_by_every_host_into_its_own_cache(
+    three_hosts: Cluster, run: Run, unbroken: dict[int, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "s3").mkdir()
+    with s3_server(tmp_path / "s3", f"{NETWORK}.1") as (endpoint, credentials):
+        environment = {**credentials, "AWS_ENDPOINT_URL": endpoint, "AWS_DEFAULT_REGION": "us-east-1"}
+        for name, value in environment.items():
+            monkeypatch.setenv(name, value)
+        wait_until(lambda: uploaded(run.dataset), SECONDS)
+        cache = {"XDG_CACHE_HOME": str(three_hosts.private)}
+        run.launch(*three_hosts.options(2), "--env", "XDG_CACHE_HOME", "data.dataset=s3://corpus/tiny", **cache)
+        run.finish()
+    assert run.losses() == unbroken
+    for index in (0, 1):
+        inside = ["nsenter", "-t", str(sshd(three_hosts, index).pid), "--mount"]
+        assert command(*inside, "ls", str(three_hosts.private)) == "globallocal\n"
+
+
+def uploaded(dataset: Path) -> bool:
+    """False until the server's parts have found each other."""
+    import s3fs
+
+    system = s3fs.S3FileSystem(skip_instance_cache=True)
+    with contextlib.suppress(OSError, PermissionError):
+        if not system.exists("corpus"):
+            system.mkdir("corpus")
+        system.put(str(dataset), "corpus/tiny", recursive=True)
+        return True
+    return False
 
 
 def test_a_cut_cable_ends_the_job_and_it_comes_back(three_hosts: Cluster, run: Run, unbroken: dict[int, str]) -> None:
