@@ -23,6 +23,7 @@ from tests.pipeline.test_stop import living
 from tests.pipeline.test_training import assert_same_state, losses_of
 
 PLACES = {"start": 1, "data": 3, "forward": 4, "backward": 3, "step": 4, "evaluation": 1, "saving": 1}
+HANG_SECONDS = 12
 CONFIG = "--config=launch/runs/quickstart.yaml"
 
 
@@ -51,7 +52,7 @@ def asleep(folder: Path, dataset: Path) -> str:
         }
         here = folder / f"stage-{stage}"
         here.mkdir()
-        settings = ["training.hang_timeout_seconds=12", f"deepspeed.config=ds_configs/zero{stage}.json"]
+        settings = [f"training.hang_timeout_seconds={HANG_SECONDS}", f"deepspeed.config=ds_configs/zero{stage}.json"]
         write_plan(cases, here, dataset, settings)
         command = [sys.executable, "-m", "tests.pipeline.hangs", str(here)]
         subprocess.run(command, cwd=ROOT, env=environment(here), check=True)
@@ -86,7 +87,7 @@ def until(true: Callable[[], object], folder: Path, job: "subprocess.Popen[bytes
 def through_our_launcher(folder: Path, dataset: Path) -> str:
     """A stopped rank ends the job, which is started again; then a signal ends it for good."""
     command = [sys.executable, "-m", "launch", "launch", "--local=2", "--max-restarts=1"]
-    job = start_job(folder, command, ["training.hang_timeout_seconds=12"], dataset)
+    job = start_job(folder, command, [f"training.hang_timeout_seconds={HANG_SECONDS}"], dataset)
     ranks = [process for process in living(folder) if str(TRAIN_PROGRAM) in process.cmdline()[:3]]
     ranks[-1].suspend()
     restarts = folder / "run" / "restarts.jsonl"
