@@ -2,6 +2,7 @@
 
 import os
 import secrets
+import signal
 import socket
 import time
 from collections.abc import Mapping
@@ -170,6 +171,9 @@ class HostfileRun:
         cpu = not any(item["devices"] for item in facts.values())
         job, files = cluster.hostfile_job(self.job, hosts, address, port, cpu)
         cluster.write_files(files)
+        elsewhere = Elsewhere(tuple(hosts), self.job.job_id, self.job.ssh)
+        if failures:
+            elsewhere.stop(signal.SIGKILL)  # a host that was cut off may still hold ranks of the start before
         print(f"hosts: {', '.join(f'{host} × {slots}' for host, slots in hosts.items())}", flush=True)
         return run_session(
             Launch(
@@ -177,7 +181,7 @@ class HostfileRun:
                 cluster.runner_environment(job.whole_environment()),
                 launch_log(self.settings),
                 grace_seconds(self.settings),
-                elsewhere=Elsewhere(tuple(hosts), self.job.job_id, self.job.ssh),
+                elsewhere=elsewhere,
             )
         )
 

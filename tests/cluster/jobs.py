@@ -19,11 +19,12 @@ STEPS = 12
 SECONDS = 1200.0
 """Bound of every wait: a start takes 20 s on an idle machine, and many times that on a busy one."""
 TRAIN = ROOT / "pipeline" / "train.py"
+# Three hosts and two share the batch, and its micro-steps make a step long enough to be caught in the act.
 RUN_FILE = """
 run: {{name: tiny}}
 model: {{hidden_size: 32, num_hidden_layers: 1, pool_size: 64, pool_dim: 32, router_hidden_size: 16}}
 data: {{dataset: {dataset}, sequence_length: 32}}
-training: {{max_steps: {steps}, global_batch_size: 4, micro_batch_size: 1, log_interval_steps: 1, precision: fp32}}
+training: {{max_steps: {steps}, global_batch_size: 24, micro_batch_size: 1, log_interval_steps: 1, precision: fp32}}
 checkpoint: {{interval_steps: 3}}
 evaluation: {{split: null}}
 tracking: {{enabled: false}}

@@ -30,6 +30,8 @@ TaskPlugin=task/none
 SelectType=select/cons_tres
 MpiDefault=none
 ReturnToService=2
+# Time to save after scancel, on a busy machine.
+KillWait=240
 SlurmdTimeout=20
 SlurmdParameters=config_overrides
 SchedulerParameters=sched_interval=5,bf_interval=5

@@ -67,9 +67,8 @@ def test_a_crashed_host_costs_no_sample(
         assert tracked.info.status == "FINISHED"
         assert tracked.data.tags["globallocal.restarts"] == "1"
         assert cause in tracked.data.tags["globallocal.restart.001"]
-        assert [point.step for point in client.get_metric_history(tracked.info.run_id, "train/language_loss")] == list(
-            range(1, len(unbroken) + 1)
-        )
+        points = client.get_metric_history(tracked.info.run_id, "train/language_loss")
+        assert sorted(point.step for point in points) == sorted(unbroken)
     finally:
         server.kill()
         taker.kill()
@@ -208,7 +207,7 @@ def test_a_job_over_three_hosts_goes_on_with_the_two_that_are_left(
     three_hosts: Cluster, run: Run, unbroken: dict[int, str]
 ) -> None:
     """The checkpoint of three ranks is loaded by two; no sample is lost, and the losses agree to rounding."""
-    run.launch(*three_hosts.options(3), "--min-nodes", 2, "training.global_batch_size=6")
+    run.launch(*three_hosts.options(3), "--min-nodes", 2)
     try:
         run.wait_until(run.steps_saved)
         three_hosts.hosts[2].crash()
@@ -219,5 +218,5 @@ def test_a_job_over_three_hosts_goes_on_with_the_two_that_are_left(
     assert entry["node"] == "10.77.0.13"
     assert "left out: 10.77.0.13: " in run.output
     assert "hosts: 10.77.0.11 × 1, 10.77.0.12 × 1" in run.output
-    assert sorted(run.losses()) == sorted(unbroken)
-    assert run.steps_saved()[-1] == len(unbroken)
+    expected = {step: float(loss) for step, loss in unbroken.items()}
+    assert {step: float(loss) for step, loss in run.losses().items()} == pytest.approx(expected, abs=1e-3)
