@@ -22,6 +22,8 @@ from pipeline.data import BatchLayout, BatchLoader, Source, batch_hash, data_ste
 from pipeline.distributed import World
 from pipeline.engine import check_machine, deepspeed_config, initialize, resolve_precision, zero_stage
 from pipeline.evaluate import continuations, held_out
+from pipeline.guard import Guard
+from pipeline.health import HealthState
 from pipeline.metrics import Clock
 from pipeline.optim import describe_groups, parameter_groups
 from pipeline.redact import redact
@@ -63,7 +65,12 @@ def build(config: RunConfig, world: World, stop: StopRequest, clock: Clock) -> T
     engine.checkpoint_engine = DeferringCheckpointEngine(HostBuffers() if config.checkpoint.background else None)
     clock.move()
     transformers.set_seed(config.run.seed + world.rank)  # dropout differs between ranks
-    resumed = resume(config, world, engine, source, layout, corpus, precision, zero_stage(settings), model_config)
+
+    def restore(config: RunConfig) -> Resumed:
+        return resume(config, world, engine, source, layout, corpus, precision, zero_stage(settings), model_config)
+
+    resumed = restore(config)
+    newest = config.model_copy(update={"checkpoint": config.checkpoint.model_copy(update={"resume": "auto"})})
     clock.move()
 
     tokenizer = load_tokenizer(corpus.tokenizer_folder)
@@ -98,7 +105,7 @@ def build(config: RunConfig, world: World, stop: StopRequest, clock: Clock) -> T
         )
 
     def describe(trainer: Trainer) -> CheckpointState:
-        batch = data_step(trainer.step, trainer.health.skipped_batches)
+        batch = data_step(trainer.step, trainer.guard.state.skipped_batches)
         return CheckpointState(
             step=trainer.step,
             consumed_samples=batch * layout.global_batch_size,
@@ -116,11 +123,14 @@ def build(config: RunConfig, world: World, stop: StopRequest, clock: Clock) -> T
             loss_sums=world.gather(trainer.losses.sums.tolist()),
             evaluation=trainer.evaluation,
             pending_evaluation=trainer.pending_evaluation,
-            health=trainer.health,
+            health=trainer.guard.state,
             versions=versions(),
         )
 
-    first_batch = data_step(resumed.step, resumed.health.skipped_batches)
+    def read_from(step: int, health: HealthState) -> BatchLoader:
+        consumed_samples = data_step(step, health.skipped_batches) * layout.global_batch_size
+        return BatchLoader(source, layout, world.rank, consumed_samples, health.skipped_batches)
+
     stands = resumed.folder is not None and resumed.folder.parent == config.checkpoints
     trainer = Trainer(
         config=config,
@@ -128,18 +138,20 @@ def build(config: RunConfig, world: World, stop: StopRequest, clock: Clock) -> T
         engine=engine,
         layout=layout,
         max_steps=steps,
-        batches=BatchLoader(
-            source, layout, world.rank, first_batch * layout.global_batch_size, resumed.health.skipped_batches
-        ),
+        batches=read_from(resumed.step, resumed.health),
         evaluate=evaluate if config.evaluation.split else None,
         generate=generate,
         describe=describe,
         saver=Saver(engine, config.checkpoints, world, config.retention, expected_bytes, clock.move),
+        guard=Guard(
+            config.health, engine, world, layout, source, tokenizer, config.run_folder, tracker, resumed.health
+        ),
+        restore=lambda: restore(newest),
+        read_from=read_from,
         tracker=tracker,
         stop=stop,
         clock=clock,
         step=resumed.step,
-        health=resumed.health,
         evaluation=resumed.evaluation,
         pending_evaluation=resumed.pending_evaluation and config.evaluation.split is not None,
         saved_step=resumed.step if stands else None,

@@ -61,7 +61,7 @@ def deepspeed_config(config: RunConfig, layout: BatchLayout, precision: str) -> 
             problems.append(_clash(f"{key}.enabled", given["enabled"], "training.precision", wanted))
     left = autos({**knobs, **owned})
     problems += [f'{key} = "auto" cannot be filled in by the run; give a value' for key in left]
-    problems += faults(knobs) if not left else []
+    problems += (faults(knobs) + _unchecked({**knobs, **owned})) if not left else []
     if problems:
         raise UserError([f"{path}: {problem}" for problem in problems])
     settings = {"steps_per_print": 2**31, **knobs, **owned}
@@ -127,6 +127,15 @@ def _optimizer_clashes(knobs: dict[str, Any], section: OptimizerSection) -> list
     return problems
 
 
+def _unchecked(knobs: dict[str, Any]) -> list[str]:
+    """Knobs that would let a step be taken with gradients that are not finite."""
+    return [
+        f"{section}.{key} = false would let inf and NaN into the weights; remove it from the JSON"
+        for section, key in (("bf16", "check_grad_overflow"), ("zero_optimization", "compute_grad_norm"))
+        if not knobs.get(section, {}).get(key, True)
+    ]
+
+
 def check_machine(config: RunConfig, settings: dict[str, Any], ranks: int, cuda: bool) -> None:
     """Raises UserError with everything that keeps this machine from training with the DeepSpeed JSON."""
     problems = [f"{config.deepspeed.config}: {problem}" for problem in lacks(settings, ranks, cuda)]
@@ -153,6 +162,12 @@ def initialize(model: nn.Module, config: RunConfig, settings: dict[str, Any]) ->
     def clip() -> None:
         norm = torch.nn.utils.clip_grad_norm_(engine.module.parameters(), engine.gradient_clipping())
         engine._global_grad_norm = norm
+        engine.optimizer.overflow = not bool(torch.isfinite(norm))  # what its other optimizers tell the engine
+        if engine.optimizer.overflow:
+            engine.zero_grad()  # AdamW moves nothing that has no gradient
 
-    engine.clip_fp32_gradients = clip  # used at stage 0 in fp32; DeepSpeed's own forgets the norm
+    # Used at stage 0 in fp32, where DeepSpeed's own forgets the norm and would take a step with NaN.
+    engine.clip_fp32_gradients = clip
+    if hasattr(getattr(engine.optimizer, "loss_scaler", None), "raise_error_at_min_scale"):
+        engine.optimizer.loss_scaler.raise_error_at_min_scale = False  # the guard bounds overflows, and says why
     return engine

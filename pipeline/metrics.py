@@ -11,15 +11,32 @@ from pipeline.distributed import World
 
 
 class LossMeter:
-    """Means over micro-batches and ranks; sums stay on the device until they are read."""
+    """Means over micro-batches and ranks; sums stay on the device until they are read.
+
+    Attributes:
+        step: of each micro-batch of the step that is being taken, float64 [2] on the device: its language and its
+            diversity loss.
+    """
 
     def __init__(self, device: torch.device) -> None:
         self.sums = torch.zeros(3, dtype=torch.float64, device=device)
+        self.step: list[torch.Tensor] = []
 
     @torch.no_grad()
     def add(self, language_loss: torch.Tensor, diversity_loss: torch.Tensor) -> None:
-        one = torch.ones((), dtype=torch.float64, device=self.sums.device)
-        self.sums += torch.stack([language_loss.detach().double(), diversity_loss.detach().double(), one])
+        self.step.append(torch.stack([language_loss.detach().double(), diversity_loss.detach().double()]))
+
+    def end_step(self, taken: bool) -> None:
+        """Count the step's micro-batches; or forget them, where the step was not taken."""
+        if taken:
+            one = torch.ones(1, dtype=torch.float64, device=self.sums.device)
+            for losses in self.step:
+                self.sums += torch.cat([losses, one])
+        self.step = []
+
+    def reset(self) -> None:
+        self.step = []
+        self.sums.zero_()
 
     def restore(self, by_rank: Sequence[Sequence[float]], world: World) -> None:
         """Go on with the sums that a checkpoint holds; another number of ranks gives all of them to rank 0."""
@@ -50,6 +67,10 @@ class RouterMeter:
             part = statistics[name].float()
             self.parts[name] = self.parts[name] + part if self.count else part.clone()
         self.count += 1
+
+    def reset(self) -> None:
+        """Begin the interval anew: what was added holds numbers that are not finite, or of steps gone back from."""
+        self.count = 0
 
     def read(self) -> dict[str, float]:
         """Per layer the mean gate (1 is local, 0 global), and per router what a micro-batch uses of the pool (hit
@@ -171,6 +192,9 @@ class Throughput:
 
     def __init__(self, clock: Clock) -> None:
         self.clock, self.tokens, self.mark = clock, 0, clock.seconds["training"]
+
+    def reset(self) -> None:
+        self.tokens, self.mark = 0, self.clock.seconds["training"]
 
     def read(self) -> float:
         now = self.clock.seconds["training"]

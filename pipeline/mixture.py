@@ -17,6 +17,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
+from typing import Any
 
 import numpy as np
 
@@ -147,6 +148,12 @@ class MixtureSource:
             chosen = number == each
             rows[chosen] = self.sources[each].read(indices[chosen] - self._starts[each])
         return rows
+
+    def locate(self, sample: int) -> dict[str, Any]:
+        """As `SampleSource.locate`, with the dataset; `sample` stays the number in the mixture."""
+        number = int(np.searchsorted(self._starts, sample, side="right")) - 1
+        place = self.sources[number].locate(sample - int(self._starts[number]))
+        return {"dataset": str(self.sources[number].dataset.folder), **place, "sample": sample}
 
     def ahead(self, position: int) -> None:
         """Tells each remote source where reading is."""

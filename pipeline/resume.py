@@ -11,6 +11,7 @@ from pipeline.config import RunConfig, flatten
 from pipeline.corpus import Corpus
 from pipeline.data import BatchLayout, Source, batch_hash, data_step
 from pipeline.distributed import World
+from pipeline.guard import decisions_path, read_decisions
 from pipeline.health import HealthState
 
 log = logging.getLogger("globallocal")
@@ -71,8 +72,16 @@ def resume(
             model or data position is not the saved one.
     """
     folder = find(config, world)
+    with world.together():
+        decided = read_decisions(config.run_folder) if world.is_main else ()
+    decided = world.broadcast(decided)
+    for item in decided:
+        log.info(
+            f"leaving out global batches {item.first_batch:,} to {item.last_batch - 1:,}, as decided at step "
+            f"{item.step:,} ({decisions_path(config.run_folder)})"
+        )
     if folder is None:
-        return Resumed()
+        return Resumed(health=HealthState().with_decisions(decided))
     shape = Shape(world.size, stage, precision)
     with world.together():
         state = checkpoint.read_state(folder)
@@ -91,7 +100,7 @@ def resume(
         state.pending_evaluation,
         state.loss_sums,
         state.seconds,
-        state.health,
+        state.health.with_decisions(decided),
     )
 
 

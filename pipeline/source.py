@@ -6,8 +6,11 @@ Sample i is stream[i·S : i·S + S + 1]: inputs and, shifted by one, targets.
 
 from __future__ import annotations
 
+import itertools
+import json
 from collections.abc import Iterator, Sequence
-from typing import Protocol
+from pathlib import Path
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -31,6 +34,9 @@ class Source(Protocol):
 
     def read(self, indices: np.ndarray) -> np.ndarray:
         """int64 [n, S + 1]: the tokens of each sample."""
+
+    def locate(self, sample: int) -> dict[str, Any]:
+        """Where a sample lies, for a person; see `SampleSource.locate`."""
 
     def ahead(self, position: int) -> None:
         """Hears which position is read next, so that what follows can be fetched; returns at once."""
@@ -121,6 +127,32 @@ class SampleSource:
     def samples(self, positions: np.ndarray) -> np.ndarray:
         """int64 [n, S + 1]: the tokens of the sample at each position."""
         return self.read(self.sample_indices(positions))
+
+    def locate(self, sample: int) -> dict[str, Any]:
+        """Where a sample lies, for a person: split, sample, token_offset in the split's stream, document (its number
+        in the split) and, of a local dataset, document_id; of the document that the sample's first token is in."""
+        index, offset = self.stream.index, sample * self.sequence_length
+        chunk = int(np.searchsorted(index.token_start, offset, side="right")) - 1
+        start = max(0, int(index.token_start[chunk]) - 1)
+        before = self.stream.read(start, offset - start) if offset > start else np.empty(0)
+        begun = int((before == self.dataset.manifest.tokenizer.eos_token_id).sum()) + int(index.token_start[chunk] == 0)
+        document = int(index.document_start[chunk]) + begun - 1
+        place = {"split": index.name, "sample": sample, "token_offset": offset, "document": document}
+        if self.remote is None and (name := self._document_id(document)):
+            place["document_id"] = name
+        return place
+
+    def _document_id(self, document: int) -> str | None:
+        """From the list beside the shard that the document starts in; None where there is no such list."""
+        index = self.stream.index
+        chunk = int(np.searchsorted(index.document_start, document, side="right")) - 1
+        shard = int(index.chunk_shard[min(chunk, len(index.chunk_shard) - 1)])
+        first = int(index.document_start[int(index.shards["first_chunk"][shard])])
+        try:
+            with open(Path(self.dataset.folder) / index.ids_name(shard), encoding="utf-8") as lines:
+                return str(json.loads(next(itertools.islice(lines, document - first, None))))
+        except (OSError, StopIteration, ValueError):
+            return None
 
     def ahead(self, position: int) -> None:
         """Fetches the remote shards of the window at `position` and of the next, in the background."""

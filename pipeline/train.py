@@ -90,7 +90,7 @@ def run(config: RunConfig, world: World, stop: StopRequest) -> int:
         finally:
             trainer.saver.close()
             watch.close()  # what follows has bounds of its own
-            trainer.batches.close()  # type: ignore[attr-defined]
+            trainer.batches.close()
             if not trainer.tracker.close(status):
                 log.warning("MLflow did not take everything in time; the rest is delivered at the next start")
             if held:

@@ -2,21 +2,22 @@
 
 import logging
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
 import torch
 
 from pipeline.checkpoint import CheckpointState
 from pipeline.checkpoint_io import random_state, set_random_state
 from pipeline.config import RunConfig
-from pipeline.data import BatchLayout
+from pipeline.data import BatchLayout, BatchLoader
 from pipeline.distributed import SharedUserError, World
+from pipeline.guard import Guard, Verdict, nan_unless_finite
 from pipeline.health import HealthState
 from pipeline.metrics import Clock, LossMeter, RouterMeter, StepTimes, Throughput, duration, straggler
 from pipeline.optim import learning_rate, set_learning_rate
+from pipeline.resume import Resumed
 from pipeline.saver import Saved, Saver
 from pipeline.stop import Plan, Stopped, StopRequest, plan
 
@@ -33,6 +34,9 @@ class Trainer:
             none.
         generate: continuations of the run's prompts; calls its argument before each.
         describe: the checkpoint state of the current step, all but what the trainer knows itself.
+        guard: what becomes of each step.
+        restore: the newest checkpoint into the engine.
+        read_from: this rank's micro-batches from a step on.
         step: optimizer steps taken.
         evaluation: the latest held-out measurement, and its `step`.
         pending_evaluation: this step's evaluation is due and not done yet.
@@ -45,16 +49,18 @@ class Trainer:
     engine: Any
     layout: BatchLayout
     max_steps: int
-    batches: Iterator[np.ndarray]
+    batches: BatchLoader
     evaluate: Callable[[Callable[[], None]], dict[str, float]] | None
     generate: Callable[[Callable[[], None]], list[str]]
     describe: Callable[["Trainer"], CheckpointState]
+    guard: Guard
+    restore: Callable[[], Resumed]
+    read_from: Callable[[int, HealthState], BatchLoader]
     saver: Saver
     tracker: Any
     stop: StopRequest
     clock: Clock
     step: int = 0
-    health: HealthState = field(default_factory=HealthState)
     evaluation: dict[str, float] | None = None
     pending_evaluation: bool = False
     saved_step: int | None = None
@@ -87,9 +93,13 @@ class Trainer:
                 self.finish_evaluation()
             while self.step < self.max_steps:
                 with self.clock.phase("training"):
-                    self.train_step()
+                    verdict = self.train_step()
                     # Reading the losses waits for the device, so that the clock counts work and not its queueing.
-                    losses = self.losses.read() if self.due(config.training.log_interval_steps) else None
+                    logged = verdict is Verdict.TAKEN and self.due(config.training.log_interval_steps)
+                    losses = self.losses.read() if logged else None
+                if verdict is Verdict.LEFT_OUT or (verdict is Verdict.SPIKE and self.roll_back()):
+                    self.end_if_stopped()
+                    continue
                 if losses:
                     self.log_step(losses)
                 self.pending_evaluation = self.evaluate is not None and self.due(config.evaluation.interval_steps)
@@ -108,14 +118,15 @@ class Trainer:
         """Every cadence: each `interval_steps`, and the last step."""
         return self.step % interval_steps == 0 or self.step == self.max_steps
 
-    def train_step(self) -> None:
-        """One optimizer step over the global batch, or none of it.
+    def train_step(self) -> Verdict:
+        """One optimizer step over the global batch, or none of it; and what becomes of it.
 
         Raises:
             Stopped: the rest of the step would outlast the grace; all is as it was before the step.
+            UserError: a number that is not finite ends the run.
         """
         clock, count = self.clock, self.layout.gradient_accumulation_steps
-        before, begin = (random_state(), self.losses.sums.clone()), time.perf_counter()
+        before, begin = random_state(), time.perf_counter()
         set_learning_rate(self.engine.optimizer, self.current_learning_rate())
         for left in reversed(range(count)):
             with clock.phase("data"):
@@ -123,20 +134,43 @@ class Trainer:
             with clock.phase("forward"):
                 output = self.engine(input_ids=tokens[:, :-1], shift_labels=tokens[:, 1:])
             with clock.phase("backward"):
-                self.engine.backward(output.loss)
+                self.engine.backward(nan_unless_finite(output.loss))
             self.losses.add(output.language_loss, output.diversity_loss)
             self.routers.add(output.router_statistics)
             self.agree()
             if left and self.stopping and self.plan(left / count) != "finish the step":
-                set_random_state(before[0])
-                self.losses.sums.copy_(before[1])
+                set_random_state(before)
+                self.losses.end_step(taken=False)
                 raise Stopped
             with clock.phase("step"):
                 self.engine.step()
-        self.step += 1
+        verdict = self.guard.judge(self.step, self.losses)
+        taken = verdict is not Verdict.LEFT_OUT
+        self.losses.end_step(taken)
+        if not taken:
+            self.routers.reset()
+        self.step += taken
         self.clock.step = self.step
         self.step_seconds = time.perf_counter() - begin
-        self.throughput.tokens += self.tokens_per_step
+        self.throughput.tokens += taken * self.tokens_per_step
+        return verdict
+
+    def roll_back(self) -> bool:
+        """After a spike: to the newest checkpoint, and on without the batches around it. False where there is none."""
+        self.finish_saving()
+        if not self.guard.decide(self.step, self.saved_step):
+            return False
+        with self.clock.phase("loading"):
+            resumed = self.restore()
+            self.batches.close()
+            self.batches = self.read_from(resumed.step, resumed.health)
+        self.guard.state, self.step, self.saved_step = resumed.health, resumed.step, resumed.step
+        self.evaluation, self.pending_evaluation = resumed.evaluation, False
+        self.losses.restore(resumed.loss_sums, self.world)
+        self.routers.reset()
+        self.throughput.reset()
+        self.step_times = StepTimes(self.clock, self.step)
+        return True
 
     def agree(self) -> None:
         """Once a micro-step, and between the batches of an evaluation: has any rank been asked to stop?"""
@@ -177,6 +211,7 @@ class Trainer:
             "train/gradient_norm": gradient_norm,
             "train/tokens_per_second": tokens_per_second,
             "train/consumed_tokens": float(self.step * self.tokens_per_step),
+            **self.guard.metrics(),
         }
         times, slow = straggler(self.world.gather(self.step_times.read(self.step)))
         self.tracker.log_metrics(metrics | times, self.step)

@@ -11,13 +11,14 @@ import signal
 import socket
 import subprocess
 import sys
-from contextlib import nullcontext
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from tests.conftest import ROOT
 from tests.pipeline.moments import Moment, happening
+from tests.pipeline.poison import Poison, poisoned
 
 TINY = [
     "model.hidden_size=32",
@@ -50,6 +51,10 @@ class Run:
     """Another run's checkpoint, `run/step-XXXXXXXX`, put into this run's folder first."""
     moment: Moment | None = None
     """Something happens to one rank."""
+    poison: Poison | None = None
+    """Some of the data is bad."""
+    left_out: tuple[tuple[int, int], ...] = ()
+    """Global batches [first, last) that the run leaves out from its start, as if decided before."""
 
 
 def tiny_overrides(run: Run, folder: Path, dataset: Path) -> list[str]:
@@ -111,19 +116,26 @@ def outputs(folder: Path) -> str:
     return "\n".join(f"--- {item.name}\n{item.read_text()}" for item in sorted(folder.glob("rank-*.out")))
 
 
-def run_ranks(runs: list[Run], folder: Path, dataset: Path, processes: int = 2) -> list[dict[str, Any]]:
-    """Train every run of the plan, in order. Returns a run's result: exit code, problems."""
+def start_plan(runs: list[Run], folder: Path, dataset: Path, processes: int = 2) -> list[subprocess.Popen[bytes]]:
+    """The ranks that train every run of the plan, in order."""
     plan = [
         {
             "name": run.name,
             "copy_checkpoint": run.copy_checkpoint,
             "overrides": tiny_overrides(run, folder, dataset),
             "moment": asdict(run.moment) if run.moment else None,
+            "poison": asdict(run.poison) if run.poison else None,
+            "left_out": run.left_out,
         }
         for run in runs
     ]
     (folder / "plan.json").write_text(json.dumps(plan))
-    started = start_ranks(["-m", "tests.pipeline.ranks", str(folder)], folder, processes)
+    return start_ranks(["-m", "tests.pipeline.ranks", str(folder)], folder, processes)
+
+
+def run_ranks(runs: list[Run], folder: Path, dataset: Path, processes: int = 2) -> list[dict[str, Any]]:
+    """Train every run of the plan, in order. Returns a run's result: exit code, problems."""
+    started = start_plan(runs, folder, dataset, processes)
     codes = wait(started, folder, timeout_seconds=1200)
     assert codes == [0] * processes, outputs(folder)
     results: list[dict[str, Any]] = json.loads((folder / "results.json").read_text())
@@ -134,6 +146,8 @@ def main(folder: Path) -> None:
     from data_prep.errors import UserError
     from pipeline.config import load_config
     from pipeline.distributed import shutdown, start
+    from pipeline.guard import write_decisions
+    from pipeline.health import RollBack
     from pipeline.stop import StopRequest
     from pipeline.train import open_log, run
 
@@ -150,8 +164,14 @@ def main(folder: Path) -> None:
             config.run_folder.mkdir(parents=True, exist_ok=True)
             logging.getLogger("globallocal").handlers.clear()  # each run has its own log
             open_log(config.run_folder, world.rank)
-            moment = Moment(**item["moment"]) if item["moment"] else None
-            with happening(moment, world.rank) if moment else nullcontext():
+            if item["left_out"] and world.is_main:
+                decided = [RollBack(step=0, to_step=0, first_batch=a, last_batch=b) for a, b in item["left_out"]]
+                write_decisions(config.run_folder, decided)
+            with ExitStack() as circumstances:
+                if item["moment"]:
+                    circumstances.enter_context(happening(Moment(**item["moment"]), world.rank))
+                if item["poison"]:
+                    circumstances.enter_context(poisoned(Poison(**item["poison"])))
                 result["code"] = run(config, world, StopRequest())
         except UserError as error:
             result |= {"code": error.exit_code, "problems": error.problems}
