@@ -263,8 +263,8 @@ _POSITIVE_SIZES = (
     "pool_size", "pool_dim", "conv_kernel_size", "router_top_k", "router_hidden_size",
 )  # fmt: skip
 
-# Each layer looks further than the one below it: 341 positions after four layers, and on from there.
-_WIDENING = [[1, 2], [4, 8], [16, 32], [64, 128]]
+# Each layer looks further than the one below it: 1,173 positions after four layers, and on from there.
+_WIDENING = [[1, 2], [4, 8], [16, 64], [128, 512]]
 
 PRESETS: dict[str, dict[str, Any]] = {
     # A few minutes on two CPU cores: cheap routers, small vocabulary.

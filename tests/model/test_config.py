@@ -29,6 +29,18 @@ def test_parameter_counts_are_the_real_ones(name, options):
     assert real == {part: counts[part] for part in real}
 
 
+@pytest.mark.parametrize("name", ["small", "base", "large", "xl"])
+def test_the_convolutions_of_the_larger_presets_reach_over_the_whole_sequence(name):
+    config = GlobalLocalConfig.from_preset(name)
+    assert config.receptive_field >= config.max_position_embeddings
+
+
+@pytest.mark.parametrize(("name", "millions"), [("small", 40), ("base", 125), ("large", 350), ("xl", 1300)])
+def test_presets_have_the_sizes_that_their_names_promise(name, millions):
+    config = GlobalLocalConfig.from_preset(name)
+    assert sum(config.parameter_counts().values()) / 1e6 == pytest.approx(millions, rel=0.05)
+
+
 def test_the_page_shows_the_presets_as_they_are():
     assert preset_table() in PAGE.read_text(), "python -m tests.model.preset_table"
 
