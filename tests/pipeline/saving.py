@@ -175,6 +175,7 @@ def with_retry(trainer: Any, result: dict[str, Any]) -> dict[str, Any]:
 
 
 def fill(root: Path) -> None:
+    assert shutil.disk_usage(root).total < 1 << 24, f"{root} is no small disk"
     with open(root / "ballast", "ab", buffering=0) as file:
         for size in (1 << 16, 1 << 12, 1):
             try:

@@ -19,6 +19,8 @@ from tests.pipeline.ranks import outputs, start_ranks, wait
 from tests.pipeline.saving import STAGES, WRITES
 from tests.pipeline.test_training import plain
 
+pytestmark = pytest.mark.timeout(1800)
+
 MOUNTS = {"trouble/checkpoints": "8m", "tiny": "24k"}
 
 
