@@ -7,7 +7,7 @@ from pipeline.checkpoint import list_checkpoints, read_listing
 from pipeline.retention import Retention
 
 _WIDTH_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
-_RANK_BYTES = 1 << 15
+_RANK_BYTES = 1 << 16
 """Random state, names and numbers of one rank, about."""
 
 
