@@ -30,12 +30,14 @@ class Machine:
         teraflops: peak rate of one device in 10^12 operations a second, in the precision of the run.
         utilisation: part of that rate that training reaches (MFU).
         price_per_hour: of one device, in whatever currency.
+        cpu: ranks on CPU cores.
     """
 
     ranks: int = 1
     teraflops: float | None = None
     utilisation: float = 0.4
     price_per_hour: float | None = None
+    cpu: bool = False
 
 
 @dataclass(frozen=True)
@@ -129,7 +131,7 @@ def estimate(config: RunConfig, machine: Machine) -> Estimate:
         flops_per_token=flops,
         precision=precision,
         zero_stage=int(zero.get("stage", 0)),
-        memory={stage: _stage_memory(size, stage, machine.ranks, precision, zero) for stage in range(4)},
+        memory={stage: _stage_memory(size, stage, machine, precision, zero) for stage in range(4)},
         ranks=machine.ranks,
         micro_batch_size=layout.micro_batch_size,
         gradient_accumulation_steps=layout.gradient_accumulation_steps,
@@ -143,11 +145,11 @@ def estimate(config: RunConfig, machine: Machine) -> Estimate:
     )
 
 
-def _stage_memory(size: ModelSize, stage: int, ranks: int, precision: str, zero: Mapping[str, Any]) -> RankMemory:
+def _stage_memory(size: ModelSize, stage: int, machine: Machine, precision: str, zero: Mapping[str, Any]) -> RankMemory:
     """The run's own stage with its offloading; the other stages as the plain alternatives."""
     own = stage == int(zero.get("stage", 0))
     plain = {key: value for key, value in zero.items() if not key.startswith("offload_")}
-    return rank_memory(size, stage, ranks, precision, zero if own else plain)
+    return rank_memory(size, stage, machine.ranks, precision, zero if own else plain, machine.cpu)
 
 
 def _corpus(config: RunConfig, notes: list[str]) -> Corpus | None:

@@ -4,7 +4,7 @@ The arithmetic is that of DeepSpeed 0.19 with AdamW (ZeRO: arXiv:1910.02054), fo
 """
 
 import weakref
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -62,7 +62,7 @@ def measure(config: GlobalLocalConfig, micro_batch_size: int, sequence_length: i
     for parameter in model.parameters():  # as ZeRO-2 and 3 do: reduced, then gone
         parameter.register_post_accumulate_grad_hook(_drop_gradient)
     tokens = torch.zeros(micro_batch_size, sequence_length, dtype=torch.long, device="meta")
-    with LiveBytes() as memory:
+    with LiveBytes([*model.parameters(), *model.buffers(), tokens]) as memory:
         model(tokens, shift_labels=tokens).loss.backward()
     return ModelSize(
         parameters=sum(parameter.numel() for parameter in model.parameters()),
@@ -77,11 +77,15 @@ def _drop_gradient(parameter: torch.Tensor) -> None:
 
 
 class LiveBytes(TorchDispatchMode):
-    """Counts the bytes of all tensors that operations inside it make, while they live; `peak` is the most."""
+    """Counts the bytes of all tensors that operations inside it make, while they live; `peak` is the most.
 
-    def __init__(self) -> None:
+    Views of the `given` tensors are none of them.
+    """
+
+    def __init__(self, given: Iterable[torch.Tensor] = ()) -> None:
         super().__init__()
         self.live = self.peak = 0
+        self._given = {tensor.untyped_storage()._cdata for tensor in given}
         self._storages: set[int] = set()
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -93,7 +97,7 @@ class LiveBytes(TorchDispatchMode):
 
     def _add(self, storage: torch.UntypedStorage) -> None:
         key, size = storage._cdata, storage.nbytes()
-        if key not in self._storages:
+        if key not in self._storages and key not in self._given:
             self._storages.add(key)
             self.live += size
             self.peak = max(self.peak, self.live)
@@ -104,10 +108,15 @@ class LiveBytes(TorchDispatchMode):
         self.live -= size
 
 
-def rank_memory(size: ModelSize, stage: int, ranks: int, precision: str, zero: Mapping[str, Any]) -> RankMemory:
+def rank_memory(
+    size: ModelSize, stage: int, ranks: int, precision: str, zero: Mapping[str, Any], cpu: bool = False
+) -> RankMemory:
     """One rank's bytes under ZeRO `stage`; `zero` is the JSON's `zero_optimization` (buckets, offload).
 
-    16-bit training keeps fp32 master weights and sums gradients in fp32; fp32 training needs neither.
+    16-bit training keeps fp32 master weights and sums gradients in fp32; fp32 training needs neither, but ZeRO
+    keeps a master copy all the same. The peak is in backward, or in the optimizer's step where that needs more than
+    activations and buckets do: the partition's gradients once more, as one tensor, and on a CPU, whose AdamW is
+    not fused, two temporaries of that size.
     """
     width, p = DTYPE_BYTES[precision], size.parameters
     mixed = width < FP32_BYTES
@@ -118,11 +127,12 @@ def rank_memory(size: ModelSize, stage: int, ranks: int, precision: str, zero: M
     weights = width * share(p, 3)
     gradients = FP32_BYTES * share(p, 2)
     optimizer = MOMENTS_BYTES * share(p, 1) + (FP32_BYTES * share(p, 1) if mixed or stage else 0)
-    step = FP32_BYTES * share(p, 1) if stage in (1, 2) else 0  # the partition's gradients, flattened for the update
-    offloaded = 0
+    step = (3 if cpu else 1) * FP32_BYTES * share(p, 1) if stage else 0
+    offloaded = gathered = 0
     if stage == 3:
         persistent = int(zero.get("stage3_prefetch_bucket_size", 5e7))
-        weights += width * min(p, size.largest_block + persistent)
+        gathered = width * min(p, size.largest_block + persistent)
+        weights += gathered
         partition = int(zero.get("zero_hpz_partition_size", 1))
         weights += width * -(-p // partition) if partition > 1 else 0  # the second copy, split within a node
     if _device(zero, "offload_optimizer") != "none" and stage:
@@ -131,11 +141,12 @@ def rank_memory(size: ModelSize, stage: int, ranks: int, precision: str, zero: M
     if _device(zero, "offload_param") != "none" and stage == 3:
         offloaded += width * share(p, 3)
         weights -= width * share(p, 3)
+    buckets = _bucket_bytes(stage, width, zero)
     return RankMemory(
         weights=weights,
         gradients=gradients,
         optimizer=optimizer,
-        buffers=width * size.frozen + step + _bucket_bytes(stage, width, zero),
+        buffers=width * size.frozen + buckets + max(0, step - size.activations - buckets - gathered),
         activations=size.activations,
         offloaded=offloaded,
     )
