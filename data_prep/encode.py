@@ -11,7 +11,7 @@ import numpy as np
 from data_prep.documents import ReadCounts, Task
 from data_prep.errors import UserError
 from data_prep.packing import Piece, Position
-from data_prep.tokenizer import SPACE_MARK, Tokenizer
+from data_prep.tokenizer import SPACE_MARK, Tokenizer, segments
 
 # Per document: tokens (eos included); UTF-8 bytes, words and newlines of its text; whether decoding gave
 # the text back; the first 16 bytes of the text's sha256, where duplicates are to be dropped.
@@ -108,9 +108,8 @@ class Encoder:
             whole = self._round_trip(document.id, text, tokens, counts)
             content = text.encode()
             digest = hashlib.sha256(content).digest()[:16] if self.filters.drop_duplicates else bytes(16)
-            records.append(
-                (len(tokens) + 1, len(content), len(text.split()), text.count("\n"), whole, digest)
-            )  # fmt: skip
+            words = sum(len(segment.split()) for segment in segments(text))
+            records.append((len(tokens) + 1, len(content), words, text.count("\n"), whole, digest))
             parts += [tokens, eos]
             ids.append(document.id)
         documents = np.array(records, DOCUMENT_RECORD)

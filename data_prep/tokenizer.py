@@ -225,7 +225,7 @@ class Tokenizer:
         """
         if not self.splits_at_spaces:
             return np.array(self.processor.encode(text), self.dtype)
-        return np.frombuffer(b"".join(map(self._encode_words, _segments(text))), self.dtype)
+        return np.frombuffer(b"".join(map(self._encode_words, segments(text))), self.dtype)
 
     def _encode_words(self, text: str) -> bytes:
         head, *words = text.split(" ")
@@ -252,8 +252,14 @@ class Tokenizer:
         """Whether `decode(ids) == text`; a space mark in the text counts as the space it becomes."""
         expected = text.replace(SPACE_MARK, " ")
         if self.splits_at_spaces:  # nothing but pieces, one after another: several times as fast as decode()
-            spelled = b"".join(map(self._spellings.__getitem__, ids.tolist()))
-            return spelled == expected.encode()
+            content, at = expected.encode(), 0
+            for start in range(0, len(ids), SEGMENT_CHARACTERS):  # a list of all ids would take 16 times their memory
+                segment = ids[start : start + SEGMENT_CHARACTERS].tolist()
+                spelled = b"".join(map(self._spellings.__getitem__, segment))
+                if not content.startswith(spelled, at):
+                    return False
+                at += len(spelled)
+            return at == len(content)
         return self.decode(ids) == expected
 
     @cached_property
@@ -270,8 +276,8 @@ class Tokenizer:
         return [text for text in texts if self.decode(self.encode(text)) != text]
 
 
-def _segments(text: str) -> Iterator[str]:
-    """A text cut before spaces, about every `SEGMENT_CHARACTERS`."""
+def segments(text: str) -> Iterator[str]:
+    """A text cut before spaces, about every `SEGMENT_CHARACTERS`, so that very long ones take bounded memory."""
     begin = 0
     while len(text) - begin > SEGMENT_CHARACTERS and (end := text.find(" ", begin + SEGMENT_CHARACTERS)) > 0:
         yield text[begin:end]
