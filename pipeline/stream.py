@@ -9,7 +9,6 @@ from __future__ import annotations
 import os
 import resource
 import threading
-from collections import OrderedDict
 from pathlib import Path
 from typing import Protocol
 
@@ -18,6 +17,8 @@ import numpy as np
 from data_prep.errors import UserError
 from data_prep.manifest import Dataset, SplitIndex
 from pipeline.remote_dataset import RemoteDataset
+
+_NONE_OPEN = -1  # the number of no shard
 
 
 class ShardOpener(Protocol):
@@ -57,7 +58,7 @@ class FolderShards:
 class TokenStream:
     """One split's tokens: document, eos, document, eos, … addressed by their place in the stream.
 
-    Safe to use from several threads. Holds a bounded number of open shards, the least recently used out.
+    Safe to use from several threads. Holds a bounded number of open shards, the first opened out.
 
     Args:
         dataset: an opened dataset.
@@ -65,7 +66,7 @@ class TokenStream:
     """
 
     def __init__(self, dataset: Dataset, split: str) -> None:
-        self._open_shards: OrderedDict[int, int] = OrderedDict()
+        self._open_shards: dict[int, int] = {}
         self._lock = threading.Lock()
         self.index = dataset.split(split)
         # Plain views of the memory-mapped index: the memmap type makes each access several times slower.
@@ -96,16 +97,22 @@ class TokenStream:
         tokens = np.asarray(starts).astype(self._token_start.dtype)  # numpy would convert the index otherwise
         chunks = np.searchsorted(self._token_start, tokens, side="right") - 1
         width = self.index.dtype.itemsize
-        offsets = self._chunk_data_offset[chunks] + (tokens - self._token_start[chunks]) * width
-        crosses = (tokens + count > self._token_start[chunks + 1]).tolist()
+        num_bytes = count * width
+        offsets = (self._chunk_data_offset[chunks] + (tokens - self._token_start[chunks]) * width).tolist()
         shards = self._chunk_shard[chunks].tolist()
+        crossing = np.flatnonzero(tokens + count > self._token_start[chunks + 1]).tolist()
+        for row in crossing:
+            shards[row] = _NONE_OPEN
         parts = []
         with self._lock:
-            for row, (shard, offset) in enumerate(zip(shards, offsets.tolist(), strict=True)):
-                if crosses[row]:
-                    parts += self._read_across(int(tokens[row]), count, int(chunks[row]))
-                else:
-                    parts.append(self._read_bytes(shard, offset, count * width))
+            for row, (shard, offset) in enumerate(zip(shards, offsets, strict=True)):
+                try:  # nearly every row: this loop is what reading costs
+                    part = os.pread(self._open_shards[shard], num_bytes, offset)
+                except (KeyError, OSError):
+                    part = b""
+                if len(part) < num_bytes:  # not open yet, a fault, or a row that runs into the next chunk
+                    part = self._read_across(int(tokens[row]), count, int(chunks[row]))
+                parts.append(part)
         return np.frombuffer(b"".join(parts), self.index.dtype).reshape(len(tokens), count)
 
     def shards_of(self, start: int, stop: int) -> range:
@@ -122,7 +129,7 @@ class TokenStream:
     def __del__(self) -> None:
         self.close()
 
-    def _read_across(self, start: int, count: int, chunk: int) -> list[bytes]:
+    def _read_across(self, start: int, count: int, chunk: int) -> bytes:
         """The tokens [start, start + count), which begin in `chunk`, over as many chunks as it takes."""
         width = self.index.dtype.itemsize
         parts = []
@@ -132,7 +139,7 @@ class TokenStream:
             offset = int(self._chunk_data_offset[chunk]) + skip * width
             parts.append(self._read_bytes(int(self._chunk_shard[chunk]), offset, taken * width))
             start, count, chunk = start + taken, count - taken, chunk + 1
-        return parts
+        return b"".join(parts)
 
     def _read_bytes(self, shard: int, offset: int, count: int) -> bytes:
         descriptor = self._descriptor(shard)
@@ -152,7 +159,6 @@ class TokenStream:
     def _descriptor(self, shard: int) -> int:
         descriptor = self._open_shards.get(shard)
         if descriptor is not None:
-            self._open_shards.move_to_end(shard)
             return descriptor
         descriptor = self.shards.open(shard)
         actual_bytes = os.fstat(descriptor).st_size
@@ -161,7 +167,7 @@ class TokenStream:
             raise UserError(self._size_problem(shard, actual_bytes))
         self._open_shards[shard] = descriptor
         if len(self._open_shards) > self._max_open:
-            os.close(self._open_shards.popitem(last=False)[1])
+            os.close(self._open_shards.pop(next(iter(self._open_shards))))
         return descriptor
 
     def _size_problem(self, shard: int, actual_bytes: int) -> str:

@@ -41,35 +41,45 @@ def main(names: list[str]) -> None:
             check=True,
             cwd=ROOT,
         )
-        write(name, json.loads(measured.stdout.splitlines()[-1]))
+        write(name, **json.loads(measured.stdout.splitlines()[-1]))
     print(PAGE.relative_to(ROOT))
 
 
 def measure(name: str) -> None:
-    """In the process of the benchmark: its result as the last line."""
-    print(json.dumps(importlib.import_module(f"tests.benchmarks.bench_{name}").run()))
+    """In the process of the benchmark: its result, and the targets it states, as the last line."""
+    module = importlib.import_module(f"tests.benchmarks.bench_{name}")
+    print(json.dumps({"result": module.run(), "targets": getattr(module, "TARGETS", {})}))
 
 
-def write(name: str, result: dict[str, Any]) -> None:
-    """Put the section of one benchmark into the page, in place of its older one."""
+def write(name: str, result: dict[str, Any], targets: dict[str, str]) -> None:
+    """Put the section of one benchmark into the page, in place of its older one.
+
+    Args:
+        targets: by the dotted path of a figure in `result`.
+    """
     page = PAGE.read_text() if PAGE.exists() else HEAD
     sections = dict(re.findall(r"^## (\w+)\n(.*?)(?=^## |\Z)", page, re.M | re.S))
-    rows = "\n".join(f"| {key} | {value} |" for key, value in flat(result))
-    sections[name] = f"\n{machine()}\n\n| figure | value |\n|---|---|\n{rows}\n\n"
+    rows = "\n".join(f"| {shown(path)} | {value} | {targets.get(path, '')} |" for path, value in flat(result))
+    sections[name] = f"\n{machine()}\n\n| figure | value | target |\n|---|---|---|\n{rows}\n\n"
     body = "\n".join(f"## {key}\n{text.rstrip()}\n" for key, text in sorted(sections.items()))
     PAGE.write_text(f"{HEAD}\n{body}")
 
 
 def flat(values: dict[str, Any], prefix: str = "") -> list[tuple[str, str]]:
+    """(Dotted path, value as text) of every figure."""
     rows = []
     for key, value in values.items():
         if isinstance(value, dict):
-            rows += flat(value, f"{prefix}{key} · ")
+            rows += flat(value, f"{prefix}{key}.")
         else:
             text = f"{value:,.4g}" if isinstance(value, float) and abs(value) < 1e4 else str(value)
             text = f"{value:,.0f}" if isinstance(value, int | float) and abs(value) >= 1e4 else text
-            rows.append((prefix + key.replace("_", " "), text))
+            rows.append((prefix + key, text))
     return rows
+
+
+def shown(path: str) -> str:
+    return path.replace(".", " · ").replace("_", " ")
 
 
 def machine() -> str:

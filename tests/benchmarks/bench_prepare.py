@@ -1,98 +1,114 @@
-"""How fast preparation is, against what it cannot do without and against what others do. Prints ratios.
+"""How fast preparation is, against what it cannot do without and against what others do.
 
     python -m tests.benchmarks.bench_prepare [MEGABYTES]
 
-All contenders encode the same documents with the same tokenizer in this one run, in turns, each the best of
+All contenders encode the same articles with the same tokenizer in this one run, in turns, each the best of
 `ROUNDS`; so a busy machine slows all of them. The text is `../shared/data/enwiki2019`.
 """
 
 from __future__ import annotations
 
+import contextlib
+import json
 import os
+import re
 import shutil
 import sys
 import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
-
-import numpy as np
+from typing import Any
 
 from data_prep.engines import ProcessEngine
 from data_prep.files import FilesSettings, FilesSource
+from data_prep.manifest import open_dataset
 from data_prep.prepare import PrepareSettings, prepare
 from data_prep.tokenizer import Tokenizer, TokenizerSettings, train_tokenizer
+from tests.benchmarks.peers import PEERS, ask, peer, peer_environment, versions
 
 TEXT = Path(__file__).parents[3] / "shared" / "data" / "enwiki2019"
 ROUNDS = 3
+TARGETS = {
+    "prepare_over.sentencepiece": "≥ 0.9",
+    "prepare_over.sentencepiece_two_threads": "≥ 0.9",
+    "prepare_over.datasets_map_and_save": "≥ 2",
+    "prepare_over.litdata": "≥ 1",
+    "prepare_over.mosaicml-streaming": "≥ 1",
+}
 
 
-def run(megabytes: int = 24) -> dict[str, float]:
-    """Ratios over 1 mean that preparation is faster; `bytes_per_token_over_two` is a size."""
+def run(megabytes: int = 24) -> dict[str, Any]:
+    """Ratios over 1 mean that preparation is faster."""
     if not TEXT.is_dir():
         raise SystemExit(f"no text at {TEXT}; put the folder `shared/data` beside the project")
-    with tempfile.TemporaryDirectory() as folder:
-        return _run(Path(folder), megabytes)
+    with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
+        return _run(Path(folder), megabytes, stack)
 
 
-def _run(folder: Path, megabytes: int) -> dict[str, float]:
-    documents = _documents(megabytes * 1_000_000)
+def _run(folder: Path, megabytes: int, stack: contextlib.ExitStack) -> dict[str, Any]:
+    documents = _articles(megabytes * 1_000_000)
     tokenizer = train_tokenizer(documents, TokenizerSettings(16_384, training_bytes=4_000_000))
-    path = folder / "text.jsonl"
-    _write(path, documents)
+    path, model = folder / "text.jsonl", folder / "tokenizer.model"
+    path.write_text("".join(json.dumps({"text": text}, ensure_ascii=False) + "\n" for text in documents))
+    model.write_bytes(tokenizer.model)
     contenders: dict[str, Callable[[], object]] = {
         "prepare": lambda: _prepare(path, tokenizer, folder / "dataset", 1),
         "sentencepiece": lambda: [tokenizer.processor.encode(text) for text in documents],
-        "datasets": lambda: _datasets(path, tokenizer, folder / "arrow"),
+        "datasets_map_and_save": lambda: _datasets(path, tokenizer, folder / "arrow"),
     }
-    contenders.update(_peers(path, tokenizer, folder))
     if (os.cpu_count() or 1) > 1:
-        contenders["prepare_2"] = lambda: _prepare(path, tokenizer, folder / "dataset", 2)
-        contenders["sentencepiece_2"] = lambda: tokenizer.processor.encode(documents, num_threads=2)
-    seconds = {name: float("inf") for name in contenders}
+        contenders["prepare_two_workers"] = lambda: _prepare(path, tokenizer, folder / "dataset", 2)
+        contenders["sentencepiece_two_threads"] = lambda: tokenizer.processor.encode(documents, num_threads=2)
+    python = peer_environment()
+    peers = {
+        package: stack.enter_context(peer(python, "peer_prepare.py", name, path, model, folder / name))
+        for name, package in PEERS.items()
+        if python
+    }
+    seconds = dict.fromkeys([*contenders, *peers], float("inf"))
     for _ in range(ROUNDS):
         for name, contender in contenders.items():
             start = time.perf_counter()
             contender()
             seconds[name] = min(seconds[name], time.perf_counter() - start)
+        for package, process in peers.items():
+            seconds[package] = min(seconds[package], ask(process, "again"))
     size = path.stat().st_size
-    for name, value in seconds.items():
-        print(f"{name:<16} {value:8.2f} s {size / value / 1e6:8.2f} MB/s")
-    return _ratios(seconds, folder / "dataset")
-
-
-def _ratios(seconds: dict[str, float], dataset: Path) -> dict[str, float]:
-    from data_prep.manifest import open_dataset
-
-    index = open_dataset(dataset).split("train")
-    disk_bytes = sum(index.shard_bytes(shard) for shard in range(index.num_shards))
-    result = {
-        f"prepare_over_{name}": value / seconds["prepare"]
-        for name, value in seconds.items()
-        if not name.startswith("prepare") and not name.endswith("_2")
+    one, two = seconds.pop("prepare"), seconds.pop("prepare_two_workers", float("nan"))
+    return {
+        "megabytes_per_second": {"one_worker": size / one / 1e6, "two_workers": size / two / 1e6},
+        "prepare_over": {
+            name: value / (two if name.endswith("two_threads") else one) for name, value in seconds.items()
+        },
+        "bytes_per_token_over_2": _sizes(folder / "dataset"),
+        "versions": versions(python) if python else {},
     }
-    if "prepare_2" in seconds:
-        result["prepare_over_sentencepiece_two_threads"] = seconds["sentencepiece_2"] / seconds["prepare_2"]
-    result["bytes_per_token_over_two"] = disk_bytes / index.tokens / 2
-    return result
 
 
-def _documents(limit_bytes: int) -> list[str]:
-    documents: list[str] = []
+def _sizes(folder: Path) -> dict[str, Any]:
+    """Of these articles, which are shorter than WikiText's; the section on reading has those at their length."""
+    dataset = open_dataset(folder)
+    info = dataset.manifest.splits["train"]
+    shards = sum(path.stat().st_size for path in folder.glob("*.*") if not path.name.endswith(".ids.jsonl"))
+    ids = sum(path.stat().st_size for path in folder.glob("*.ids.jsonl"))
+    return {
+        "shards_and_manifest": shards / info.tokens / 2,
+        "with_document_ids": (shards + ids) / info.tokens / 2,
+        "tokens_per_document": info.tokens / info.documents,
+    }
+
+
+def _articles(limit_bytes: int) -> list[str]:
+    articles: list[str] = []
     size = 0
     for path in sorted(TEXT.glob("train_*.txt")):
-        for text in path.read_text(encoding="utf-8").split("\n= "):
-            documents.append(text)
+        for text in re.split(r"(?m)^(?== [^=\n]+ =$)", path.read_text(encoding="utf-8")):
+            articles += [text] if text else []
             size += len(text)
             if size >= limit_bytes:
-                return documents
-    return documents
-
-
-def _write(path: Path, documents: list[str]) -> None:
-    import json
-
-    path.write_text("".join(json.dumps({"text": text}, ensure_ascii=False) + "\n" for text in documents))
+                return articles
+    return articles
 
 
 def _prepare(path: Path, tokenizer: Tokenizer, output: Path, workers: int) -> None:
@@ -113,50 +129,5 @@ def _datasets(path: Path, tokenizer: Tokenizer, output: Path) -> None:
     encoded.save_to_disk(str(output / "saved"))
 
 
-def _encode_lines(path: Path, tokenizer: Tokenizer):
-    import json
-
-    with open(path) as lines:
-        for line in lines:
-            ids = tokenizer.processor.encode(json.loads(line)["text"])
-            yield np.array([*ids, tokenizer.eos_id], tokenizer.dtype)
-
-
-def _peers(path: Path, tokenizer: Tokenizer, folder: Path) -> dict[str, Callable[[], object]]:
-    """litdata and mosaicml-streaming, where they are installed."""
-    peers: dict[str, Callable[[], object]] = {}
-    try:
-        from streaming import MDSWriter
-
-        def mds() -> None:
-            shutil.rmtree(folder / "mds", ignore_errors=True)
-            with MDSWriter(out=str(folder / "mds"), columns={"tokens": "ndarray"}) as writer:
-                for tokens in _encode_lines(path, tokenizer):
-                    writer.write({"tokens": tokens})
-
-        peers["mosaicml_mds"] = mds
-    except ImportError:
-        print("mosaicml-streaming is not installed: left out")
-    try:
-        from litdata.streaming.item_loader import TokensLoader
-        from litdata.streaming.writer import BinaryWriter  # what `optimize` writes with, in one process
-
-        def litdata() -> None:
-            import torch
-
-            shutil.rmtree(folder / "litdata", ignore_errors=True)
-            (folder / "litdata").mkdir()
-            writer = BinaryWriter(str(folder / "litdata"), chunk_bytes="64MB", item_loader=TokensLoader())
-            for number, tokens in enumerate(_encode_lines(path, tokenizer)):
-                writer[number] = torch.from_numpy(tokens.astype(np.int32))
-            writer.done()
-
-        peers["litdata"] = litdata
-    except ImportError:
-        print("litdata is not installed: left out")
-    return peers
-
-
 if __name__ == "__main__":
-    for name, ratio in run(*(int(argument) for argument in sys.argv[1:])).items():
-        print(f"{name:<42} {ratio:.3f}")
+    print(json.dumps(run(*(int(argument) for argument in sys.argv[1:])), indent=2))

@@ -7,16 +7,15 @@ Every contender hands over int64 batches [32, 2,049]: 32 samples of 2,048 tokens
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib.metadata
 import itertools
 import json
-import shutil
 import subprocess
 import sys
 import tarfile
 import tempfile
 import time
-import venv
 from collections.abc import Callable, Iterator
 from io import BytesIO
 from pathlib import Path
@@ -25,9 +24,11 @@ import numpy as np
 import torch
 
 from data_prep.manifest import Dataset, open_dataset
+from data_prep.prepare import CHUNK_TOKENS, CHUNKS_PER_SHARD
 from model.configuration_globallocal import GlobalLocalConfig
 from model.modeling_globallocal import GlobalLocalForCausalLM
 from pipeline.data import BatchLayout, BatchLoader, SampleSource
+from tests.benchmarks.peers import PEERS, ask, peer, peer_environment, versions
 from tests.pipeline.dataset_fixture import fill_shards, write_hollow_dataset, write_stream
 
 TOKENS = 33_554_433
@@ -35,8 +36,15 @@ LENGTH, BATCH = 2048, 32
 LAYOUT = BatchLayout(BATCH, BATCH, 1)
 DOCUMENT_TOKENS = 3600  # the mean of wikitext-103's articles
 TURN_SECONDS, TURNS = 0.4, 5
-PEERS = {"streaming": "mosaicml-streaming", "litdata": "litdata"}
-PEER_ENVIRONMENT = Path(".cache/bench-peers")
+TARGETS = {
+    "loader_over.nanogpt_get_batch": "≥ 3",
+    "loader_over.webdataset_one_sequence_members": "≥ 20",
+    "loader_over.mosaicml-streaming": "≥ 5",
+    "loader_over.litdata": "≥ 5",
+    "bytes_per_token_over_2": "≤ 1.001",
+    "first_batch_at_90_percent_over_0": "≤ 1.1",
+    "share_of_step_waiting": "≤ 0.005",
+}
 
 
 def run() -> dict:
@@ -49,10 +57,10 @@ def measure(folder: Path) -> dict:
     generator = np.random.default_rng(0)
     tokens = generator.integers(1, 50_000, TOKENS, dtype=np.uint16)
     tokens[np.cumsum(generator.poisson(DOCUMENT_TOKENS, TOKENS // DOCUMENT_TOKENS - 100))] = 0  # ends of documents
-    dataset = write_stream(folder / "dataset", tokens, 1 << 20, 16)
+    dataset = write_stream(folder / "dataset", tokens, CHUNK_TOKENS, CHUNKS_PER_SHARD)
     tokens.tofile(folder / "flat.bin")
     write_one_sequence_members(folder / "members", tokens)
-    rates, versions = reading_rates(dataset, folder)
+    rates, found = reading_rates(dataset, folder)
     loader, in_process = rates.pop("loader"), rates.pop("in_process")
     return {
         "tokens_per_second": {"loader": loader, "in_process": in_process, **rates},
@@ -62,7 +70,7 @@ def measure(folder: Path) -> dict:
         "first_batch_at_90_percent_over_0": first_batch_ratio(dataset, LENGTH),
         "share_of_step_waiting": waiting_share(dataset),
         "million_shards": million_shards(folder / "million"),
-        "versions": versions,
+        "versions": found,
     }
 
 
@@ -72,7 +80,7 @@ def measure(folder: Path) -> dict:
 def reading_rates(dataset: Dataset, folder: Path) -> tuple[dict[str, float], dict[str, str]]:
     """Tokens per second of one process, by contender, and the contenders' versions."""
     source = SampleSource(dataset, "train", LENGTH, 0)
-    versions = {"torch": torch.__version__, "webdataset": importlib.metadata.version("webdataset")}
+    found = {"torch": torch.__version__, "webdataset": importlib.metadata.version("webdataset")}
     with contextlib.ExitStack() as stack:
         loader = stack.enter_context(BatchLoader(source, LAYOUT, 0, 0))
         contenders: dict[str, Callable[[float], float]] = {
@@ -82,15 +90,17 @@ def reading_rates(dataset: Dataset, folder: Path) -> tuple[dict[str, float], dic
             "webdataset_one_sequence_members": turn(member_batches(folder / "members")),
         }
         python = peer_environment()
-        for name, package in PEERS.items() if python else ():
-            process = stack.enter_context(peer(str(python), name, folder))
-            contenders[package] = lambda seconds, process=process: ask(process, seconds)
-            versions[package] = installed_version(str(python), package)
+        if python:
+            found |= versions(python)
+            for name, package in PEERS.items():
+                arguments = (name, folder / "flat.bin", folder / name, LENGTH, BATCH)
+                process = stack.enter_context(peer(python, "peer_reading.py", *arguments))
+                contenders[package] = functools.partial(ask, process)
         best = dict.fromkeys(contenders, 0.0)
         for _ in range(TURNS):
             for name, contender in contenders.items():
                 best[name] = max(best[name], contender(TURN_SECONDS))
-    return best, versions
+    return best, found
 
 
 def turn(batches: Iterator) -> Callable[[float], float]:
@@ -148,53 +158,6 @@ def member_batches(folder: Path) -> Iterator[np.ndarray]:
                 rows = []
 
 
-# ---- the peers
-
-
-def peer_environment() -> Path | None:
-    """Python of an environment with the peers; None, with a line that says why, where it cannot be made."""
-    python = PEER_ENVIRONMENT / "bin" / "python"
-    if not python.exists():
-        print(f"installing {', '.join(PEERS.values())} into {PEER_ENVIRONMENT} …", file=sys.stderr)
-        venv.create(PEER_ENVIRONMENT, with_pip=True)
-        version = torch.__version__.partition("+")[0]
-        for packages in ([f"torch=={version}"], list(PEERS.values())):
-            command = [python, "-m", "pip", "install", "--quiet", *packages]
-            if subprocess.run(command, check=False).returncode:
-                shutil.rmtree(PEER_ENVIRONMENT)
-                print("the peers could not be installed; the run goes on without them", file=sys.stderr)
-                return None
-    return python
-
-
-@contextlib.contextmanager
-def peer(python: str, name: str, folder: Path) -> Iterator[subprocess.Popen]:
-    script = Path(__file__).with_name("peer_reading.py")
-    command = [python, str(script), name, str(folder / "flat.bin"), str(folder / name), str(LENGTH), str(BATCH)]
-    process = subprocess.Popen(
-        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
-    )
-    try:
-        assert process.stdout is not None
-        assert process.stdout.readline() == "ready\n", f"{name} did not start"
-        yield process
-    finally:
-        process.kill()
-        process.wait()
-
-
-def ask(process: subprocess.Popen, seconds: float) -> float:
-    assert process.stdin is not None
-    assert process.stdout is not None
-    print(seconds, file=process.stdin, flush=True)
-    return float(process.stdout.readline())
-
-
-def installed_version(python: str, package: str) -> str:
-    program = f"import importlib.metadata as m; print(m.version({package!r}))"
-    return subprocess.run([python, "-c", program], capture_output=True, text=True, check=True).stdout.strip()
-
-
 # ---- disk, resume, waiting
 
 
@@ -244,8 +207,8 @@ def waiting_share(dataset: Dataset, steps: int = 20) -> float:
 
 
 def million_shards(folder: Path) -> dict[str, float]:
-    """A manifest of 1,000,000 shards, 16.8 trillion tokens in 16,000,000 chunks."""
-    dataset = write_hollow_dataset(folder, num_shards=1_000_000, chunks_per_shard=16, chunk_tokens=1 << 20)
+    """A manifest of 1,000,000 shards of 64 MiB: 33.6 trillion tokens in 8,000,000 chunks."""
+    dataset = write_hollow_dataset(folder, num_shards=1_000_000, chunks_per_shard=8, chunk_tokens=CHUNK_TOKENS)
     source = SampleSource(dataset, "train", LENGTH, 0)
     needed: set[int] = set()
     for share in (0.0, 0.9):

@@ -74,7 +74,7 @@ def test_the_dataset_is_an_input_of_the_run(store: str, tmp_path: Path) -> None:
     start(store, tmp_path / "run", [], datasets=[DATASET]).close()
     (used,) = only_run(store).inputs.dataset_inputs
     assert (used.dataset.name, used.dataset.digest) == ("books", DATASET["dataset_id"][:36])
-    assert [(tag.key, tag.value) for tag in used.tags] == [("mlflow.data.context", "training")]
+    assert {tag.key: tag.value for tag in used.tags} == {"mlflow.data.context": "training", "weight": "1"}
     assert mlflow.data.get_source(used.dataset).uri == DATASET["source"]
 
 
