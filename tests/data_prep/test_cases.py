@@ -6,6 +6,7 @@ docs/data.md lists all of them with the test of each.
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 import tarfile
@@ -116,3 +117,11 @@ def test_a_document_of_200_mb_is_one_document_in_a_few_times_its_memory(tmp_path
     assert info.words == count * len(line.split()) + 2
     assert info.source_bytes == count * len(line.encode()) + len("after it")
     assert dataset.split("train").tokens == info.tokens > count * 10
+
+
+def test_every_test_that_the_page_names_exists() -> None:
+    root = Path(__file__).parents[2]
+    named = re.findall(r"`(tests/[\w/]+\.py)::(\w+)`", (root / "docs" / "data.md").read_text())
+    assert len(named) > 40
+    missing = [f"{file}::{test}" for file, test in named if f"def {test}(" not in (root / file).read_text()]
+    assert missing == []

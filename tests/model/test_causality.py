@@ -45,6 +45,21 @@ def test_gradients_reach_back_as_far_as_the_config_says(preset, context):
     assert touched.min().item() == (length - config.receptive_field if context == "token" else 0)
 
 
+def test_a_document_sees_the_one_before_it_as_far_as_the_receptive_field():
+    """The stated policy of docs/data.md: one stream, no mask between documents, eos is a token like others."""
+    config = scaled_preset("quickstart", router_context="token", eos_token_id=2)
+    model, reach = make_model(config), config.receptive_field
+    ids = random_ids(config, 1, reach + 10)
+    ids[0, 3] = config.eos_token_id  # document A is 0..3, document B all behind it
+    edited = ids.clone()
+    edited[0, 2] = (ids[0, 2] + 1) % config.vocab_size
+    with torch.no_grad():
+        changed = (model(ids).logits != model(edited).logits).any(dim=-1)[0]
+    assert not changed[:2].any()
+    assert changed[4 : 2 + reach].any()
+    assert not changed[2 + reach :].any()
+
+
 @pytest.mark.parametrize("target_is_visible", [False, True])
 def test_nothing_is_learnt_from_random_tokens(target_is_visible):
     """Without the targets the loss stays at ln V = 5.545; a model that can see them leaves it at once."""

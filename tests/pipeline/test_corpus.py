@@ -26,6 +26,8 @@ from tests.pipeline.test_training import assert_same_state, losses_of
 
 LAST = "checkpoints/step-00000006"
 
+pytestmark = pytest.mark.timeout(1800)  # the first test that needs the ranks waits for all of their runs
+
 
 def mixture(*parts: tuple[object, float]) -> DataSection:
     return DataSection.model_validate({"dataset": [{"dataset": str(path), "weight": weight} for path, weight in parts]})
