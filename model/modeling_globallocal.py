@@ -228,7 +228,8 @@ def _checkpoint_function(policy: str) -> Callable[..., Any]:
     if policy != "selective":
         return partial(checkpoint, use_reentrant=False)
     aten = torch.ops.aten
-    kept = [aten.mm.default, aten.addmm.default, aten.bmm.default]
+    # ZeRO-3's linear adds the bias in place: the kept product holds it already, and must not get it twice.
+    kept = [aten.mm.default, aten.addmm.default, aten.bmm.default, aten.add_.Tensor]
     contexts = partial(create_selective_checkpoint_contexts, kept)
     return partial(checkpoint, use_reentrant=False, context_fn=contexts)
 

@@ -246,7 +246,7 @@ def compilation(rounds: int) -> dict:
             "ratio": seconds["plain"] / seconds["compiled"]}  # fmt: skip
 
 
-def run(rounds: int = 3) -> dict:
+def run(rounds: int = 2) -> dict:
     """All ratios. No bfloat16: a CPU that does not multiply it emulates it, which says nothing about the model."""
     torch.set_num_threads(1)
     result: dict[str, Any] = {"seconds": "of one CPU thread", "precision": "float32"}

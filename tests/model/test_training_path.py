@@ -35,6 +35,20 @@ def test_activation_checkpointing_changes_nothing(policy):
     assert all(torch.equal(a, b) for a, b in zip(gradients, expected_gradients, strict=True))
 
 
+def test_kept_products_stand_the_linear_that_zero_3_puts_in_place_of_the_usual_one(monkeypatch):
+    """It adds the bias into the product's own memory; stage 3 sets it for the whole process."""
+    from deepspeed.runtime.zero.linear import zero3_linear_wrap
+
+    monkeypatch.setattr(F, "linear", zero3_linear_wrap)
+    plain = make_model(tiny_config(), dtype=torch.float32).train()
+    recomputing = make_model(tiny_config(activation_checkpointing="selective"), dtype=torch.float32).train()
+    ids, labels = random_ids(plain.config, 3, 9), random_ids(plain.config, 3, 9, 2)
+    expected, expected_gradients = loss_and_gradients(plain, ids, labels)
+    output, gradients = loss_and_gradients(recomputing, ids, labels)
+    assert torch.equal(output.loss, expected.loss)
+    assert all(torch.equal(a, b) for a, b in zip(gradients, expected_gradients, strict=True))
+
+
 def saved_bytes(model, ids):
     """Distinct bytes that the graph of one loss keeps alive, parameters aside."""
     kept, own = {}, {p.untyped_storage().data_ptr() for p in model.parameters()}
