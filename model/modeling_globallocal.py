@@ -230,7 +230,7 @@ def _checkpoint_function(policy: str) -> Callable[..., Any]:
     aten = torch.ops.aten
     # ZeRO-3's linear adds the bias in place: the kept product holds it already, and must not get it twice.
     kept = [aten.mm.default, aten.addmm.default, aten.bmm.default, aten.add_.Tensor]
-    contexts = partial(create_selective_checkpoint_contexts, kept)
+    contexts = partial(create_selective_checkpoint_contexts, kept, allow_cache_entry_mutation=True)
     return partial(checkpoint, use_reentrant=False, context_fn=contexts)
 
 
