@@ -128,10 +128,16 @@ def rank_memory(
     gradients = FP32_BYTES * share(p, 2)
     optimizer = MOMENTS_BYTES * share(p, 1) + (FP32_BYTES * share(p, 1) if mixed or stage else 0)
     step = (3 if cpu else 1) * FP32_BYTES * share(p, 1) if stage else 0
+    released = gradients - FP32_BYTES * share(p, 1)  # stage 1 keeps its part alone once they are reduced
     offloaded = gathered = 0
     if stage == 3:
-        persistent = int(zero.get("stage3_prefetch_bucket_size", 5e7))
-        gathered = width * min(p, size.largest_block + persistent)
+        # DeepSpeed gathers a block and what it prefetches, and lets go of nothing that is used again soon enough:
+        # the last layers, between forward and backward, up to half the distance.
+        ahead = size.largest_block + int(zero.get("stage3_prefetch_bucket_size", 5e7))
+        kept = min(
+            int(zero.get("stage3_max_live_parameters", 1e9)), int(zero.get("stage3_max_reuse_distance", 1e9)) // 2
+        )
+        gathered = width * min(p, max(ahead, kept))
         weights += gathered
         partition = int(zero.get("zero_hpz_partition_size", 1))
         weights += width * -(-p // partition) if partition > 1 else 0  # the second copy, split within a node
@@ -146,7 +152,7 @@ def rank_memory(
         weights=weights,
         gradients=gradients,
         optimizer=optimizer,
-        buffers=width * size.frozen + buckets + max(0, step - size.activations - buckets - gathered),
+        buffers=width * size.frozen + buckets + max(0, step - size.activations - buckets - gathered - released),
         activations=size.activations,
         offloaded=offloaded,
     )

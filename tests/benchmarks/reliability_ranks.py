@@ -244,7 +244,7 @@ def memory(folder: Path, world: World, stop: StopRequest) -> dict[str, float]:
             trainer.train_step()
             trainer.train_step()
         size = measure(trainer.engine.module.config, 1, config.data.sequence_length, "fp32")
-        theory = rank_memory(size, stage, world.size, "fp32", zero).total
+        theory = rank_memory(size, stage, world.size, "fp32", zero, cpu=True).total
         found[f"stage {stage}"] = world.agree({"peak": live.peak})["peak"] / theory
         trainer.batches.close()  # type: ignore[attr-defined]
         trainer.engine.destroy()

@@ -1,0 +1,57 @@
+"""The memory forecast against what real ranks hold while they train."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from launch.estimate import Machine, estimate
+from pipeline.config import load_config
+from tests.pipeline.ranks import outputs, start_ranks, wait
+
+STAGES = (0, 1, 2, 3)
+MODEL = [
+    "model.hidden_size=256",
+    "model.num_hidden_layers=4",
+    "model.vocab_size=512",
+    "model.pool_size=512",
+    "model.pool_dim=64",
+    "model.router_hidden_size=64",
+    "data.sequence_length=64",
+    "data.dataset=none",
+    "training.global_batch_size=8",
+    "training.micro_batch_size=2",
+    "training.precision=fp32",
+]
+
+
+@pytest.fixture(scope="module")
+def knobs(tmp_path_factory: pytest.TempPathFactory) -> dict[int, Path]:
+    """A JSON a stage, with buckets in proportion to a small model, so that no part hides the others."""
+    folder, files = tmp_path_factory.mktemp("knobs"), {}
+    for stage in STAGES:
+        zero: dict[str, Any] = {"stage": stage, "reduce_bucket_size": 300_000, "allgather_bucket_size": 300_000}
+        if stage == 3:
+            del zero["allgather_bucket_size"]
+            zero |= {"stage3_prefetch_bucket_size": 100_000, "stage3_param_persistence_threshold": 1000}
+        files[stage] = folder / f"zero{stage}.json"
+        files[stage].write_text(json.dumps({"zero_optimization": zero}))
+    return files
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 4])
+def test_the_forecast_is_within_a_tenth_of_what_training_holds(
+    ranks: int, knobs: dict[int, Path], tmp_path: Path
+) -> None:
+    plan = {str(stage): [*MODEL, f"deepspeed.config={path}"] for stage, path in knobs.items()}
+    (tmp_path / "plan.json").write_text(json.dumps(plan))
+    arguments = ["-m", "tests.launch.memory_ranks", str(tmp_path / "plan.json"), str(tmp_path / "result.json")]
+    codes = wait(start_ranks(arguments, tmp_path, ranks), tmp_path, 600)
+    assert codes == [0] * ranks, outputs(tmp_path)
+    measured = json.loads((tmp_path / "result.json").read_text())
+    forecasts = {}
+    for stage in STAGES:
+        result = estimate(load_config("launch/runs/quickstart.yaml", plan[str(stage)]), Machine(ranks=ranks, cpu=True))
+        forecasts[str(stage)] = result.memory[stage].total
+    assert forecasts == pytest.approx(measured, rel=0.1)
