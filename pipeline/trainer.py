@@ -95,7 +95,7 @@ class Trainer:
                 with self.clock.phase("training"):
                     verdict = self.train_step()
                     # Reading the losses waits for the device, so that the clock counts work and not its queueing.
-                    logged = verdict is Verdict.TAKEN and self.due(config.training.log_interval_steps)
+                    logged = verdict is not Verdict.LEFT_OUT and self.due(config.training.log_interval_steps)
                     losses = self.losses.read() if logged else None
                 if verdict is Verdict.LEFT_OUT or (verdict is Verdict.SPIKE and self.roll_back()):
                     self.end_if_stopped()
