@@ -135,7 +135,7 @@ def nodes_facts() -> dict[str, dict[str, Any]]:
 def queue_again(failures: Sequence[Failure]) -> int:
     """Put this job back into the queue; the next of an array needs nothing.
 
-    A node that was named by two failures in a row is left out from then on.
+    A node that was named by two failures in a row is left out from then on, where there are others.
     """
     code = failures[-1].code
     if "SLURM_ARRAY_JOB_ID" in os.environ:
@@ -151,12 +151,27 @@ def queue_again(failures: Sequence[Failure]) -> int:
         print(f"globallocal: {done.stderr.strip()}; use `--turns N` where requeue is forbidden", flush=True)
         return code
     nodes = [failure.node for failure in failures[-2:]]
-    if len(nodes) == 2 and nodes[0] and nodes[0] == nodes[1]:
-        for _ in range(10):
-            if slurm("scontrol", "update", f"JobId={number}", f"ExcNodeList={nodes[0]}", "--verbose"):
-                break
-            time.sleep(1)
+    if len(nodes) == 2 and nodes[0] and nodes[0] == nodes[1] and spare_nodes():
+        exclude(number, nodes[0])
     return code
+
+
+def spare_nodes() -> bool:
+    """Whether the partition has more nodes that work than this job takes."""
+    partition = os.environ["SLURM_JOB_PARTITION"]
+    states = "idle,allocated,mixed,completing"
+    counts = slurm("sinfo", "--noheader", "--partition", partition, "--states", states, "--format", "%D").split()
+    return sum(map(int, counts)) > int(os.environ["SLURM_NNODES"])
+
+
+def exclude(number: str, name: str) -> None:
+    """Leave a node out of this job's next starts; Slurm takes that only of a job that waits."""
+    for _ in range(10):
+        if subprocess.run(["scontrol", "update", f"JobId={number}", f"ExcNodeList={name}"]).returncode == 0:
+            undo = f"`scontrol update JobId={number} ExcNodeList=` takes it back"
+            print(f"globallocal: {name} failed twice in a row and is left out from now on; {undo}", flush=True)
+            return
+        time.sleep(1)
 
 
 def give_up(job: str, code: int) -> int:

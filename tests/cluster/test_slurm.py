@@ -1,7 +1,9 @@
 """Jobs on a real Slurm: two nodes, ZeRO-3 over both; they come back, or they say in a line why not."""
 
 import json
+import re
 import signal
+import sys
 import time
 from pathlib import Path
 
@@ -9,6 +11,7 @@ import pytest
 
 from tests.cluster.jobs import SECONDS, Run
 from tests.cluster.slurm import Slurm
+from tests.conftest import ROOT
 
 TWO_NODES = ("--slurm", "--nodes", 2, "--master-addr", "127.0.0.1")
 
@@ -88,6 +91,32 @@ def test_scancel_saves_and_the_rest_of_an_array_goes_on_or_not(two_slurm_nodes: 
     assert run.steps_saved()[-1] > saved
     assert run.ranks() == []
     assert [entry["restart"] for entry in restarts(run)[1:]] in ([], [False])
+
+
+def test_a_crash_loop_ends_and_a_node_that_failed_twice_is_left_out(two_slurm_nodes: Slurm, tmp_path: Path) -> None:
+    slurm, folder = two_slurm_nodes, tmp_path / "run"
+    folder.mkdir()
+    batch = f"{sys.executable} -m launch.batch --run-folder {folder} --max-restarts 9 --grace-seconds 30"
+    (tmp_path / "job.sbatch").write_text(
+        f"#!/bin/bash\n#SBATCH --nodes=1 --ntasks-per-node=1 --requeue --open-mode=append --output={tmp_path}/log\n"
+        f"export PYTHONPATH={ROOT}\n"
+        f"exec {batch} --master-addr 127.0.0.1 -- srun bash -c 'echo on $SLURMD_NODENAME; exit 3'\n"
+    )
+    slurm.run("sbatch", str(tmp_path / "job.sbatch"))
+    deadline = time.monotonic() + SECONDS
+    while slurm.run("squeue", "--noheader").strip():
+        assert time.monotonic() < deadline, slurm.logs()
+        time.sleep(0.5)
+    said = (tmp_path / "log").read_text()
+    assert re.findall(r"^on (s\d)$", said, flags=re.MULTILINE) == ["s0", "s0", "s1"]
+    assert "globallocal: s0 failed twice in a row and is left out from now on" in said
+    assert "crash loop: 3 failures in a row before the first checkpoint; not started again" in said
+    entries = [json.loads(line) for line in (folder / "restarts.jsonl").read_text().splitlines()]
+    assert [(entry["node"], entry["code"], entry["restart"]) for entry in entries] == [
+        ("s0", 3, True),
+        ("s0", 3, True),
+        ("s1", 3, False),
+    ]
 
 
 def test_what_cannot_be_queued_or_started_is_said_in_plain_lines(two_slurm_nodes: Slurm, run: Run) -> None:
