@@ -26,6 +26,13 @@ STEPS: dict[str, tuple[dict[str, Any], int, int]] = {
     "small": ({"num_hidden_layers": 2}, 2, 512),
 }
 
+TARGETS = {
+    **{f"training_step.{preset}.ratio": "≥ 3" for preset in STEPS},
+    **{f"training_step.{preset}.mfu": "≥ 0.5" for preset in STEPS},
+    "long_sequences.globallocal.speed_at_16384_over_512": "≥ 0.9",
+    "decoding.ratio": "≥ 20",
+}
+
 
 def best_seconds(functions: dict[str, Callable[[], Any]], rounds: int) -> dict[str, float]:
     """The least CPU seconds of each function, taken in turns after one warm-up."""
