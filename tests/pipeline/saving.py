@@ -60,7 +60,9 @@ def main(folder: Path) -> None:
         results["read-only"] = read_only(trainer)
         results["no room"] = no_room(trainer)
         try:
-            run(settings("tiny", f"run.output_dir={folder}/tiny"), world, stop)
+            config = settings("tiny", f"run.output_dir={folder}/tiny")
+            open_log(config.run_folder, world.rank)
+            run(config, world, stop)
         except UserError as error:
             results["tiny"] = error.problems
     if world.is_main:
