@@ -48,6 +48,7 @@ class CheckpointState(BaseModel):
     dataset_id: str
     tokenizer_sha256: str
     world_size: int
+    """0: one file for any number of ranks, as `checkpoints reshard` makes it."""
     zero_stage: int
     precision: str
     config: dict[str, Any]

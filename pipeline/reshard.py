@@ -30,6 +30,7 @@ class ParameterReader:
 
     Attributes:
         elements: parameter name → number of elements.
+        shapes: parameter name → shape.
         buffers: persistent buffers by name.
         optimizer_step: updates that each parameter has had; fp16's skipped steps are not among them.
         loss_scale: fp16's dynamic loss scale and its history; empty where there is none.
@@ -51,6 +52,12 @@ class ParameterReader:
         pattern = "zero_pp_rank_0_mp_rank_00_model_states.pt" if state.zero_stage == 3 else "mp_rank_00_model_states.pt"
         self._model = _open(folder / pattern)
         self._module = self._model["module"]
+        grouped = self._model.get("param_shapes")  # absent at stage 0, which holds the parameters whole
+        self.shapes: dict[str, tuple[int, ...]] = (
+            {name: tuple(shape) for group in grouped for name, shape in group.items()}
+            if grouped
+            else {name: tuple(self._module[name].shape) for name in self.elements}
+        )
         self.buffers = {name: self._module[name] for name in self._model["buffer_names"]}
         if state.zero_stage:
             prefix = "bf16_" if state.precision == "bf16" else ""
@@ -77,6 +84,8 @@ class ParameterReader:
 
     def read(self, parameter: str, start: int, elements: int, kind: str = "fp32") -> torch.Tensor:
         """Part of a flattened parameter ("fp32") or of a moment ("exp_avg", "exp_avg_sq"): fp32 [elements]."""
+        if parameter not in self._pieces:
+            raise UserError(f"{self.folder}: holds no {parameter}; it is of another model")
         result = torch.zeros(elements)
         for rank, piece in self._pieces[parameter]:
             low = max(start, piece.parameter_start)
@@ -136,6 +145,20 @@ def _states(held: dict[str, Any]) -> dict[int, dict[str, Any]]:
 
 
 @torch.no_grad()
+def fill(model: torch.nn.Module, reader: ParameterReader) -> None:
+    """fp32 weights and buffers into a model in memory, without DeepSpeed's engine."""
+    for name, parameter in model.named_parameters():
+        parameter.copy_(reader.read(name, 0, parameter.numel()).view_as(parameter))
+    _fill_buffers(model, reader)
+
+
+def _fill_buffers(model: torch.nn.Module, reader: ParameterReader) -> None:
+    for name, buffer in model.named_buffers():
+        if name in reader.buffers:
+            buffer.copy_(reader.buffers[name])
+
+
+@torch.no_grad()
 def restore(engine: Any, reader: ParameterReader) -> None:
     """Weights, both moments, step counts, buffers, loss scale and counters of a checkpoint into an engine that fits.
 
@@ -153,9 +176,7 @@ def restore(engine: Any, reader: ParameterReader) -> None:
             if reader.optimizer_step or kind == "fp32":
                 target.copy_(reader.read(piece.parameter, piece.parameter_start, piece.elements, kind))
     _refresh_weights(engine, reader, flats, pieces)
-    for name, buffer in engine.module.named_buffers():
-        if name in reader.buffers:
-            buffer.copy_(reader.buffers[name])
+    _fill_buffers(engine.module, reader)
     set_loss_scale(optimizer, reader.loss_scale)
     for name, value in reader.counters.items():
         setattr(engine, name, value)

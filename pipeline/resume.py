@@ -157,6 +157,8 @@ def restore(
 
 
 def _words(shape: Shape) -> str:
+    if not shape.world_size:
+        return "one file"
     return f"{shape.world_size} ranks, ZeRO stage {shape.zero_stage}, {shape.precision}"
 
 
@@ -176,7 +178,7 @@ def compare(
     changes = [
         f"{name} {old} → {new}"
         for name, old, new in zip(("world size", "ZeRO stage", "precision"), Shape.of(state), shape, strict=True)
-        if old != new
+        if old != new and (old or state.world_size)  # one file has neither ranks nor a stage
     ]
     for key in sorted(then.keys() | now.keys()):
         if then.get(key) == now.get(key):

@@ -1,9 +1,8 @@
 """A run, a checkpoint or an exported folder → the model in memory, in one process, without DeepSpeed's engine."""
 
-import io
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -63,7 +62,10 @@ def load_model(path: Path) -> Loaded:
     state = read_state(folder)
     model_config, tokenizer_folder = _rebuild(state)
     model = GlobalLocalForCausalLM(model_config)
-    model.load_state_dict(consolidated_weights(folder, state))
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")  # reading needs no device, and DeepSpeed none to warn about
+    from pipeline.reshard import ParameterReader, fill
+
+    fill(model, ParameterReader(folder, state))
     return Loaded(model.eval(), load_tokenizer(tokenizer_folder), tokenizer_folder, folder, state)
 
 
@@ -104,20 +106,6 @@ def build_model_config(config: "RunConfig", corpus: "Corpus") -> "GlobalLocalCon
         pad_token_id=tokenizer.pad_token_id,
         max_position_embeddings=config.data.sequence_length,
     )
-
-
-def consolidated_weights(folder: Path, state: CheckpointState) -> dict[str, torch.Tensor]:
-    """The fp32 weights and buffers of a verified checkpoint, gathered from all ranks' files; no code is run."""
-    os.environ.setdefault("DS_ACCELERATOR", "cpu")  # reading needs no device, and DeepSpeed none to warn about
-    with only_weights():
-        if state.zero_stage == 0 and state.precision == "fp32":
-            path = folder / "mp_rank_00_model_states.pt"
-            module: dict[str, torch.Tensor] = torch.load(path, map_location="cpu", weights_only=True)["module"]
-            return module
-        from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
-
-        with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):  # it prints every file and a bar
-            return dict(get_fp32_state_dict_from_zero_checkpoint(str(folder.parent), tag=folder.name))
 
 
 @contextmanager

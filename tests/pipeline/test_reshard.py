@@ -2,20 +2,23 @@
 
 import json
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from deepspeed.runtime.fp16.loss_scaler import CreateLossScaler, LossScaleConfig
+from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 from hypothesis import given
 from hypothesis import strategies as st
 
 from data_prep.errors import UserError
 from pipeline import checkpoint, layout
+from pipeline.consolidate import consolidate
 from pipeline.reshard import MOMENTS, ParameterReader, read_loss_scale, set_loss_scale
-from pipeline.weights import consolidated_weights
-from tests.pipeline.reshard_ranks import ALL_STEPS, FIRST_STEPS, parse, run_pairs
+from pipeline.weights import only_weights
+from tests.pipeline.reshard_ranks import ALL_STEPS, FIRST_STEPS, ONE_FILE, parse, run_pairs
 
 pytestmark = pytest.mark.timeout(1800)  # seven processes start at once
 
@@ -29,6 +32,7 @@ PAIRS = [
     ("z3r1-bf16", "z2r2"),
     ("z2r2", "z1r1-bf16"),
 ]
+FROM_ONE_FILE = (f"z3r2{ONE_FILE}", "z2r1")
 FP32_PAIRS = [pair for pair in PAIRS if "bf16" not in "".join(pair)]
 
 
@@ -36,16 +40,16 @@ FP32_PAIRS = [pair for pair in PAIRS if "bf16" not in "".join(pair)]
 def folder(tmp_path_factory: pytest.TempPathFactory, small_dataset: Path) -> Path:
     """A folder for every run of `PAIRS`, and its measurements in `NAME.json`."""
     folder = tmp_path_factory.mktemp("resharded")
-    run_pairs(PAIRS, folder, small_dataset)
+    run_pairs([*PAIRS, FROM_ONE_FILE], folder, small_dataset)
     return folder
 
 
 def results(folder: Path, pair: tuple[str, str]) -> tuple[dict[str, Any], dict[str, Any]]:
     """Of the unbroken run and of the one that resumed it."""
     source, target = pair
-    return json.loads((folder / f"{source}.json").read_text()), json.loads(
-        (folder / f"{source}-to-{target}.json").read_text()
-    )
+    names = (source.removesuffix(ONE_FILE), f"{source}-to-{target}")
+    unbroken, resumed = (json.loads((folder / f"{name}.json").read_text()) for name in names)
+    return unbroken, resumed
 
 
 def saved(folder: Path, source: str) -> Path:
@@ -103,11 +107,18 @@ def test_weights_moments_steps_and_buffers_are_bitwise_those_saved(folder: Path,
 def test_deepspeeds_own_reader_finds_the_same_weights(folder: Path, pair: tuple[str, str]) -> None:
     source, target = pair
     there, here = (
-        consolidated_weights(item, checkpoint.read_state(item))
-        for item in (saved(folder, source), folder / f"{source}-to-{target}" / "restored")
+        deepspeeds_weights(item) for item in (saved(folder, source), folder / f"{source}-to-{target}" / "restored")
     )
     assert there.keys() == here.keys()
     assert all(torch.equal(there[name], here[name]) for name in there)
+
+
+def deepspeeds_weights(folder: Path) -> dict[str, torch.Tensor]:
+    with only_weights():
+        if checkpoint.read_state(folder).zero_stage:
+            return dict(get_fp32_state_dict_from_zero_checkpoint(str(folder.parent), tag=folder.name))
+        weights: dict[str, torch.Tensor] = torch.load(folder / "mp_rank_00_model_states.pt")["module"]
+        return weights
 
 
 @pytest.mark.parametrize("pair", PAIRS, ids="-to-".join)
@@ -144,6 +155,64 @@ def test_resharding_leaves_the_checkpoint_as_it_was_and_writes_nothing(folder: P
     for source, target in PAIRS:
         names = {item.name for item in (folder / f"{source}-to-{target}" / "checkpoints").iterdir()}
         assert names == {f"step-{ALL_STEPS:08d}"}
+
+
+def test_a_run_goes_on_from_one_file(folder: Path) -> None:
+    unbroken, resumed = results(folder, FROM_ONE_FILE)
+    assert resumed["loss"] == pytest.approx(unbroken["loss"], rel=1e-5)
+    assert resumed["batch"] == unbroken["batch"]
+    log = (folder / "-to-".join(FROM_ONE_FILE) / "logs" / "rank-00000.log").read_text()
+    assert "resharded: one file → 1 ranks, ZeRO stage 2, fp32" in log
+
+
+@pytest.mark.parametrize("source", ["z0r1", "z1r4", "z2r2-bf16", "z3r2"])
+def test_one_file_holds_all_that_the_ranks_held(folder: Path, source: str, tmp_path: Path) -> None:
+    lines: list[str] = []
+    made = consolidate(saved(folder, source), tmp_path, lines.append)
+    assert checkpoint.verify(made) == []
+    assert sorted(item.name for item in made.iterdir()) == [
+        "integrity.json",
+        "layout-rank-00000.pt",
+        "mp_rank_00_model_states.pt",
+        "state.json",
+    ]
+    there, here = reader(saved(folder, source)), reader(made)
+    assert (there.elements, there.shapes, there.counters) == (here.elements, here.shapes, here.counters)
+    assert there.optimizer_step == here.optimizer_step
+    for name, elements in there.elements.items():
+        for kind in ("fp32", *MOMENTS):
+            assert torch.equal(there.read(name, 0, elements, kind), here.read(name, 0, elements, kind))
+    assert lines == []
+
+
+def test_one_file_is_made_once_and_anew_where_it_is_damaged_or_was_cut_off(folder: Path, tmp_path: Path) -> None:
+    cut = tmp_path / f".resharding-step-{FIRST_STEPS:08d}" / "half.pt"
+    cut.parent.mkdir()
+    cut.write_bytes(b"half")  # what a SIGKILL leaves
+    lines: list[str] = []
+    with ThreadPoolExecutor(2) as jobs:
+        made = list(jobs.map(lambda _: consolidate(saved(folder, "z3r2"), tmp_path, lines.append), range(2)))
+    assert made[0] == made[1]
+    assert checkpoint.verify(made[0]) == []
+    assert sorted(item.name for item in tmp_path.iterdir()) == [".lock", made[0].name]
+    assert f"{made[0]}: stands already, and verifies" in lines
+    file = made[0] / "mp_rank_00_model_states.pt"
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(bytes(content))
+    lines.clear()
+    consolidate(saved(folder, "z3r2"), tmp_path, lines.append)
+    (line,) = lines
+    assert f"is damaged, and made anew: {file}: sha256" in line
+    assert checkpoint.verify(made[0]) == []
+
+
+def test_a_damaged_checkpoint_is_not_put_into_one_file(folder: Path, tmp_path: Path) -> None:
+    shutil.copytree(saved(folder, "z1r4"), tmp_path / "step-00000003")
+    (tmp_path / "step-00000003" / layout.file_name(2)).write_bytes(b"")
+    with pytest.raises(UserError, match=r"layout-rank-00002\.pt: 0 bytes, [\d,]+ were written"):
+        consolidate(tmp_path / "step-00000003", tmp_path / "one", print)
+    assert not (tmp_path / "one" / "step-00000003").exists()
 
 
 @given(data=st.data())
