@@ -87,8 +87,7 @@ class Trainer:
         config = self.config
         self.clock.move("training")
         try:
-            self.agree()
-            self.end_if_stopped()
+            self.stop_if_asked()
             if self.pending_evaluation:
                 self.finish_evaluation()
             while self.step < self.max_steps:
@@ -108,6 +107,7 @@ class Trainer:
                     self.run_evaluation()
                 if self.due(config.checkpoint.interval_steps):
                     self.save()
+                    self.stop_if_asked()
                 self.report(self.saver.poll())
         except Stopped:
             return self.leave()
@@ -173,10 +173,14 @@ class Trainer:
         return True
 
     def agree(self) -> None:
-        """Once a micro-step, and between the batches of an evaluation: has any rank been asked to stop?"""
+        """Once a micro-step, between the batches of an evaluation, after a save: has any rank been asked to stop?"""
         with self.clock.phase("agreement"):
             agreed = self.world.agree({"waited_seconds": self.stop.waited_seconds()})
         self.waited_seconds = agreed["waited_seconds"]
+
+    def stop_if_asked(self) -> None:
+        self.agree()
+        self.end_if_stopped()
 
     @property
     def stopping(self) -> bool:
@@ -226,14 +230,9 @@ class Trainer:
     def run_evaluation(self) -> None:
         """Raises Stopped, between two batches; the evaluation is then done at the next start."""
         assert self.evaluate is not None
-
-        def before_batch() -> None:
-            self.agree()
-            self.end_if_stopped()
-
         with self.clock.phase("evaluation"):
-            result = self.evaluate(before_batch)
-            texts = self.generate(before_batch)
+            result = self.evaluate(self.stop_if_asked)
+            texts = self.generate(self.stop_if_asked)
         self.pending_evaluation = False
         self.evaluation = {"step": self.step, **result}
         self.tracker.log_metrics({f"valid/{name}": value for name, value in result.items()}, self.step)

@@ -24,6 +24,7 @@ class Moment:
         count: it happens when the place is entered for the so-manieth time.
         rank: to whom.
         do: names of signals that the rank sends itself; `sleep`: it never moves again; `pause`: for three seconds.
+        every: from then on, each time again.
         slow: `step` and `save`: what has been measured to take for ever, and fits into no grace.
     """
 
@@ -32,6 +33,7 @@ class Moment:
     rank: int = 1
     do: tuple[str, ...] = ("SIGTERM",)
     slow: tuple[str, ...] = ()
+    every: bool = False
 
 
 @contextmanager
@@ -45,7 +47,7 @@ def happening(moment: Moment, rank: int) -> Iterator[None]:
         last = self.now
         if self.now == moment.place and inward and rank == moment.rank:
             count += 1
-            if count == moment.count:
+            if count == moment.count or (moment.every and count > moment.count):
                 act(moment.do)
 
     def plan(left: float, step: float, save: float) -> Any:

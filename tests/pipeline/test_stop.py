@@ -57,9 +57,8 @@ CASES = {
     "in an evaluation, twice": Case(Moment(SECOND_BATCH, 2, rank=0), 3, True, Moment(SECOND_BATCH, 1)),
     "in the last evaluation": Case(Moment(SECOND_BATCH, 4), 6, True, says="another rank's signal"),
     "in a save, three signals": Case(
-        Moment("saving", rank=0, do=("SIGTERM", "SIGINT", "SIGTERM")), 3, says="this step is saved"
+        Moment("saving", rank=0, do=("SIGTERM", "SIGINT", "SIGTERM"), every=True), 3, says="this step is saved"
     ),
-    "in the save of a stop": Case(Moment("forward", 9, rank=0), 5, again=Moment("saving", do=("SIGTERM",))),
     **{
         f"no time to finish the step, stage {stage}": Case(
             Moment("backward", 9, rank=0, slow=("step",)), 4, stage=stage
