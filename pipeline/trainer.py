@@ -310,4 +310,4 @@ class Trainer:
         else:
             self.save()
             self.finish_saving()
-        return self.step >= self.max_steps and not self.pending_evaluation
+        return self.step >= self.max_steps and not self.pending_evaluation and self.saved_step == self.step
