@@ -81,8 +81,8 @@ def main(rank: int, world_size: int, address: str, port: int) -> None:
     gathered: list[list[tuple[int, int, float]]] = [[] for _ in range(world_size)]
     dist.all_gather_object(gathered, mine)
     if rank == 0:
-        pairs = [pair for part in gathered for pair in part]
-        print(json.dumps({"backend": dist.get_backend(), "all_reduce": all_reduce, "pairs": pairs}))
+        measured = [pair for part in gathered for pair in part]
+        print(json.dumps({"backend": dist.get_backend(), "all_reduce": all_reduce, "pairs": measured}))
     dist.destroy_process_group()
 
 

@@ -193,6 +193,9 @@ class _Positions:
     def read(self, indices: np.ndarray) -> np.ndarray:
         return indices
 
+    def locate(self, sample: int) -> dict[str, Any]:
+        return {"sample": sample}
+
     def ahead(self, position: int) -> None:
         return None
 

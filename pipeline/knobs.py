@@ -130,7 +130,8 @@ def lacks(knobs: Mapping[str, Any], ranks: int, cuda: bool) -> list[str]:
     for name in operators(zero):
         if not _compilable(name):
             problems.append(f"DeepSpeed's {name.removesuffix('Builder')} cannot be built here; {OPERATOR_REMEDY[name]}")
-    for folder in {(zero.get(key) or {}).get("nvme_path") for key in ("offload_optimizer", "offload_param")} - {None}:
+    offloads = [zero.get(key) or {} for key in ("offload_optimizer", "offload_param")]
+    for folder in {str(offload["nvme_path"]) for offload in offloads if offload.get("nvme_path")}:
         if not os.access(folder, os.W_OK):
             problems.append(f"nvme_path {folder} cannot be written; name a folder on a local NVMe disk in the JSON")
     return problems
