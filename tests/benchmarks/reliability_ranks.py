@@ -26,8 +26,8 @@ from pipeline.trainer import Trainer
 from pipeline.watch import Watch
 from tests.pipeline.ranks import Run, tiny_overrides
 
-TURNS = 4
-SPEED_STEPS = 30
+TURNS = 3
+SPEED_STEPS = 10
 LARGE = [
     "model.hidden_size=512",
     "model.num_hidden_layers=8",
