@@ -249,7 +249,9 @@ def test_state_and_mlflow_know_datasets_and_weights(
     assert state["dataset_id"] == corpus.dataset_id
     assert [entry["weight"] for entry in state["config"]["data"]["dataset"]] == [0.75, 0.25]
     client = mlflow.MlflowClient(f"sqlite:///{trained}/mlflow.db")
-    run = client.get_run(state["mlflow_run_id"])
+    experiment = client.get_experiment_by_name("globallocal")
+    assert experiment is not None
+    (run,) = client.search_runs([experiment.experiment_id], filter_string="attributes.run_name = 'mixture'")
     assert run.data.tags["dataset_id"] == corpus.dataset_id
     found = {item.dataset.digest: {tag.key: tag.value for tag in item.tags} for item in run.inputs.dataset_inputs}
     assert {digest: tags["weight"] for digest, tags in found.items()} == {
