@@ -115,6 +115,7 @@ def estimate(config: RunConfig, machine: Machine) -> Estimate:
         precision = "bf16"
         notes.append("precision auto: taken as bf16; a CPU without bf16 units trains in fp32, at twice the memory")
     size = measure(model, config.training.micro_batch_size, config.data.sequence_length, precision)
+    accumulates = layout.gradient_accumulation_steps > 1
     tokens_per_step = config.training.global_batch_size * config.data.sequence_length
     samples = _samples(config, corpus)
     steps = _steps(config, samples, notes)
@@ -131,7 +132,7 @@ def estimate(config: RunConfig, machine: Machine) -> Estimate:
         flops_per_token=flops,
         precision=precision,
         zero_stage=int(zero.get("stage", 0)),
-        memory={stage: _stage_memory(size, stage, machine, precision, zero) for stage in range(4)},
+        memory={stage: _stage_memory(size, stage, machine, precision, zero, accumulates) for stage in range(4)},
         ranks=machine.ranks,
         micro_batch_size=layout.micro_batch_size,
         gradient_accumulation_steps=layout.gradient_accumulation_steps,
@@ -145,11 +146,14 @@ def estimate(config: RunConfig, machine: Machine) -> Estimate:
     )
 
 
-def _stage_memory(size: ModelSize, stage: int, machine: Machine, precision: str, zero: Mapping[str, Any]) -> RankMemory:
+def _stage_memory(
+    size: ModelSize, stage: int, machine: Machine, precision: str, zero: Mapping[str, Any], accumulates: bool
+) -> RankMemory:
     """The run's own stage with its offloading; the other stages as the plain alternatives."""
     own = stage == int(zero.get("stage", 0))
     plain = {key: value for key, value in zero.items() if not key.startswith("offload_")}
-    return rank_memory(size, stage, machine.ranks, precision, zero if own else plain, machine.cpu)
+    knobs = zero if own else plain
+    return rank_memory(size, stage, machine.ranks, precision, knobs, cpu=machine.cpu, accumulates=accumulates)
 
 
 def _corpus(config: RunConfig, notes: list[str]) -> Corpus | None:

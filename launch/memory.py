@@ -109,12 +109,20 @@ class LiveBytes(TorchDispatchMode):
 
 
 def rank_memory(
-    size: ModelSize, stage: int, ranks: int, precision: str, zero: Mapping[str, Any], cpu: bool = False
+    size: ModelSize,
+    stage: int,
+    ranks: int,
+    precision: str,
+    zero: Mapping[str, Any],
+    *,
+    cpu: bool = False,
+    accumulates: bool = True,
 ) -> RankMemory:
     """One rank's bytes under ZeRO `stage`; `zero` is the JSON's `zero_optimization` (buckets, offload).
 
     16-bit training keeps fp32 master weights and sums gradients in fp32; fp32 training needs neither, but ZeRO
-    keeps a master copy all the same. The peak is in backward, or in the optimizer's step where that needs more than
+    keeps a master copy all the same. Stage 1 keeps whole gradients between the micro-batches of a step, where there
+    are several (`accumulates`). The peak is in backward, or in the optimizer's step where that needs more than
     activations and buckets do: the partition's gradients once more, as one tensor, and on a CPU, whose AdamW is
     not fused, two temporaries of that size.
     """
@@ -125,7 +133,7 @@ def rank_memory(
         return -(-count // ranks) if stage >= from_stage else count
 
     weights = width * share(p, 3)
-    gradients = FP32_BYTES * share(p, 2)
+    gradients = FP32_BYTES * share(p, 2 if accumulates else 1)
     optimizer = MOMENTS_BYTES * share(p, 1) + (FP32_BYTES * share(p, 1) if mixed or stage else 0)
     step = (3 if cpu else 1) * FP32_BYTES * share(p, 1) if stage else 0
     released = gradients - FP32_BYTES * share(p, 1)  # stage 1 keeps its part alone once they are reduced
