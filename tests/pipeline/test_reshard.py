@@ -10,7 +10,7 @@ import pytest
 import torch
 from deepspeed.runtime.fp16.loss_scaler import CreateLossScaler, LossScaleConfig
 from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data_prep.errors import UserError
@@ -215,6 +215,7 @@ def test_a_damaged_checkpoint_is_not_put_into_one_file(folder: Path, tmp_path: P
     assert not (tmp_path / "one" / "step-00000003").exists()
 
 
+@settings(deadline=None)  # the first look at a file maps it
 @given(data=st.data())
 def test_any_slice_of_any_parameter_is_that_of_the_whole(folder: Path, data: st.DataObject) -> None:
     source = data.draw(st.sampled_from(["z0r1", "z1r4", "z2r2", "z3r2"]))
@@ -241,8 +242,7 @@ def test_a_checkpoint_without_layouts_is_refused_with_the_way_out(folder: Path, 
 def test_loss_scales_cross_between_the_forms_of_stage_0_and_the_others() -> None:
     arguments = {"init_scale": 2.0**16, "scale_window": 100, "min_scale": 1, "delayed_shift": 2}
     later = CreateLossScaler(torch.half, 1.0, True, {**arguments, "consecutive_hysteresis": False})
-    for overflow in (True, True, False, False):
-        later.update_scale(overflow)
+    later.cur_scale, later.cur_iter, later.last_overflow_iter = 2.0**15, 4, 1
     plain = LossScaleConfig(torch.half, True, 1.0, None)
 
     class Wrapper:
