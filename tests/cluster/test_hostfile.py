@@ -90,7 +90,7 @@ def test_a_dataset_in_s3_is_read_by_every_host_into_its_own_cache(
         run.finish()
     assert run.losses() == unbroken
     for index in (0, 1):
-        inside = ["nsenter", "-t", str(sshd(three_hosts, index).pid), "--mount"]
+        inside = ["nsenter", "-t", str(sshd(three_hosts, index).pid), "--mount", "--pid"]
         assert command(*inside, "ls", str(three_hosts.private)) == "globallocal\n"
 
 
@@ -187,7 +187,7 @@ def test_what_cannot_start_is_said_in_plain_lines(three_hosts: Cluster, run: Run
 
     changed = run.folder / "changed.py"
     changed.write_text((ROOT / "launch" / "__init__.py").read_text() + "\n# changed\n")
-    inside = ["nsenter", "-t", str(sshd(three_hosts, 1).pid), "--mount"]
+    inside = ["nsenter", "-t", str(sshd(three_hosts, 1).pid), "--mount", "--pid"]
     command(*inside, "mount", "--bind", str(changed), str(ROOT / "launch" / "__init__.py"))
     try:
         said = refused(f"{first} slots=1\n{second} slots=1\n")
