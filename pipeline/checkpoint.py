@@ -159,11 +159,12 @@ def read_listing(folder: Path) -> tuple[dict[str, dict[str, Any]], list[str]]:
     """File → `bytes` and `sha256` as integrity.json tells, and why it cannot be read."""
     try:
         table = json.loads((folder / INTEGRITY).read_bytes())
-        if table["format_version"] != FORMAT_VERSION:
-            return {}, [f"{folder}: format version {table['format_version']}, this program reads {FORMAT_VERSION}"]
-        return {
-            name: {"bytes": int(item["bytes"]), "sha256": str(item["sha256"])} for name, item in table["files"].items()
-        }, []
+        version, files = table["format_version"], table["files"]
+        if version != FORMAT_VERSION:
+            return {}, [f"{folder / INTEGRITY}: format version {version}, this program reads {FORMAT_VERSION}"]
+        if listing_digest(files) != table["sha256"]:
+            return {}, [f"{folder / INTEGRITY}: is not what was written: its own sha256 differs"]
+        return files, []
     except FileNotFoundError:
         return {}, [f"{folder}: has no {INTEGRITY}: it was never finished"]
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:

@@ -76,7 +76,8 @@ def measure(engine: Any, batches: Iterable[np.ndarray], device: torch.device) ->
             squares.clear()
             ids = torch.from_numpy(tokens).to(device)
             output = engine(input_ids=ids[:, :-1], shift_labels=ids[:, 1:])
-            engine.backward(output.loss, scale_wrt_gas=False)
+            # A tensor of its own: DeepSpeed takes a model's output itself for a loss of ours, and divides it (stage 0).
+            engine.backward(output.loss.clone(), scale_wrt_gas=False)
             engine.step()
             measured.append(
                 {

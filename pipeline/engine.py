@@ -132,7 +132,7 @@ def _unchecked(knobs: dict[str, Any]) -> list[str]:
     return [
         f"{section}.{key} = false would let inf and NaN into the weights; remove it from the JSON"
         for section, key in (("bf16", "check_grad_overflow"), ("zero_optimization", "compute_grad_norm"))
-        if not knobs.get(section, {}).get(key, True)
+        if isinstance(knobs.get(section), dict) and not knobs[section].get(key, True)
     ]
 
 

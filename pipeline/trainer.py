@@ -111,6 +111,9 @@ class Trainer:
                 self.report(self.saver.poll())
         except Stopped:
             return self.leave()
+        except SharedUserError:  # on every rank, so that what is being saved can be finished together
+            self.finish_saving()
+            raise
         self.save_last()
         return True
 
