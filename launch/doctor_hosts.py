@@ -2,6 +2,7 @@
 
 import json
 import secrets
+import shlex
 import statistics
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -81,7 +82,7 @@ def shared_folder(hosts: Sequence[str], ssh: str, run_folder: Path) -> Finding:
 
 def ssh_back(hosts: Sequence[str], ssh: str) -> Iterator[Finding]:
     """ssh from every host to the first one: pdsh does without, MPI runners and people do not."""
-    answers = ask(hosts[1:], ["ssh", hosts[0], *ssh.split()], ssh)
+    answers = ask(hosts[1:], ["ssh", hosts[0], *shlex.split(ssh)], ssh)
     failed = {host: answer.error for host, answer in answers.items() if answer.error}
     for host, error in failed.items():
         remedy = f"let {host} log in to {hosts[0]} with a key; only MPI runners need it"
