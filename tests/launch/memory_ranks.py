@@ -1,8 +1,8 @@
 """`python -m tests.launch.memory_ranks PLAN RESULT` on every rank: what training really holds, in bytes of tensors.
 
-Rank 0 listens to torch's allocator (the profiler's memory events) from before the model is built: the sum of all
-allocations and releases is what a device's `max_memory_allocated` would show, kernels' own temporaries included. The
-peak is taken over two steps after a first one, in which the optimizer makes its states.
+Rank 0 listens to torch's allocator (the profiler's memory events), kernels' own temporaries included. The profiler
+does not see what gloo's threads release, so its running total drifts upwards: only how far a step rises above its own
+start is taken from it, the smallest of some steps, and what is held at rest is counted from the tensors themselves.
 """
 
 import gc
@@ -14,21 +14,34 @@ from typing import Any
 import torch
 
 MARK_BYTES = 12_345_701
+STEPS = 5
 
 
-def peak_after_mark(profile: Any) -> int:
-    """The most bytes alive after a tensor of MARK_BYTES was made."""
+def rise_of_a_step(profile: Any) -> int:
+    """The smallest number of bytes by which a step, from one tensor of MARK_BYTES to the next, rises above its start.
+
+    The first step, in which the optimizer makes its states, does not count.
+    """
     events = [item for item in profile.profiler.kineto_results.events() if item.name() == "[memory]"]
     events.sort(key=lambda item: item.start_ns())
-    live = peak = 0
-    marked = False
+    live = start = 0
+    rises: list[int] = []
     for item in events:
+        if item.nbytes() == MARK_BYTES:
+            start = live
+            rises.append(0)
         live += item.nbytes()
-        marked = marked or item.nbytes() == MARK_BYTES
-        if marked and item.nbytes() != MARK_BYTES:
-            peak = max(peak, live)
-    assert marked
-    return peak
+        if rises and abs(item.nbytes()) != MARK_BYTES:
+            rises[-1] = max(rises[-1], live - start)
+    assert len(rises) == STEPS
+    return min(rises[1:])
+
+
+def storages() -> dict[int, torch.UntypedStorage]:
+    """All tensors' storages, each once, by address."""
+    gc.collect()
+    tensors = [item for item in gc.get_objects() if isinstance(item, torch.Tensor)]
+    return {storage.data_ptr(): storage for storage in (item.untyped_storage() for item in tensors)}
 
 
 def peak_of_training(overrides: list[str], world: Any) -> int:
@@ -41,20 +54,21 @@ def peak_of_training(overrides: list[str], world: Any) -> int:
     layout = BatchLayout(config.training.global_batch_size, config.training.micro_batch_size, world.size)
     settings = deepspeed_config(config, layout, config.training.precision)
     shape = (layout.micro_batch_size, config.data.sequence_length + 1)
+    before = storages()  # of engines that DeepSpeed still holds; held here too, lest an address is used again
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
         model = GlobalLocalForCausalLM(config.model.build(max_position_embeddings=config.data.sequence_length))
         engine = initialize(model, config, settings)
         del model
-        for step in range(3):
-            if step == 1:
-                torch.empty(MARK_BYTES, dtype=torch.uint8)
+        for _ in range(STEPS):
+            torch.empty(MARK_BYTES, dtype=torch.uint8)
             for _ in range(layout.gradient_accumulation_steps):
                 tokens = torch.randint(0, 512, shape)
                 output = engine(input_ids=tokens[:, :-1], shift_labels=tokens[:, 1:])
                 engine.backward(output.loss)
                 del output
                 engine.step()
-    return peak_after_mark(profile)
+    at_rest = sum(storage.nbytes() for address, storage in storages().items() if address not in before)
+    return at_rest + rise_of_a_step(profile)
 
 
 def main(plan: Path, result: Path) -> None:
@@ -64,7 +78,6 @@ def main(plan: Path, result: Path) -> None:
     peaks = {}
     for name, overrides in json.loads(plan.read_text()).items():
         peaks[name] = peak_of_training(overrides, world)
-        gc.collect()  # an engine that is released while the next one is measured would count against it
     if world.is_main:
         result.write_text(json.dumps(peaks))
     shutdown()

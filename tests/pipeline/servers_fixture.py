@@ -134,6 +134,7 @@ def s3_dataset(server_folder: Path, dataset: Path, key: str):
             patch.setenv(name, value)
         import s3fs
 
+        s3fs.S3FileSystem.clear_instance_cache()  # an instance from before is bound to another server
         system = s3fs.S3FileSystem(skip_instance_cache=True)
 
         def upload() -> bool:
