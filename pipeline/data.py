@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import weakref
+from collections import deque
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from queue import Empty, SimpleQueue
@@ -43,7 +44,7 @@ Ranges = tuple[tuple[int, int], ...]
 Whole = TypeVar("Whole", int, np.ndarray)
 
 _PLANNED_SAMPLES = 4096  # indices computed at once: numpy's cost per call disappears in so many
-_BATCHES_AHEAD = 3
+_HANDED_OVER = 4  # batches at once: waking the other thread for each costs as much as reading one
 _CLOSE_SECONDS = 5.0
 
 
@@ -133,7 +134,7 @@ def _data_steps(steps: np.ndarray, skipped: Ranges) -> np.ndarray:
 class BatchLoader:
     """The micro-batches of one rank, from any whole step on, without end: iterates int64 [M, S + 1].
 
-    One thread reads a few batches ahead. What it raises is raised by `next`. `close`, leaving a `with`, or
+    One thread reads a few batches ahead, two lots of `_HANDED_OVER`. What it raises is raised by `next`. `close`, leaving a `with`, or
     letting go of the loader ends the thread.
 
     Args:
@@ -150,17 +151,18 @@ class BatchLoader:
         if not 0 <= rank < layout.world_size:
             raise ValueError(f"rank ({rank}) must be in [0, world_size = {layout.world_size})")
         batches = micro_batches(source, layout, rank, layout.first_step(consumed_samples), skipped)
-        self._requests: SimpleQueue[bool] = SimpleQueue()
-        self._results: SimpleQueue[np.ndarray | BaseException] = SimpleQueue()
+        self._requests: SimpleQueue[int] = SimpleQueue()
+        self._results: SimpleQueue[list[np.ndarray | BaseException]] = SimpleQueue()
+        self._ready: deque[np.ndarray | BaseException] = deque()
         self._closed = False
         # The thread must not hold the loader, or a loader that is let go of would never end it.
         self._thread = Thread(
             target=_answer, args=(batches, self._requests, self._results), name="batch-loader", daemon=True
         )
-        self._stop = weakref.finalize(self, self._requests.put, False)
+        self._stop = weakref.finalize(self, self._requests.put, 0)
         self._thread.start()
-        for _ in range(_BATCHES_AHEAD):
-            self._requests.put(True)
+        self._requests.put(1)  # the first batch does not wait for others
+        self._requests.put(_HANDED_OVER)
 
     def __iter__(self) -> BatchLoader:
         return self
@@ -168,11 +170,13 @@ class BatchLoader:
     def __next__(self) -> np.ndarray:
         if self._closed:
             raise RuntimeError("the batch loader is closed")
-        batch = self._results.get()
+        if not self._ready:
+            self._ready.extend(self._results.get())
+            self._requests.put(_HANDED_OVER)
+        batch = self._ready.popleft()
         if isinstance(batch, BaseException):
             self.close()
             raise batch
-        self._requests.put(True)
         return batch
 
     def close(self) -> None:
@@ -193,15 +197,19 @@ class BatchLoader:
 
 def _answer(
     batches: Iterator[np.ndarray],
-    requests: SimpleQueue[bool],
-    results: SimpleQueue[np.ndarray | BaseException],
+    requests: SimpleQueue[int],
+    results: SimpleQueue[list[np.ndarray | BaseException]],
 ) -> None:
-    """The reading thread: one batch for each True, the end at the first False or exception."""
+    """The reading thread: as many batches as each request says, the end at 0 or the first exception."""
+    ready: list[np.ndarray | BaseException] = []
     try:
-        while requests.get():
-            results.put(next(batches))
+        while count := requests.get():
+            for _ in range(count):
+                ready.append(next(batches))
+            results.put(ready)
+            ready = []
     except BaseException as error:
-        results.put(error)
+        results.put([*ready, error])
 
 
 def micro_batches(source: Source, layout: BatchLayout, rank: int, first: int, skipped: Ranges) -> Iterator[np.ndarray]:
