@@ -17,9 +17,11 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, Literal
 
 import numpy as np
@@ -27,10 +29,13 @@ import pydantic
 from pydantic import BaseModel, Field
 
 from data_prep.errors import UserError
+from data_prep.store import FolderStore, Store, open_store
 
 FORMAT_VERSION = 1
 MANIFEST_NAME = "manifest.json"
 TOKENIZER_FOLDER = "tokenizer"
+MODEL_FILE = f"{TOKENIZER_FOLDER}/tokenizer.model"
+TWIN_FILES = (f"{TOKENIZER_FOLDER}/tokenizer.json", f"{TOKENIZER_FOLDER}/tokenizer_config.json")
 
 SHARD_RECORD = np.dtype(
     [
@@ -160,11 +165,17 @@ class SplitIndex:
 
 @dataclass(frozen=True)
 class Dataset:
-    """An opened dataset folder whose manifest and index files are whole."""
+    """An opened dataset whose manifest and index files are whole; they and the tokenizer lie in `folder`."""
 
     folder: str
     manifest: Manifest
     indexes: dict[str, SplitIndex]
+    url: str | None = None  # where the shards are, if `folder` is a copy of the rest
+
+    @property
+    def store(self) -> Store:
+        """Where the shards are."""
+        return open_store(self.url or self.folder)
 
     @property
     def dataset_id(self) -> str:
@@ -182,8 +193,11 @@ class Dataset:
         return self.indexes[name]
 
 
-def open_dataset(folder: str | Path) -> Dataset:
+def open_dataset(folder: str | Path, url: str | None = None) -> Dataset:
     """Opens a dataset folder; reads the manifest and hashes the index files, not the shards.
+
+    Args:
+        url: what the folder is a copy of, but for the shards.
 
     Raises UserError if the folder is missing or unfinished, the manifest is of another version or was
     changed by hand, or an index file is missing or damaged.
@@ -192,14 +206,49 @@ def open_dataset(folder: str | Path) -> Dataset:
     manifest = read_manifest(root)
     problems: list[str] = []
     indexes = {}
-    for name, info in manifest.splits.items():
-        for suffix, sha256 in (("shards", info.shards_index_sha256), ("chunks", info.chunks_index_sha256)):
-            problems += check_file(root / f"{name}.{suffix}.npy", None, sha256)
+    for name, sha256 in index_files(manifest).items():
+        problems += check_file(root / name, None, sha256, f"{url or root}/{name}")
     if not problems:
         indexes = {name: _load_index(root, name, info) for name, info in manifest.splits.items()}
     if problems:
         raise UserError(problems)
-    return Dataset(str(root), manifest, indexes)
+    return Dataset(str(root), manifest, indexes, url)
+
+
+def index_files(manifest: Manifest) -> dict[str, str]:
+    """The index files of all splits, with their sha256."""
+    hashes = {}
+    for split, info in manifest.splits.items():
+        hashes[f"{split}.shards.npy"] = info.shards_index_sha256
+        hashes[f"{split}.chunks.npy"] = info.chunks_index_sha256
+    return hashes
+
+
+@contextmanager
+def opened(location: str | Path) -> Iterator[Dataset]:
+    """A dataset in a folder, or at a URL: then all but the shards is copied to this machine for as long.
+
+    Raises UserError as `open_dataset` does. A tokenizer file that is missing there is missing in the copy.
+    """
+    store = open_store(location)
+    if isinstance(store, FolderStore):
+        yield open_dataset(store.where)
+        return
+    content = store.read(MANIFEST_NAME)
+    if content is None:
+        raise UserError(
+            f"{store.where}: no whole dataset ({MANIFEST_NAME} is missing, and it is written last); check the URL, "
+            "or run the same `globallocal prepare` command again, it goes on where it stopped"
+        )
+    manifest = parse_manifest(content, f"{store.where}/{MANIFEST_NAME}")
+    with TemporaryDirectory(prefix="globallocal-") as name:
+        folder = Path(name)
+        (folder / TOKENIZER_FOLDER).mkdir()
+        (folder / MANIFEST_NAME).write_bytes(content)
+        for file in (*index_files(manifest), MODEL_FILE, *TWIN_FILES):
+            if (found := store.read(file)) is not None:
+                (folder / file).write_bytes(found)
+        yield open_dataset(folder, store.where)
 
 
 def read_manifest(folder: Path) -> Manifest:
@@ -272,26 +321,46 @@ def check_shards(dataset: Dataset, split: str, shards: Iterable[int], hashes: bo
     return problems
 
 
-def check_file(path: Path, expected_bytes: int | None, sha256: str | None) -> list[str]:
-    """One line for a file that is missing, of another size or of another hash; none if it is whole."""
+def check_file(path: Path, expected_bytes: int | None, sha256: str | None, where: str | None = None) -> list[str]:
+    """One line for a file that is missing, of another size or of another hash; none if it is whole.
+
+    Args:
+        where: its name in that line, if it is not `path`.
+    """
+    where = where or str(path)
     try:
-        actual_bytes = path.stat().st_size
-        if expected_bytes is not None and actual_bytes != expected_bytes:
-            return [
-                f"{path}: {actual_bytes:,} bytes, expected {expected_bytes:,} "
-                f"({'truncated' if actual_bytes < expected_bytes else 'too long'}); "
-                "restore the file, or prepare the dataset again"
-            ]
-        if sha256 is not None and (actual := hash_file(path)) != sha256:
-            return [
-                f"{path}: sha256 {actual[:16]}…, expected {sha256[:16]}… (changed or damaged); "
-                "restore the file, or prepare the dataset again"
-            ]
+        if expected_bytes is not None and (problems := check_size(where, path.stat().st_size, expected_bytes)):
+            return problems
+        if sha256 is not None:
+            return check_hash(where, hash_file(path), sha256)
+        path.stat()
     except FileNotFoundError:
-        return [f"{path}: missing; restore the file, or prepare the dataset again"]
+        return check_size(where, None, 0)
     except OSError as error:
-        return [f"{path}: cannot be read ({error.strerror}); restore the file, or prepare the dataset again"]
+        return [f"{where}: cannot be read ({error.strerror}); restore the file, or prepare the dataset again"]
     return []
+
+
+def check_size(where: str, actual: int | None, expected: int) -> list[str]:
+    """One line if a file is missing (None) or of another size."""
+    if actual is None:
+        return [f"{where}: missing; restore the file, or prepare the dataset again"]
+    if actual == expected:
+        return []
+    return [
+        f"{where}: {actual:,} bytes, expected {expected:,} ({'truncated' if actual < expected else 'too long'}); "
+        "restore the file, or prepare the dataset again"
+    ]
+
+
+def check_hash(where: str, actual: str, expected: str) -> list[str]:
+    """One line if a file's sha256 is another one."""
+    if actual == expected:
+        return []
+    return [
+        f"{where}: sha256 {actual[:16]}…, expected {expected[:16]}… (changed or damaged); "
+        "restore the file, or prepare the dataset again"
+    ]
 
 
 def hash_file(path: Path) -> str:

@@ -26,9 +26,11 @@ def read_tokens(dataset: Dataset, index: SplitIndex, start: int, stop: int) -> n
     """Tokens [start, stop) of a split's stream."""
     first = int(np.searchsorted(index.token_start, start, "right")) - 1
     last = int(np.searchsorted(index.token_start, stop, "left"))
-    tokens = np.concatenate([read_chunk(dataset, index, chunk) for chunk in range(first, last)])
-    begin = start - int(index.token_start[first])
-    return tokens[begin : begin + stop - start]
+    parts = []
+    for chunk in range(first, last):
+        begin, end = int(index.token_start[chunk]), int(index.token_start[chunk + 1])
+        parts.append(read_chunk(dataset, index, chunk, max(start - begin, 0), min(stop, end) - begin))
+    return np.concatenate(parts)
 
 
 def describe(dataset: Dataset, split: str) -> list[str]:
@@ -54,9 +56,20 @@ def show_document(dataset: Dataset, split: str, number: int) -> list[str]:
     total = dataset.manifest.splits[split].documents
     if not 0 <= number < total:
         raise UserError(f"document is {number}; split '{split}' has documents 0 to {total - 1:,}")
-    lengths = document_lengths(dataset, index)
-    start = int(np.sum(lengths[:number] + 1))
-    return _show(dataset, index, start, start + int(lengths[number]) + 1, f"{split} document {number}")
+    start, stop = (_document_start(dataset, index, place) for place in (number, number + 1))
+    return _show(dataset, index, start, stop, f"{split} document {number}")
+
+
+def _document_start(dataset: Dataset, index: SplitIndex, number: int) -> int:
+    """Where a document starts in the stream; beyond the last one, where the stream ends. Reads one chunk."""
+    if number == int(index.document_start[-1]):
+        return index.tokens
+    chunk = int(np.searchsorted(index.document_start, number, "right")) - 1
+    tokens = read_chunk(dataset, index, chunk)
+    starts = np.flatnonzero(tokens[:-1] == dataset.manifest.tokenizer.eos_token_id) + 1
+    if len(starts) < int(index.document_start[chunk + 1] - index.document_start[chunk]):
+        starts = np.concatenate([[0], starts])  # the chunk begins with a document
+    return int(index.token_start[chunk]) + int(starts[number - int(index.document_start[chunk])])
 
 
 def show_sample(dataset: Dataset, split: str, number: int, sequence_length: int) -> list[str]:

@@ -1,4 +1,4 @@
-"""Where a dataset is written: a folder, or a prefix behind any fsspec URL such as s3://bucket/data.
+"""Where a dataset lies: a folder, or a prefix behind any fsspec URL such as s3://bucket/data.
 
 Both publish whole files or none. A folder is locked by the operating system, which releases it when the
 process dies. A prefix cannot be: whoever comes last owns it, and an earlier owner stops before its next
@@ -17,6 +17,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any, Protocol
 
+from data_prep import remote
 from data_prep.errors import UserError
 
 WORK_FOLDER = ".prepare"  # of the dataset: journal and lock; gone when the dataset is finished
@@ -48,8 +49,16 @@ class Store(Protocol):
         """The content of a file; None if there is none."""
         ...
 
+    def read_part(self, name: str, start: int, stop: int, num_bytes: int) -> bytes:
+        """Bytes [start, stop) of a file of `num_bytes`. Raises UserError if it is missing or shorter."""
+        ...
+
     def size(self, name: str) -> int | None:
         """Bytes of a file; None if there is none."""
+        ...
+
+    def sizes(self) -> dict[str, int | None]:
+        """What lies directly in the store, with its bytes if they come with the listing; empty if it has none."""
         ...
 
     def names(self) -> list[str]:
@@ -114,9 +123,28 @@ class FolderStore:
             except (FileNotFoundError, NotADirectoryError):
                 return None
 
+    def read_part(self, name: str, start: int, stop: int, num_bytes: int) -> bytes:
+        path = self._folder / name
+        try:
+            with open(path, "rb") as file:
+                file.seek(start)
+                content = file.read(stop - start)
+        except OSError as error:
+            fault = "missing" if isinstance(error, FileNotFoundError) else f"cannot be read ({error.strerror})"
+            raise UserError(f"{path}: {fault}; restore the file, or prepare the dataset again") from None
+        if len(content) < stop - start:
+            raise UserError(
+                f"{path}: {start + len(content):,} bytes, expected {num_bytes:,} (truncated); "
+                "restore the file, or prepare the dataset again"
+            )
+        return content
+
     def size(self, name: str) -> int | None:
         path = self._folder / name
         return path.stat().st_size if path.exists() else None
+
+    def sizes(self) -> dict[str, int | None]:
+        return {name: self.size(name) for name in self.names()}
 
     def names(self) -> list[str]:
         if self._folder.exists() and not self._folder.is_dir():
@@ -161,26 +189,32 @@ class RemoteStore:
         self.publish(name, before + line)
 
     def read(self, name: str) -> bytes | None:
-        with explained_read_errors(f"{self.where}/{name}"):
-            try:
-                return self._filesystem.cat_file(self._path(name))
-            except FileNotFoundError:
-                return None
+        try:
+            return remote.read_whole(f"{self.where}/{name}")
+        except remote.MissingError:
+            return None
+
+    def read_part(self, name: str, start: int, stop: int, num_bytes: int) -> bytes:
+        return remote.read_part(f"{self.where}/{name}", start, stop, num_bytes)
 
     def size(self, name: str) -> int | None:
-        with explained_read_errors(f"{self.where}/{name}"):
-            try:
-                return self._filesystem.size(self._path(name))
-            except FileNotFoundError:
-                return None
+        try:
+            return remote.file_size(f"{self.where}/{name}")
+        except remote.MissingError:
+            return None
 
-    def names(self) -> list[str]:
+    def sizes(self) -> dict[str, int | None]:
         with explained_read_errors(self.where):
             try:
-                listing: list[Any] = self._filesystem.ls(self._prefix, detail=False)
-            except FileNotFoundError:
-                return []
-            return sorted(path.rstrip("/").rsplit("/", 1)[1] for path in listing)
+                listing: list[dict[str, Any]] = self._filesystem.ls(self._prefix, detail=True)
+            except Exception as error:
+                if isinstance(error, FileNotFoundError) or self.where.startswith("http"):  # which need not list
+                    return {}
+                raise
+            return {entry["name"].rstrip("/").rsplit("/", 1)[1]: entry["size"] for entry in listing}
+
+    def names(self) -> list[str]:
+        return sorted(self.sizes())
 
     def remove_work_folder(self) -> None:
         with explained_write_errors(self.where):

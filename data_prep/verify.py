@@ -1,11 +1,12 @@
-"""Is a dataset folder whole? Every fault in one run, one line each."""
+"""Is a dataset whole, in a folder or at a URL? Every fault in one run, one line each."""
 
 from __future__ import annotations
 
+import hashlib
 import io
 import re
 import tarfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -13,7 +14,22 @@ from typing import Literal
 import numpy as np
 import tokenizers
 
-from data_prep.manifest import Dataset, Manifest, SplitIndex, check_file, check_shards, open_dataset
+from data_prep.errors import UserError
+from data_prep.manifest import (
+    MANIFEST_NAME,
+    MODEL_FILE,
+    TWIN_FILES,
+    Dataset,
+    Manifest,
+    SplitIndex,
+    check_file,
+    check_hash,
+    check_size,
+    index_files,
+    opened,
+)
+from data_prep.remote import UnreachableError
+from data_prep.store import Store
 from data_prep.tokenizer import MODEL_NAME, SELF_TEST_TEXTS, SPACE_MARK, load_tokenizer
 from data_prep.twin import differing_texts
 
@@ -28,33 +44,70 @@ class VerifyReport:
     lines: list[str] = field(default_factory=list)
 
 
-def verify_dataset(folder: Path, depth: Depth = "full") -> VerifyReport:
-    """Checks a dataset folder. Raises UserError if it cannot be opened at all.
+def verify_dataset(location: str | Path, depth: Depth = "full") -> VerifyReport:
+    """Checks a dataset in a folder or at a URL. Raises UserError if it cannot be opened at all.
 
     Args:
         depth: "quick" looks at the presence and sizes of files; "full" also at every byte: hashes, the
             structure of the tars, counts, the range of ids, eos after each document; "deep" also decodes
             every document, and encodes it anew with sentencepiece itself.
     """
-    dataset = open_dataset(folder)
     report = VerifyReport()
-    report.problems += _extra_files(dataset)
+    with opened(location) as dataset:
+        try:
+            listed = _check_all(dataset, depth, report)
+        except UnreachableError as error:  # no fault of the dataset; each further file would be waited for as long
+            report.problems += [f"{problem}; what comes after it was not checked" for problem in error.problems]
+    if not report.problems:
+        report.lines = [*summary(dataset.manifest), f"{dataset.store.where}: whole ({_what(depth)})"]
+        if not listed:
+            report.lines.append("extra files were not looked for: the server lists no files")
+    return report
+
+
+def _check_all(dataset: Dataset, depth: Depth, report: VerifyReport) -> bool:
+    """Adds every problem to the report; returns whether there was a list of the files to look for extra ones in."""
+    store = dataset.store
+    sizes = store.sizes()
+    listed = MANIFEST_NAME in sizes
+    if listed:
+        report.problems += _extra_files(dataset, sizes)
     report.problems += _check_tokenizer(dataset, depth)
-    for split, index in dataset.indexes.items():
-        shards = range(index.num_shards)
-        report.problems += check_shards(dataset, split, shards, hashes=depth != "quick")
-        damaged = {shard for shard in shards if any(index.shard_name(shard) in p for p in report.problems)}
-        for shard in shards:
-            ids_sha256 = bytes(index.shards["ids_sha256"][shard]).hex() if depth != "quick" else None
-            ids = Path(dataset.folder) / index.ids_name(shard)
-            report.problems += check_file(ids, int(index.shards["ids_bytes"][shard]), ids_sha256)
-            if depth != "quick" and shard not in damaged:
-                report.problems += _check_structure(dataset, index, shard)
+    for index in dataset.indexes.values():
+        for shard in range(index.num_shards):
+            record = index.shards[shard]
+            for name, num_bytes, sha256 in (
+                (index.shard_name(shard), int(record["bytes"]), bytes(record["sha256"]).hex()),
+                (index.ids_name(shard), int(record["ids_bytes"]), bytes(record["ids_sha256"]).hex()),
+            ):
+                problems = _check_size(store, sizes, name, num_bytes)
+                if not problems and depth != "quick":
+                    try:
+                        content = store.read_part(name, 0, num_bytes, num_bytes)
+                    except UnreachableError:
+                        raise
+                    except UserError as error:
+                        problems = error.problems
+                    else:
+                        problems = check_hash(f"{store.where}/{name}", hashlib.sha256(content).hexdigest(), sha256)
+                        if not problems and name == index.shard_name(shard):
+                            problems = _check_structure(dataset, index, shard, content)
+                report.problems += problems
         if depth == "deep" and not report.problems:
             report.problems += _check_tokens(dataset, index)
-    if not report.problems:
-        report.lines = [*summary(dataset.manifest), f"{folder}: whole ({_what(depth)})"]
-    return report
+    return listed
+
+
+def _check_size(store: Store, sizes: dict[str, int | None], name: str, expected: int) -> list[str]:
+    """Sizes come with the listing; what is not in it is asked for."""
+    where = f"{store.where}/{name}"
+    actual = sizes.get(name)
+    try:
+        return check_size(where, store.size(name) if actual is None else actual, expected)
+    except UnreachableError:
+        raise
+    except UserError as error:
+        return error.problems
 
 
 def _what(depth: Depth) -> str:
@@ -80,65 +133,65 @@ def summary(manifest: Manifest) -> list[str]:
     return lines
 
 
-def _extra_files(dataset: Dataset) -> list[str]:
-    known = {"manifest.json", "tokenizer"}
-    for split, index in dataset.indexes.items():
-        known |= {f"{split}.shards.npy", f"{split}.chunks.npy"}
+def _extra_files(dataset: Dataset, names: Iterable[str]) -> list[str]:
+    known = {*index_files(dataset.manifest)}
+    for index in dataset.indexes.values():
         known |= {name(i) for i in range(index.num_shards) for name in (index.shard_name, index.ids_name)}
     return [
-        f"{path}: belongs to no split of the manifest; move it away"
-        for path in sorted(Path(dataset.folder).iterdir())
-        if path.name not in known and re.search(r"\.(tar|npy|jsonl)$", path.name)
+        f"{dataset.store.where}/{name}: belongs to no split of the manifest; move it away"
+        for name in sorted(names)
+        if name not in known and re.search(r"\.(tar|npy|jsonl)$", name)
     ]
 
 
 def _check_tokenizer(dataset: Dataset, depth: Depth) -> list[str]:
-    folder = dataset.tokenizer_folder
-    problems = check_file(folder / MODEL_NAME, None, dataset.manifest.tokenizer.sha256)
-    for name in ("tokenizer.json", "tokenizer_config.json"):
-        problems += check_file(folder / name, None, None)
+    where = dataset.store.where
+    hashes = {MODEL_FILE: dataset.manifest.tokenizer.sha256, **dict.fromkeys(TWIN_FILES)}
+    problems = []
+    for name, sha256 in hashes.items():
+        problems += check_file(Path(dataset.folder) / name, None, sha256, f"{where}/{name}")
     if problems or depth == "quick":
         return problems
-    tokenizer = load_tokenizer(folder)
+    tokenizer = load_tokenizer(dataset.tokenizer_folder)
     try:
-        twin = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
+        twin = tokenizers.Tokenizer.from_file(str(dataset.tokenizer_folder / "tokenizer.json"))
         twin.encode_special_tokens = True  # not in the file: transformers has it from tokenizer_config.json
         same = twin.get_vocab_size() == tokenizer.vocab_size and not differing_texts(tokenizer, twin, SELF_TEST_TEXTS)
     except Exception:  # the library raises nothing more precise for a damaged file
         same = False
     if same or tokenizer.info.model_type != "bpe":
         return []
-    return [f"{folder}/tokenizer.json: not the twin of {MODEL_NAME}; restore the file, or prepare the dataset again"]
+    return [f"{where}/{TWIN_FILES[0]}: not the twin of {MODEL_NAME}; restore the file, or prepare the dataset again"]
 
 
-def _check_structure(dataset: Dataset, index: SplitIndex, shard: int) -> list[str]:
+def _check_structure(dataset: Dataset, index: SplitIndex, shard: int, content: bytes) -> list[str]:
     """Reads a shard as a tar; compares its members with the index, and their content with the contract."""
-    path = Path(dataset.folder) / index.shard_name(shard)
+    where = f"{dataset.store.where}/{index.shard_name(shard)}"
     problems: list[str] = []
-    chunks = np.flatnonzero(index.chunk_shard == shard)
+    chunks = np.arange(*np.searchsorted(index.chunk_shard, [shard, shard + 1]))
     try:
-        with tarfile.open(path) as tar:
+        with tarfile.open(fileobj=io.BytesIO(content)) as tar:
             members = {member.name: member for member in tar}
             expected = [f"{chunk:08d}.{kind}.npy" for chunk in chunks for kind in ("tokens", "docs")]
             if list(members) != expected:
-                return [f"{path}: its members are not those of chunks {chunks[0]} to {chunks[-1]}"]
+                return [f"{where}: its members are not those of chunks {chunks[0]} to {chunks[-1]}"]
             for chunk in chunks:
                 arrays = []
                 for kind in ("tokens", "docs"):
                     member = tar.extractfile(members[f"{chunk:08d}.{kind}.npy"])
                     assert member is not None
                     arrays.append(np.load(io.BytesIO(member.read()), allow_pickle=False))
-                problems += _check_chunk(dataset, index, int(chunk), path, *arrays)
+                problems += _check_chunk(dataset, index, int(chunk), where, *arrays)
     except (tarfile.TarError, ValueError, OSError) as error:
-        problems.append(f"{path}: not a readable tar of arrays ({error})")
+        problems.append(f"{where}: not a readable tar of arrays ({error})")
     return problems
 
 
 def _check_chunk(
-    dataset: Dataset, index: SplitIndex, chunk: int, path: Path, tokens: np.ndarray, docs: np.ndarray
+    dataset: Dataset, index: SplitIndex, chunk: int, shard: str, tokens: np.ndarray, docs: np.ndarray
 ) -> list[str]:
     info = dataset.manifest.tokenizer
-    where = f"{path}: chunk {chunk}"
+    where = f"{shard}: chunk {chunk}"
     count = int(index.token_start[chunk + 1] - index.token_start[chunk])
     documents = int(index.document_start[chunk + 1] - index.document_start[chunk])
     problems = []
@@ -170,11 +223,16 @@ def documents_of(dataset: Dataset, index: SplitIndex) -> Iterator[np.ndarray]:
         rest = stream[begin:]
 
 
-def read_chunk(dataset: Dataset, index: SplitIndex, chunk: int) -> np.ndarray:
-    """The tokens of a chunk."""
-    path = Path(dataset.folder) / index.shard_name(int(index.chunk_shard[chunk]))
-    count = int(index.token_start[chunk + 1] - index.token_start[chunk])
-    return np.fromfile(path, index.dtype, count, offset=int(index.chunk_data_offset[chunk]))
+def read_chunk(dataset: Dataset, index: SplitIndex, chunk: int, start: int = 0, stop: int | None = None) -> np.ndarray:
+    """The tokens of a chunk, or those at [start, stop) in it; reads no more."""
+    shard = int(index.chunk_shard[chunk])
+    offset, width = int(index.chunk_data_offset[chunk]), index.dtype.itemsize
+    if stop is None:
+        stop = int(index.token_start[chunk + 1] - index.token_start[chunk])
+    content = dataset.store.read_part(
+        index.shard_name(shard), offset + start * width, offset + stop * width, index.shard_bytes(shard)
+    )
+    return np.frombuffer(content, index.dtype)
 
 
 def _check_tokens(dataset: Dataset, index: SplitIndex) -> list[str]:

@@ -249,13 +249,13 @@ def prepare(
 
 
 def verify(
-    dataset: Annotated[Path, typer.Argument(help="A dataset folder.")],
-    quick: Annotated[bool, typer.Option("--quick", help="Sizes only: seconds, however large the dataset.")] = False,
+    dataset: Annotated[str, typer.Argument(help="A dataset folder, or a URL such as s3://bucket/data.")],
+    quick: Annotated[bool, typer.Option("--quick", help="Sizes only; reads no shard: seconds.")] = False,
     deep: Annotated[
         bool, typer.Option("--deep", help="Also decode every document and encode it anew: as long as preparing.")
     ] = False,
 ) -> None:
-    """Check a dataset folder; name every fault in one run.
+    """Check a dataset, in a folder or at a URL; name every fault in one run.
 
     By default: manifest and index files, missing and extra files, sizes and hashes of all shards, the
     structure of each tar, counts of tokens and documents, the range of ids, eos after every document.
@@ -266,7 +266,7 @@ def verify(
 
         globallocal verify data/sample
 
-        globallocal verify data/sample --quick
+        globallocal verify s3://bucket/data --quick
     """
     from data_prep.errors import UserError
     from data_prep.verify import verify_dataset
@@ -279,7 +279,7 @@ def verify(
 
 
 def inspect_dataset(
-    dataset: Annotated[Path, typer.Argument(help="A dataset folder.")],
+    dataset: Annotated[str, typer.Argument(help="A dataset folder, or a URL such as s3://bucket/data.")],
     split: Annotated[str, typer.Option(help="Which split.")] = "train",
     document: Annotated[int | None, typer.Option(help="Show this document, counted from 0.")] = None,
     sample: Annotated[int | None, typer.Option(help="Show this training sample, counted from 0.")] = None,
@@ -296,25 +296,25 @@ def inspect_dataset(
 
         globallocal inspect data/sample --sample 900 --sequence-length 512
 
-        globallocal inspect data/sample --html data/sample.html
+        globallocal inspect s3://bucket/data --html data.html
     """
-    from data_prep.manifest import open_dataset
+    from data_prep.manifest import opened
     from data_prep.report import describe, show_document, show_sample
 
-    opened = open_dataset(dataset)
-    if document is not None:
-        lines = show_document(opened, split, document)
-    elif sample is not None:
-        lines = show_sample(opened, split, sample, sequence_length)
-    else:
-        lines = describe(opened, split)
-    for line in lines:
-        typer.echo(line)
-    if html:
-        from data_prep.page import write_page
+    with opened(dataset) as there:
+        if document is not None:
+            lines = show_document(there, split, document)
+        elif sample is not None:
+            lines = show_sample(there, split, sample, sequence_length)
+        else:
+            lines = describe(there, split)
+        for line in lines:
+            typer.echo(line)
+        if html:
+            from data_prep.page import write_page
 
-        write_page(opened, html)
-        typer.echo(f"page: {html}")
+            write_page(there, html)
+            typer.echo(f"page: {html}")
 
 
 def make_source(

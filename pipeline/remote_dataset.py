@@ -15,15 +15,24 @@ from queue import Empty, SimpleQueue
 from threading import Thread
 
 from data_prep.errors import UserError
-from data_prep.manifest import MANIFEST_NAME, TOKENIZER_FOLDER, Dataset, SplitIndex, open_dataset, parse_manifest
-from pipeline.remote import read_whole
+from data_prep.manifest import (
+    MANIFEST_NAME,
+    MODEL_FILE,
+    TOKENIZER_FOLDER,
+    TWIN_FILES,
+    Dataset,
+    SplitIndex,
+    index_files,
+    open_dataset,
+    parse_manifest,
+)
+from data_prep.remote import read_whole
 from pipeline.shard_cache import ShardCache, locked
 
 _log = logging.getLogger(__name__)
 
 DEFAULT_CACHE_FOLDER = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "globallocal"
 DEFAULT_CACHE_BYTES = 64 << 30
-_TOKENIZER_TWIN = ("tokenizer.json", "tokenizer_config.json")
 _DOWNLOAD_THREADS = 4
 
 
@@ -80,11 +89,8 @@ def open_location(
     cache = ShardCache(cache_folder, cache_bytes)
     content = read_whole(f"{url}/{MANIFEST_NAME}")
     manifest = parse_manifest(content, f"{url}/{MANIFEST_NAME}")
-    files: dict[str, str | None] = {f"{TOKENIZER_FOLDER}/tokenizer.model": manifest.tokenizer.sha256}
-    files |= {f"{TOKENIZER_FOLDER}/{name}": None for name in _TOKENIZER_TWIN}
-    for split, info in manifest.splits.items():
-        files[f"{split}.shards.npy"] = info.shards_index_sha256
-        files[f"{split}.chunks.npy"] = info.chunks_index_sha256
+    files: dict[str, str | None] = {MODEL_FILE: manifest.tokenizer.sha256, **dict.fromkeys(TWIN_FILES)}
+    files |= index_files(manifest)
     folder = cache.folder / "datasets" / manifest.dataset_id
     (folder / TOKENIZER_FOLDER).mkdir(parents=True, exist_ok=True)
     with locked(folder / "lock", wait=True):

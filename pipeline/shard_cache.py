@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from data_prep.errors import UserError
-from pipeline.remote import download
+from data_prep.remote import download
 
 _log = logging.getLogger(__name__)
 _NAME_LENGTHS = (64, 69)  # a sha256, and the same with ".part"

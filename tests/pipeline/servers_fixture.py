@@ -32,6 +32,7 @@ class FaultyServer(http.server.ThreadingHTTPServer):
         self.folder = folder
         self.ranges = ranges
         self.faults: dict[str, list] = defaultdict(list)
+        self.ranges_asked: list[tuple[str, int, int]] = []
         self.requests: Counter[str] = Counter()
         self.closing = threading.Event()
         self.url = f"http://127.0.0.1:{self.server_address[1]}"
@@ -60,6 +61,8 @@ class _Handler(http.server.BaseHTTPRequestHandler):
             return
         body = path.read_bytes()
         wanted = re.fullmatch(r"bytes=(\d+)-(\d+)", self.headers.get("Range", ""))
+        if wanted:
+            self.server.ranges_asked.append((name, int(wanted[1]), int(wanted[2]) + 1))
         if wanted and self.server.ranges:
             body = body[int(wanted[1]) : int(wanted[2]) + 1]
         if fault == "garble":
@@ -148,7 +151,7 @@ def s3_dataset(server_folder: Path, dataset: Path, key: str):
                 return True
             return False
 
-        wait_until(upload)
+        wait_until(upload, 180)
         yield system
 
 

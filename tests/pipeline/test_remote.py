@@ -12,8 +12,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from data_prep import remote
 from data_prep.errors import UserError
-from pipeline import remote
 from pipeline.data import BatchLayout, BatchLoader, SampleSource
 from pipeline.mixture import MixtureSource
 from pipeline.remote_dataset import RemoteDataset, open_location
