@@ -8,13 +8,14 @@ start is taken from it, the smallest of some steps, and what is held at rest is 
 import gc
 import json
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
 
 MARK_BYTES = 12_345_701
-STEPS = 5
+STEPS = 4
 
 
 def rise_of_a_step(profile: Any) -> int:
@@ -55,7 +56,8 @@ def peak_of_training(overrides: list[str], world: Any) -> int:
     settings = deepspeed_config(config, layout, config.training.precision)
     shape = (layout.micro_batch_size, config.data.sequence_length + 1)
     before = storages()  # of engines that DeepSpeed still holds; held here too, lest an address is used again
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+    listener = torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True)
+    with listener if world.is_main else nullcontext() as profile:
         model = GlobalLocalForCausalLM(config.model.build(max_position_embeddings=config.data.sequence_length))
         engine = initialize(model, config, settings)
         del model
@@ -67,6 +69,8 @@ def peak_of_training(overrides: list[str], world: Any) -> int:
                 engine.backward(output.loss)
                 del output
                 engine.step()
+    if not world.is_main:
+        return 0
     at_rest = sum(storage.nbytes() for address, storage in storages().items() if address not in before)
     return at_rest + rise_of_a_step(profile)
 
