@@ -42,7 +42,7 @@ class RayEngine:
             except (OSError, RuntimeError, ValueError) as error:
                 raise UserError(
                     f"no Ray cluster at '{self.address}' ({error}); start one with `ray start --head`, "
-                    "or leave --ray-address out"
+                    "or leave --ray-address out; if one runs there, it may ask for a token: set RAY_AUTH_MODE=token"
                 ) from error
         try:
             cpus = int(ray.cluster_resources().get("CPU", 1))

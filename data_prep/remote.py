@@ -131,7 +131,9 @@ def _retried(url: str, request: Callable[[], T]) -> T:
             delay *= random.uniform(0.75, 1.25)  # so that a thousand nodes do not come back at once
             _log.warning("%s: %s; try %d of %d in %.1f s", url, fault, attempt + 1, _ATTEMPTS, delay)
             time.sleep(delay)
-    raise UnreachableError(f"{url}: {fault}, after {_ATTEMPTS} tries; check the server, or restore the file there")
+    raise UnreachableError(
+        f"{url}: {fault}, after {_ATTEMPTS} tries; check the server and your access to it, or restore the file there"
+    )
 
 
 def _passing_fault(url: str, error: Exception) -> str:
