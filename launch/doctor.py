@@ -28,12 +28,11 @@ from pipeline.config import RunConfig, load_config
 from pipeline.corpus import Corpus, open_corpus
 from pipeline.data import BatchLayout
 from pipeline.remote_dataset import DEFAULT_CACHE_FOLDER
+from pipeline.space import checkpoint_bytes, free_bytes, readable, retained, start_problems
 
 Level = Literal["ok", "warning", "problem"]
 TRACKING_SECONDS = 30
 STEP_SECONDS = 600
-MASTER_STATE_BYTES = 16
-"""Bytes a parameter in a checkpoint, at most: 16-bit weights, fp32 master weights and two moments, rounded up."""
 
 
 @dataclass(frozen=True)
@@ -184,7 +183,7 @@ def run_findings(path: Path, overrides: Sequence[str], ranks: int) -> Iterator[F
     yield from guarded("deepspeed", lambda: deepspeed_json(config, ranks))
     if layout is not None:
         yield from guarded("memory", lambda: memory(config, ranks))
-    yield from guarded("disk", lambda: disk(config))
+    yield from guarded("disk", lambda: disk(config, ranks))
     yield tracking(config)
 
 
@@ -282,21 +281,28 @@ def memory(config: RunConfig, ranks: int) -> Finding:
     return Finding("memory", "ok", text)
 
 
-def disk(config: RunConfig) -> Finding:
-    """Room for the checkpoints that retention keeps, and the one being written."""
-    result = estimate(config, Machine())
-    need = MASTER_STATE_BYTES * sum(result.parameters.values()) * (config.checkpoint.keep_last + 1)
+def disk(config: RunConfig, ranks: int) -> Finding:
+    """Room for the checkpoints that retention keeps, and the one being written: what the run asks for before step 0."""
+    import torch
+
+    from pipeline.engine import has_bf16
+
+    result, precision = estimate(config, Machine()), config.training.precision
+    if precision == "auto":
+        precision = "bf16" if has_bf16(torch.device("cuda" if local_devices() else "cpu")) else "fp32"
+    parameters = sum(result.parameters.values())
+    one_bytes = checkpoint_bytes(parameters, result.pool_elements, result.zero_stage, precision, ranks)
+    count = retained(config.retention, result.steps, config.checkpoint.interval_steps)
     folder = config.run_folder.absolute()
     while not folder.exists():
         folder = folder.parent
     if not os.access(folder, os.W_OK):
         return Finding("disk", "problem", f"{folder} cannot be written", "choose run.output_dir where you may write")
-    free = shutil.disk_usage(folder).free
-    count = config.checkpoint.keep_last + 1
-    text = f"{gibibytes(need)} GiB for {count} checkpoints, {gibibytes(free)} GiB free in {folder}"
-    if need > free:
-        return Finding("disk", "problem", text, "a smaller checkpoint.keep_last, or run.output_dir on a larger disk")
-    return Finding("disk", "ok", text)
+    lines = start_problems(config.checkpoints, one_bytes, count)
+    if lines:
+        raise UserError(lines)
+    free = readable(free_bytes(folder))
+    return Finding("disk", "ok", f"up to {count} checkpoints of about {readable(one_bytes)}, {free} free in {folder}")
 
 
 def tracking(config: RunConfig) -> Finding:

@@ -13,13 +13,13 @@ from typing import Any
 import numpy as np
 
 from data_prep.errors import UserError
-from launch.doctor import MASTER_STATE_BYTES
 from launch.estimate import Machine, estimate, gibibytes
 from launch.memory import RankMemory
 from pipeline.config import RunConfig
 from pipeline.data import BatchLayout, micro_batches
 from pipeline.engine import deepspeed_config, zero_stage
 from pipeline.metrics import duration
+from pipeline.space import checkpoint_bytes
 
 HEADROOM = 0.92
 """Part of a device's memory that may be forecast: the rest is the context, the kernels' workspace, fragmentation."""
@@ -99,7 +99,7 @@ def rehearse(config: RunConfig, fleet: Fleet, steps: int = 1000, say: Callable[[
     problems += _partition_problems(hpz, fleet) + _settings_problems(settings, fleet.ranks)
     say(f"settings of {fleet.ranks:,} ranks read")
     result = estimate(config, Machine(ranks=fleet.ranks))
-    memory = result.memory[result.zero_stage]
+    memory, parameters = result.memory[result.zero_stage], sum(result.parameters.values())
     device_bytes = round(fleet.device_memory_gib * 2**30)
     if memory.total > HEADROOM * device_bytes:
         problems.append(
@@ -126,7 +126,7 @@ def rehearse(config: RunConfig, fleet: Fleet, steps: int = 1000, say: Callable[[
         memory=memory,
         device_bytes=device_bytes,
         host_bytes_per_node=memory.offloaded * min(fleet.gpus_per_node, fleet.ranks),
-        checkpoint_bytes=MASTER_STATE_BYTES * sum(result.parameters.values()),
+        checkpoint_bytes=checkpoint_bytes(parameters, result.pool_elements, result.zero_stage, precision, fleet.ranks),
         seconds=time.monotonic() - started,
     )
 

@@ -4,6 +4,7 @@ from typing import Any
 
 import deepspeed
 import torch
+from deepspeed.accelerator import get_accelerator
 from deepspeed.utils import logger as deepspeed_logger
 from torch import nn
 
@@ -19,10 +20,10 @@ def resolve_precision(wanted: str, world: World) -> str:
     """`auto` → bf16 where every rank's hardware multiplies it, else fp32."""
     if wanted != "auto":
         return wanted
-    return "bf16" if all(world.gather(_has_bf16(world.device))) else "fp32"
+    return "bf16" if all(world.gather(has_bf16(world.device))) else "fp32"
 
 
-def _has_bf16(device: torch.device) -> bool:
+def has_bf16(device: torch.device) -> bool:
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
@@ -139,6 +140,11 @@ def _unchecked(knobs: dict[str, Any]) -> list[str]:
 def check_machine(config: RunConfig, settings: dict[str, Any], ranks: int, cuda: bool) -> None:
     """Raises UserError with everything that keeps this machine from training with the DeepSpeed JSON."""
     problems = [f"{config.deepspeed.config}: {problem}" for problem in lacks(settings, ranks, cuda)]
+    if settings["fp16"]["enabled"] and not get_accelerator().is_fp16_supported():
+        problems.append(
+            "training.precision = fp16, which DeepSpeed does not train in here: it takes a GPU, or a CPU with "
+            "AVX512-FP16 or AMX-FP16; set training.precision to auto, bf16 or fp32"
+        )
     if problems:
         raise UserError(problems)
 

@@ -3,11 +3,11 @@
 import json
 import re
 
-from launch.doctor import MASTER_STATE_BYTES
 from launch.estimate import TOKENS_PER_PARAMETER, gibibytes
 from launch.memory import ModelSize, measure, rank_memory
 from model.configuration_globallocal import GlobalLocalConfig
 from pipeline.data import BatchLayout
+from pipeline.space import checkpoint_bytes
 from tests.conftest import ROOT
 
 PAGE = ROOT / "docs" / "scaling.md"
@@ -25,6 +25,7 @@ def row(gpus: int, model: GlobalLocalConfig, size: ModelSize) -> str:
     zero = json.loads((ROOT / "ds_configs" / f"{SIZES[gpus]}.json").read_text())["zero_optimization"]
     layout = BatchLayout(GLOBAL_BATCH[gpus], MICRO_BATCH, gpus)
     memory = rank_memory(size, zero["stage"], gpus, "bf16", zero)
+    checkpoint = checkpoint_bytes(size.parameters, size.frozen, zero["stage"], "bf16", gpus)
     rate = gpus * H100_FLOPS * MFU / model.flops_per_token(model.max_position_embeddings)
     cells = (
         f"{gpus:,}",
@@ -34,7 +35,7 @@ def row(gpus: int, model: GlobalLocalConfig, size: ModelSize) -> str:
         gibibytes(memory.total),
         f"{rate / 1e6:,.2f} M",
         f"{TOKENS_PER_PARAMETER * size.parameters / rate / 86400:,.2f}",
-        gibibytes(MASTER_STATE_BYTES * size.parameters // max(1, gpus // GPUS_PER_NODE)),
+        gibibytes(checkpoint // max(1, gpus // GPUS_PER_NODE)),
     )
     return "| " + " | ".join(cells) + " |"
 

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from deepspeed.accelerator import get_accelerator
 
 from data_prep.errors import UserError
 from pipeline.config import load_config
@@ -180,3 +181,13 @@ def test_a_missing_json_names_those_that_are_there() -> None:
     config = load_config("launch/runs/quickstart.yaml", ["deepspeed.config=ds_configs/zero9.json"])
     with pytest.raises(UserError, match=r"ds_configs/zero9\.json: no such file; there are: .*zero2\.json"):
         deepspeed_config(config, LAYOUT, "fp32")
+
+
+@pytest.mark.skipif(get_accelerator().is_fp16_supported(), reason="DeepSpeed trains in fp16 on this machine")
+def test_fp16_where_deepspeed_does_not_train_in_it_is_one_line(tmp_path: Path) -> None:
+    config = load_config("launch/runs/quickstart.yaml", ["training.precision=fp16"])
+    with pytest.raises(UserError) as caught:
+        check_machine(config, merged(tmp_path, {}, "fp16"), 2, cuda=False)
+    (line,) = caught.value.problems
+    assert line.startswith("training.precision = fp16, which DeepSpeed does not train in here")
+    check_machine(config, merged(tmp_path, {}, "fp32"), 2, cuda=False)
