@@ -6,7 +6,7 @@ import signal
 import socket
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
@@ -62,15 +62,15 @@ class LocalRun:
     settings: "RunConfig"
     processes: int | None = None
     port: int | None = None
+    job_id: str = field(default_factory=lambda: secrets.token_hex(8))
 
     def describe(self) -> str:
         return str(self.job(self.port or cluster.DEFAULT_PORT))
 
     def start(self, failures: list[Failure]) -> Ended:
         job = self.job(self.port if self.port and node.port_is_free(self.port) else node.free_port())
-        return run_session(
-            Launch(job.command, job.whole_environment(), launch_log(self.settings), grace_seconds(self.settings))
-        )
+        environment = {**job.whole_environment(), node.JOB_VARIABLE: self.job_id}
+        return run_session(Launch(job.command, environment, launch_log(self.settings), grace_seconds(self.settings)))
 
     def job(self, port: int) -> Job:
         """

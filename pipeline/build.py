@@ -2,6 +2,7 @@
 
 import logging
 import math
+import os
 import platform
 from collections.abc import Callable
 from typing import Any
@@ -14,7 +15,7 @@ from torch import nn
 from data_prep.errors import UserError
 from model.configuration_globallocal import GlobalLocalConfig
 from model.modeling_globallocal import GlobalLocalForCausalLM
-from pipeline.checkpoint import CheckpointState
+from pipeline.checkpoint import JOB_VARIABLE, CheckpointState
 from pipeline.checkpoint_io import DeferringCheckpointEngine, logit_fingerprint
 from pipeline.config import RunConfig
 from pipeline.corpus import Corpus, open_corpus
@@ -124,6 +125,7 @@ def build(config: RunConfig, world: World, stop: StopRequest, clock: Clock) -> T
             evaluation=trainer.evaluation,
             pending_evaluation=trainer.pending_evaluation,
             health=trainer.guard.state,
+            job=os.environ.get(JOB_VARIABLE, ""),
             versions=versions(),
         )
 

@@ -25,6 +25,8 @@ if TYPE_CHECKING:
     from pipeline.distributed import World
 
 FORMAT_VERSION = 1
+JOB_VARIABLE = "GLOBALLOCAL_JOB"
+"""Our launchers give every process of a job its id in this environment variable, the same at each restart."""
 INTEGRITY = "integrity.json"
 STATE = "state.json"
 SAVING = ".saving-"
@@ -65,6 +67,8 @@ class CheckpointState(BaseModel):
     """This step's evaluation was due and is not done: a stop came before its end. The next start does it first."""
     loss_sums: list[list[float]] = []
     """Rank by rank, what the next logged mean of the losses already holds (`LossMeter.sums`)."""
+    job: str = ""
+    """Which job wrote it, however often that was started again (`JOB_VARIABLE`); empty without a launcher of ours."""
     health: HealthState = HealthState()
     versions: dict[str, str]
 
@@ -223,14 +227,14 @@ def _verify_hash(path: Path, expected: dict[str, Any], progress: Callable[[int],
     return [f"{path}: sha256 {actual[:12]}…, {expected['sha256'][:12]}… was written"]
 
 
-def newest_verified(root: Path, world: "World") -> tuple[Path | None, list[str]]:
-    """The newest checkpoint that verifies, the hashing shared by all ranks.
+def newest_verified(folders: Iterable[Path], world: "World") -> tuple[Path | None, list[str]]:
+    """The first of `folders`, the same on every rank, that verifies; the hashing is shared by all ranks.
 
     Returns:
-        Its folder (None: there is none), and why each newer one was passed over.
+        Its folder (None: there is none), and why each before it was passed over.
     """
     passed_over: list[str] = []
-    for folder in world.broadcast(list_checkpoints(root) if world.is_main else None):
+    for folder in folders:
         problems = verify_together(folder, world)
         if not problems:
             return folder, passed_over

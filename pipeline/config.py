@@ -169,7 +169,8 @@ class CheckpointSection(Section):
     """So many of the lowest validation loss are kept, among those saved at a step that was evaluated."""
     resume: str = "auto"
     """`auto`: the newest verified checkpoint of this run, a fresh start only where there is none;
-    `none`: a fresh start, refused where checkpoints stand; else the folder of one checkpoint."""
+    `none`: a fresh start, refused where checkpoints stand; else the folder of one checkpoint, refused where the run
+    has later ones. It is where the job begins: a restart by its launcher goes on from what it has saved since."""
 
 
 class HealthSection(Section):

@@ -1,6 +1,9 @@
 """Going on where a run was: which checkpoint, whether it fits, and the proof that it was restored."""
 
 import logging
+import os
+from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -105,26 +108,34 @@ def resume(
 
 
 def find(config: RunConfig, world: World) -> Path | None:
-    """The checkpoint to go on from, agreed by all ranks; None is a fresh start."""
+    """The checkpoint to go on from, agreed by all ranks; None is a fresh start.
+
+    What `checkpoint.resume` names is where the job begins. Started again by its launcher, it goes on from what it has
+    saved since.
+    """
     root, wanted = config.checkpoints, config.checkpoint.resume
     with world.together():
         if world.is_main:
             checkpoint.tidy(root)
     standing = world.broadcast(checkpoint.list_checkpoints(root) if world.is_main else None)
-    if wanted == "none":
+    fitting = standing if wanted == "auto" else world.broadcast(of_this_job(standing) if world.is_main else None)
+    folder, passed_over = checkpoint.newest_verified(fitting, world)
+    for problem in passed_over:
+        log.warning(f"passed over: {problem}")
+    if folder is None and wanted == "none":
         if standing:
             raise UserError(
                 f"{root}: holds {len(standing)} checkpoints, and checkpoint.resume=none would start over; choose "
                 "another run.name, or delete the folder"
             )
         return None
-    if wanted != "auto":
+    if folder is None and wanted != "auto":
         problems = checkpoint.verify_together(Path(wanted), world)
         world.raise_together([f"checkpoint.resume: {problem}" for problem in problems])
+        with world.together():
+            refuse_later(standing, Path(wanted))
+        log.info(f"resuming from {wanted}")
         return Path(wanted)
-    folder, passed_over = checkpoint.newest_verified(root, world)
-    for problem in passed_over:
-        log.warning(f"passed over: {problem}")
     if folder is None and standing:
         raise UserError(
             [
@@ -135,6 +146,28 @@ def find(config: RunConfig, world: World) -> Path | None:
         )
     log.info(f"resuming from {folder}" if folder else f"no checkpoint in {root}: starting at step 0")
     return folder
+
+
+def of_this_job(folders: Sequence[Path]) -> list[Path]:
+    """Those of `folders` that were saved by an earlier start of the job that this process belongs to."""
+    job, found = os.environ.get(checkpoint.JOB_VARIABLE), []
+    for folder in folders if job else ():
+        with suppress(UserError):  # damaged: none of them
+            if checkpoint.read_state(folder).job == job:
+                found.append(folder)
+    return found
+
+
+def refuse_later(standing: Sequence[Path], wanted: Path) -> None:
+    """Raises UserError where the run holds checkpoints of later steps: `auto` would take those for its newest."""
+    step = checkpoint.read_state(wanted).step
+    later = [folder for folder in standing if checkpoint.step_of(folder) > step]
+    if later:
+        raise UserError(
+            f"checkpoint.resume: {wanted} is of step {step:,}, but {later[0].parent} holds {len(later)} of later steps "
+            f"(the newest: {checkpoint.step_of(later[0]):,}); leave checkpoint.resume out to go on from there; to go "
+            "back, move the later ones away, or choose another run.name"
+        )
 
 
 def restore(

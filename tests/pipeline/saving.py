@@ -151,10 +151,10 @@ def no_room(trainer: Any) -> dict[str, Any]:
 
 
 def outcome(trainer: Any) -> dict[str, Any]:
-    from pipeline.checkpoint import newest_verified
+    from pipeline.checkpoint import list_checkpoints, newest_verified
 
     ended = trainer.saver.finish()
-    newest, passed_over = newest_verified(trainer.saver.root, trainer.world)
+    newest, passed_over = newest_verified(list_checkpoints(trainer.saver.root), trainer.world)
     return {
         "step": trainer.step,
         "steps": [saved.step for saved in ended],

@@ -4,14 +4,19 @@ import random
 import shutil
 import signal
 import subprocess
+import sys
 import time
 from pathlib import Path
 
 import pytest
 
-from pipeline.checkpoint import list_checkpoints
+from launch import node
+from launch.processes import TRAIN_PROGRAM
+from pipeline.checkpoint import JOB_VARIABLE, list_checkpoints, step_of
 from pipeline.distributed import PREEMPTED_EXIT_CODE
-from tests.pipeline.ranks import Run, outputs, start_ranks, tiny_overrides, wait
+from tests.conftest import ROOT
+from tests.pipeline.ranks import Run, environment, outputs, start_ranks, tiny_overrides, wait
+from tests.pipeline.test_stop import living
 from tests.pipeline.test_training import assert_same_state, losses_of
 
 STEPS = 40
@@ -69,6 +74,53 @@ def test_a_signal_to_one_rank_stops_all_with_everything_saved(
     codes = wait(start_ranks(arguments("run", tmp_path, small_dataset), tmp_path), tmp_path)
     assert codes == [0, 0], outputs(tmp_path)
     assert_same_state(unbroken / "run" / LAST, tmp_path / "run" / LAST)
+
+
+def test_a_job_that_begins_at_a_folder_is_started_again_from_its_own_newest(
+    unbroken: Path, tmp_path: Path, small_dataset: Path
+) -> None:
+    begins = unbroken / "run" / "checkpoints" / "step-00000030"
+    words = [
+        *arguments("run", tmp_path, small_dataset)[1:],
+        f"checkpoint.resume={begins}",
+        "training.max_steps=1000000",
+    ]
+    root, restarts = tmp_path / "run" / "checkpoints", tmp_path / "run" / "restarts.jsonl"
+    with open(tmp_path / "output", "wb") as output:
+        job = subprocess.Popen(
+            [sys.executable, "-m", "launch", "launch", "--local=2", "--max-restarts=1", *words],
+            cwd=ROOT,
+            env=environment(tmp_path),
+            stdout=output,
+            stderr=subprocess.STDOUT,
+        )
+
+    def until(newest: int) -> int:
+        """The newest step, once it is later."""
+        while not (standing := list_checkpoints(root)) or step_of(standing[0]) <= newest:
+            assert job.poll() is None, (tmp_path / "output").read_text()
+            time.sleep(0.1)
+        return step_of(standing[0])
+
+    until(30)
+    next(item for item in living(tmp_path) if str(TRAIN_PROGRAM) in item.cmdline()[:3]).kill()
+    while not restarts.exists():
+        assert job.poll() is None, (tmp_path / "output").read_text()
+        time.sleep(0.1)
+    until(step_of(list_checkpoints(root)[0]))
+    job.send_signal(signal.SIGTERM)
+    assert job.wait(timeout=300) == PREEMPTED_EXIT_CODE
+    first, second = [line for line in (tmp_path / "output").read_text().splitlines() if line.startswith("resuming ")]
+    assert first == f"resuming from {begins}"
+    assert second.startswith(f"resuming from {root}/step-")
+
+    codes = wait(start_ranks(["pipeline/train.py", *words], tmp_path), tmp_path)  # another job, the same words
+    assert codes == [2, 2]
+    assert f"{begins} is of step 30, but {root} holds 3 of later steps" in outputs(tmp_path)
+
+
+def test_the_launchers_and_the_ranks_mean_the_same_variable() -> None:
+    assert node.JOB_VARIABLE == JOB_VARIABLE
 
 
 def test_two_jobs_cannot_write_into_one_run(unbroken: Path, small_dataset: Path, tmp_path: Path) -> None:
