@@ -1,25 +1,32 @@
 """SIGKILL of one rank, and of all, at random moments, writing included; then the run must be as if unbroken.
 
-Half of the kills fall at any moment of training, half inside a save: as soon as a folder under a temporary name
-is seen. `KILLS` in the environment sets how many (50).
+A fifth of the kills falls at any moment of a start; of the others half at any moment of training, half inside a save:
+as soon as a folder under a temporary name is seen. `KILLS` in the environment sets how many (50). The ranks are forked
+from one process that has imported everything, since importing takes longer than anything else in a start.
 """
 
 import json
+import multiprocessing
 import os
 import random
 import shutil
-import subprocess
+import sys
 import time
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
-from pipeline.checkpoint import SAVING, list_checkpoints, verify
+from launch.node import free_port
+from pipeline.checkpoint import SAVING, list_checkpoints, step_of, verify
 from tests.conftest import globallocal
-from tests.pipeline.ranks import Run, outputs, start_ranks, tiny_overrides, wait
+from tests.pipeline.ranks import Run, environment, outputs, tiny_overrides
 from tests.pipeline.test_training import assert_same_state, losses_of
 
+forks = multiprocessing.get_context("forkserver")
 STEPS = 600
 INTERVAL = 5
+RANKS = 2
 PATIENCE_SECONDS = 1800
+START_SECONDS = 8
 
 
 def run(folder: Path) -> dict[str, object]:
@@ -27,10 +34,12 @@ def run(folder: Path) -> dict[str, object]:
     print(f"seed {seed}", flush=True)
     generator = random.Random(seed)
     dataset = prepare(folder)
+    os.environ.update(environment(folder))  # the process that ranks are forked from inherits it
+    forks.set_forkserver_preload(["pipeline.train", __name__])
     unbroken = folder / "unbroken"
     unbroken.mkdir()
-    assert wait(start(unbroken, dataset), unbroken, PATIENCE_SECONDS) == [0, 0], outputs(unbroken)
-    torn, counts = folder / "torn", {"killed": 0, "one rank": 0, "inside a save": 0, "runs begun": 0}
+    assert wait(start(unbroken, dataset)) == [0] * RANKS, outputs(unbroken)
+    torn, counts = folder / "torn", {"killed": 0, "one rank": 0, "inside a save": 0, "in a start": 0}
     torn.mkdir()
     while counts["killed"] < kills:
         if list_checkpoints(torn / "run" / "checkpoints")[:1] == [torn / "run" / "checkpoints" / last()]:
@@ -39,12 +48,13 @@ def run(folder: Path) -> dict[str, object]:
             torn.mkdir()
         kill_once(torn, dataset, generator, counts)
         print(f"{counts['killed']} of {kills} kills, at step {reached(torn)}", flush=True)
-    assert wait(start(torn, dataset), torn, PATIENCE_SECONDS) == [0, 0], outputs(torn)
+    assert wait(start(torn, dataset)) == [0] * RANKS, outputs(torn)
     compare(unbroken, torn)
     return {
         "SIGKILLs": counts["killed"],
         "… of one rank of two": counts["one rank"],
         "… inside a save": counts["inside a save"],
+        "… before a start's first checkpoint": counts["in a start"],
         "steps of the run": STEPS,
         "losses, weights, optimizer, random state": "bitwise those of the unbroken run",
         "samples": "each step's global batch, once",
@@ -63,7 +73,7 @@ def last() -> str:
     return f"step-{STEPS:08d}"
 
 
-def start(folder: Path, dataset: Path) -> list[subprocess.Popen[bytes]]:
+def start(folder: Path, dataset: Path) -> list[BaseProcess]:
     overrides = [
         f"training.max_steps={STEPS}",
         f"checkpoint.interval_steps={INTERVAL}",
@@ -71,27 +81,54 @@ def start(folder: Path, dataset: Path) -> list[subprocess.Popen[bytes]]:
         "checkpoint.keep_last=2",
     ]
     words = tiny_overrides(Run("run", overrides), folder, dataset)
-    return start_ranks(["pipeline/train.py", "--config", "launch/runs/quickstart.yaml", *words], folder)
+    port = free_port()
+    arguments = ["--config", "launch/runs/quickstart.yaml", *words]
+    ranks = [forks.Process(target=train, args=(folder, rank, port, arguments), daemon=True) for rank in range(RANKS)]
+    for process in ranks:
+        process.start()
+    return ranks
+
+
+def train(folder: Path, rank: int, port: int, arguments: list[str]) -> None:
+    """In a process of its own: one rank, as `python pipeline/train.py ARGUMENTS` is one."""
+    from pipeline.train import main
+
+    with open(folder / f"rank-{rank}.out", "wb") as output:
+        os.dup2(output.fileno(), 1)
+        os.dup2(output.fileno(), 2)
+    names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": RANKS, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    os.environ.update({name: str(value) for name, value in names.items()})
+    sys.exit(main(arguments))
+
+
+def wait(processes: list[BaseProcess]) -> list[int | None]:
+    """Exit codes; None of a rank that has not ended."""
+    for process in processes:
+        process.join(PATIENCE_SECONDS)
+    return [process.exitcode for process in processes]
 
 
 def kill_once(folder: Path, dataset: Path, generator: random.Random, counts: dict[str, int]) -> None:
-    """Start the run, let it come as far as one more checkpoint, and kill one rank or all of it."""
+    """Start the run, mostly let it come as far as one more checkpoint, and kill one rank or all of it."""
     root = folder / "run" / "checkpoints"
     before = list_checkpoints(root)[:1]
     processes = start(folder, dataset)
     deadline = time.monotonic() + PATIENCE_SECONDS
-    while list_checkpoints(root)[:1] == before:
+    early = generator.random() < 0.2
+    while list_checkpoints(root)[:1] == before and not early:
         assert time.monotonic() < deadline, outputs(folder)
-        assert all(process.poll() is None for process in processes), outputs(folder)
+        assert all(process.is_alive() for process in processes), outputs(folder)
         time.sleep(0.01)
-    if generator.random() < 0.5:
-        while not list(root.glob(f"{SAVING}*")) and processes[0].poll() is None:
+    if early:
+        time.sleep(generator.uniform(0, START_SECONDS))
+    elif generator.random() < 0.5:
+        while not list(root.glob(f"{SAVING}*")) and processes[0].is_alive():
             time.sleep(0.0005)
         time.sleep(generator.uniform(0, 0.03))
     else:
         time.sleep(generator.uniform(0, 2))
     inside = bool(list(root.glob(f"{SAVING}*")))
-    alive = all(process.poll() is None for process in processes)
+    alive = all(process.is_alive() for process in processes)
     first = generator.choice(processes)
     first.kill()
     if generator.random() < 0.5:
@@ -99,15 +136,16 @@ def kill_once(folder: Path, dataset: Path, generator: random.Random, counts: dic
         time.sleep(generator.uniform(0, 1))  # the other rank goes on, or stands in a collective
     for process in processes:
         process.kill()
-        process.wait()
+        process.join()
     counts["killed"] += alive
     counts["inside a save"] += alive and inside
+    counts["in a start"] += alive and list_checkpoints(root)[:1] == before
     whole = [item for item in list_checkpoints(root) if not verify(item)]
-    assert whole, f"no checkpoint verifies in {root}"
+    assert whole or not before, f"no checkpoint verifies in {root}"
 
 
 def reached(folder: Path) -> int:
-    return int(list_checkpoints(folder / "run" / "checkpoints")[0].name[5:])
+    return max(map(step_of, list_checkpoints(folder / "run" / "checkpoints")), default=0)
 
 
 def compare(unbroken: Path, torn: Path) -> None:
