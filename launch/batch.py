@@ -21,9 +21,11 @@ from typing import Any
 from data_prep.errors import UserError
 from launch import node
 from launch.blame import PREEMPTED
+from launch.cluster import ENVIRONMENT
 from launch.hosts import differences
 from launch.processes import Ended, Launch, run_session
 from launch.restarts import Failure, Verdict, failure_of, judge, newest_step, record, recorded
+from launch.settle import failed_for_good
 from launch.shell import cpu_environment
 from launch.slurm import slurm
 from launch.submit import master_address
@@ -46,14 +48,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if unseen:
         verdict = settle(failures, unseen, options, job, stopped=False)
         if not verdict.restart:
-            return give_up(job, unseen.code)
+            return give_up(job, unseen.code, options.run_folder)
     ended = start(options.command, options.master_addr, options.grace_seconds)
     if ended.code == 0:
         cancel_rest(job)
         return 0
     stopped = ended.stopped_by not in (None, signal.SIGUSR1)
     verdict = settle(failures, failure_of(ended, options.run_folder), options, job, stopped)
-    return queue_again(failures) if verdict.restart else give_up(job, ended.code)
+    return queue_again(failures) if verdict.restart else give_up(job, ended.code, options.run_folder)
 
 
 def settle(failures: list[Failure], failure: Failure, options: argparse.Namespace, job: str, stopped: bool) -> Verdict:
@@ -174,8 +176,17 @@ def exclude(number: str, name: str) -> None:
         time.sleep(1)
 
 
-def give_up(job: str, code: int) -> int:
+def give_up(job: str, code: int, run_folder: Path) -> int:
+    """The end of a job that is not started again; MLflow hears of it, with the ranks' own environment."""
     cancel_rest(job)
+    if failed_for_good(code):
+        script = run_folder / "launch" / ENVIRONMENT
+        program = [sys.executable, "-m", "launch.settle", str(run_folder)]
+        subprocess.run(
+            ["bash", "-c", '[ -e "$0" ] && source "$0"; exec "$@"', str(script), *program],
+            env={**os.environ, "MASTER_ADDR": "127.0.0.1"},  # the script asks for it
+            stdin=subprocess.DEVNULL,
+        )
     return code
 
 

@@ -145,6 +145,7 @@ def main(arguments: list[str]) -> int:
     elif action == "stop":
         print(stop(rest[0], rest[1]))
     elif action == "write":
+        Path(rest[0]).parent.mkdir(parents=True, exist_ok=True)  # the first run's `runs/`
         Path(rest[0]).write_text(rest[1])
     elif action == "read":
         print(Path(rest[0]).read_text())

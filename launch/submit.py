@@ -12,11 +12,11 @@ from typing import TYPE_CHECKING, Protocol
 
 from data_prep.errors import UserError
 from launch import cluster, node
-from launch.blame import PREEMPTED
 from launch.hostfile import read_hostfile, select
 from launch.hosts import Elsewhere, differences, gather_facts
 from launch.processes import TRAIN_PROGRAM, Ended, Launch, grace_seconds, run_session
-from launch.restarts import USER_ERROR_EXIT_CODE, Failure, fitting_hosts, run_with_restarts
+from launch.restarts import Failure, fitting_hosts, run_with_restarts
+from launch.settle import failed_for_good, settle
 from launch.shell import Job, cpu_environment, deepspeed_program
 
 if TYPE_CHECKING:
@@ -46,10 +46,8 @@ def run(job: Run, max_restarts: int) -> int:
     settings, folder = job.settings, job.settings.run_folder
     (folder / "logs").mkdir(parents=True, exist_ok=True)
     code = run_with_restarts(job.start, folder, max_restarts)
-    if code not in (0, USER_ERROR_EXIT_CODE, PREEMPTED) and settings.tracking.enabled:
-        from pipeline.tracking import settle_run
-
-        settle_run(settings.tracking, folder, "FAILED", "failed")  # rank 0 may have had no time to say so
+    if failed_for_good(code):
+        settle(settings, folder)
     return code
 
 

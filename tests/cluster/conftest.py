@@ -31,7 +31,7 @@ def three_hosts(tmp_path_factory: pytest.TempPathFactory) -> Iterator[hosts.Clus
 
 
 @pytest.fixture(scope="session")
-def two_slurm_nodes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[slurm.Slurm]:
+def whole_slurm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[slurm.Slurm]:
     if os.geteuid() != 0:
         pytest.skip("slurmd needs root")
     reason = slurm.why_not()
@@ -39,6 +39,14 @@ def two_slurm_nodes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[slurm.
         missing(*reason)
     with slurm.slurm(tmp_path_factory.mktemp("slurm")) as cluster:
         yield cluster
+
+
+@pytest.fixture
+def two_slurm_nodes(whole_slurm: slurm.Slurm) -> Iterator[slurm.Slurm]:
+    """Two idle nodes."""
+    whole_slurm.wait_for("idle idle")
+    yield whole_slurm
+    whole_slurm.empty_queue()
 
 
 @pytest.fixture

@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from datetime import datetime
 from pathlib import Path
 
 import psutil
@@ -77,22 +78,38 @@ class Run:
 
     def finish(self, expect: int = 0) -> None:
         """Wait for the latest launch, which must end by itself with this exit code."""
-        code = self.launches[-1].wait(SECONDS)
-        assert code == expect, f"exit code {code}\n{self.output}"
+        try:
+            code = self.launches[-1].wait(SECONDS)
+        except subprocess.TimeoutExpired:
+            raise AssertionError(f"not ended after {SECONDS:.0f} s\n{self.told()}") from None
+        assert code == expect, f"exit code {code}\n{self.told()}"
 
     def wait_until(self, condition: Callable[[], object]) -> None:
         deadline = time.monotonic() + SECONDS
         while not condition():
             code = self.launches[-1].poll()
-            assert code is None, f"ended with exit code {code}\n{self.output}"
-            assert time.monotonic() < deadline, self.output
+            assert code is None, f"ended with exit code {code}\n{self.told()}"
+            assert time.monotonic() < deadline, self.told()
             time.sleep(0.1)
+
+    def told(self) -> str:
+        """Everything that helps to see why a test failed."""
+        return f"== output\n{self.output}\n== launch.log\n{self.log[-20000:]}"
 
     def steps_saved(self) -> list[int]:
         return sorted(int(path.parent.name[5:]) for path in self.run_folder.glob("checkpoints/*/integrity.json"))
 
     def losses(self) -> dict[int, str]:
         return losses(self.log)
+
+    def first_step_after(self, moment: float) -> tuple[int, float]:
+        """(Step, its time) of the first that rank 0 has logged after a moment, in seconds since 1970."""
+        log = (self.run_folder / "logs" / "rank-00000.log").read_text()
+        for when, step in re.findall(rf"^(\S+ \S+) .* step (\d+)/{STEPS} ", log, flags=re.MULTILINE):
+            time_of_step = datetime.strptime(when, "%Y-%m-%d %H:%M:%S,%f").timestamp()
+            if time_of_step > moment:
+                return int(step), time_of_step
+        raise AssertionError(f"no step after {moment}\n{log}")
 
     def ranks(self) -> list[psutil.Process]:
         """Its training processes, on all hosts: their process namespaces are inside ours."""

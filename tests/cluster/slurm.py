@@ -6,12 +6,16 @@ import shutil
 import subprocess
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import psutil
+
 from tests.pipeline.servers_fixture import free_ports
 
+MARK = "GLOBALLOCAL_TEST_SLURM"
+"""Variable of every process of this Slurm: daemons, steps, batch scripts and ranks."""
 NEEDED = {"sbatch": "slurm-wlm", "slurmctld": "slurm-wlm", "slurmd": "slurm-wlm", "munged": "munge"}
 SETTINGS = """
 ClusterName=gl
@@ -58,7 +62,8 @@ class Slurm:
     processes: dict[str, "subprocess.Popen[bytes]"] = field(default_factory=dict)
 
     def run(self, *command: str) -> str:
-        done = subprocess.run(command, env=os.environ | self.environment, capture_output=True, text=True)
+        environment = os.environ | self.environment
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
         assert done.returncode == 0, f"{' '.join(command)}: {done.stderr}"
         return done.stdout
 
@@ -83,6 +88,15 @@ class Slurm:
             assert time.monotonic() < deadline, f"nodes are {said}, not {states}\n{self.logs()}"
             time.sleep(0.2)
 
+    def empty_queue(self) -> None:
+        """End what a test has left, a job that is queued again included."""
+        deadline = time.monotonic() + 120
+        while self.run("squeue", "--noheader").strip():
+            assert time.monotonic() < deadline, self.logs()
+            self.run("scancel", "--user=root", "--signal=KILL", "--full")
+            self.run("scancel", "--user=root")
+            time.sleep(1)
+
     def logs(self) -> str:
         return "\n".join(f"== {path.name}\n{path.read_text()[-2000:]}" for path in self.folder.glob("*.log"))
 
@@ -98,8 +112,9 @@ def slurm(folder: Path) -> Iterator[Slurm]:
     key = folder / "munge.key"
     key.write_bytes(os.urandom(128))
     key.chmod(0o400)
-    cluster = Slurm(folder, {"SLURM_CONF": str(folder / "slurm.conf")})
+    cluster = Slurm(folder, {"SLURM_CONF": str(folder / "slurm.conf"), MARK: "1"})
     files = [f"--{name}-file={folder}/munge.{name}" for name in ("key", "pid", "log", "seed")]
+    _kill_all()
     try:
         cluster.start("munged", "munged", "--foreground", "--force", f"--socket={folder}/munge.socket", *files)
         _wait_for(folder / "munge.socket")
@@ -113,10 +128,28 @@ def slurm(folder: Path) -> Iterator[Slurm]:
         cluster.wait_for("idle idle")
         yield cluster
     finally:
-        for name in ("s0", "s1", "slurmctld", "munged"):
-            if name in cluster.processes:
-                cluster.processes[name].kill()
-                cluster.processes[name].wait()
+        _kill_all()
+        for process in cluster.processes.values():
+            process.wait(60)
+
+
+def _kill_all() -> None:
+    """End every process of a Slurm of ours, also of one that a killed test run has left."""
+    deadline = time.monotonic() + 60
+    while (left := _marked()) and time.monotonic() < deadline:
+        for process in left:
+            with suppress(psutil.Error):
+                process.kill()
+        time.sleep(0.2)
+
+
+def _marked() -> list[psutil.Process]:
+    found = []
+    for process in psutil.process_iter():
+        with suppress(psutil.Error):
+            if process.status() != psutil.STATUS_ZOMBIE and process.environ().get(MARK):
+                found.append(process)
+    return found
 
 
 def _wait_for(path: Path) -> None:

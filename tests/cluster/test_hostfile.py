@@ -2,9 +2,11 @@
 
 import contextlib
 import json
+import os
 import re
 import signal
 import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -23,9 +25,12 @@ AWKWARD = "a b  (c) $HOME `id` \"quoted\" 'single' \\ back % %h * ; & | < > é\t
 
 
 def test_a_crashed_host_costs_no_sample(
-    three_hosts: Cluster, run: Run, unbroken: dict[int, str], tmp_path: Path
+    three_hosts: Cluster, run: Run, unbroken: dict[int, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Also: an awkward environment, a master port that is taken, secrets, MLflow over the network."""
+    """Every step has the loss of the unbroken run: the same samples, none lost and none twice.
+
+    Also: an awkward environment, a master port that is taken, secrets, MLflow over the network.
+    """
     taker = subprocess.Popen(
         ["ip", "netns", "exec", "n0", "python3", "-m", "http.server", "29500"],
         stdout=subprocess.DEVNULL,
@@ -54,10 +59,18 @@ def test_a_crashed_host_costs_no_sample(
         assert not any("hunter2" in " ".join(words(process)) for process in psutil.process_iter())
         assert "port 29500 of 10.77.0.11 is taken; " in run.output
 
+        crashed = time.time()
         three_hosts.hosts[1].crash()
         run.wait_until(lambda: "waiting for 10.77.0.12" in run.output)
         three_hosts.restart(1)
+        back = time.time()
         run.finish()
+        step, again = run.first_step_after(back)
+        with capsys.disabled():
+            print(
+                f"\na crashed host: step {step} is done {again - crashed:.0f} s after the crash, "
+                f"{again - back:.0f} s after the host was back"
+            )
         cause = "node 10.77.0.12 failed (exit code "  # 255 or 137: ssh heard of it, or did not
         assert f"globallocal: {cause}" in run.output
         assert "; restart 1 of at most 3, from the checkpoint of step" in run.output
@@ -221,3 +234,39 @@ def test_a_job_over_three_hosts_goes_on_with_the_two_that_are_left(
     assert "hosts: 10.77.0.11 × 1, 10.77.0.12 × 1" in run.output
     expected = {step: float(loss) for step, loss in unbroken.items()}
     assert {step: float(loss) for step, loss in run.losses().items()} == pytest.approx(expected, abs=1e-3)
+
+
+def test_the_doctor_looks_at_every_host(three_hosts: Cluster, run: Run) -> None:
+    """Two hosts are well; of three, one is gone and the others have a run folder each for itself."""
+
+    def examine(count: int, *overrides: str) -> dict[str, str]:
+        options = ("--config", run.file, *three_hosts.options(count), "--skip-step", "--json", *overrides)
+        done = subprocess.run(
+            [sys.executable, "-m", "launch", "doctor", *map(str, options)],
+            cwd=run.folder,
+            env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
+            capture_output=True,
+            text=True,
+            timeout=SECONDS,
+        )
+        assert done.stdout.startswith("{"), done.stdout + done.stderr
+        said = json.loads(done.stdout)
+        assert done.returncode == said["exit_code"]
+        return {f"{item['check']} {item['level']}": item["found"] for item in said["findings"]}
+
+    well = examine(2)
+    assert not [name for name in well if name.endswith("problem")], well
+    assert well["ssh ok"] == "2 of 2 hosts answer"
+    assert well["ssh back ok"] == "every host reaches 10.77.0.11"
+    assert well["shared folder ok"].endswith("written on 10.77.0.11, read on all")
+    assert well["nodes ok"].startswith("the same code (")
+    assert re.match(r"all-reduce [\d.]+ Gbit/s \(gloo\), between pairs ", well["bandwidth ok"])
+
+    three_hosts.hosts[2].crash()
+    try:
+        ill = examine(3, f"run.output_dir={three_hosts.private}/runs/tiny")
+    finally:
+        three_hosts.restart(2)
+    assert ill["ssh problem"].startswith("10.77.0.13: ")
+    assert ill["ssh ok"] == "2 of 3 hosts answer"
+    assert ill["shared folder problem"].endswith("what 10.77.0.11 writes there, 10.77.0.12 cannot read")

@@ -8,9 +8,10 @@ import time
 from pathlib import Path
 
 import pytest
+from mlflow import MlflowClient
 
 from tests.cluster.jobs import SECONDS, Run
-from tests.cluster.slurm import Slurm
+from tests.cluster.slurm import MARK, Slurm
 from tests.conftest import ROOT
 
 TWO_NODES = ("--slurm", "--nodes", 2, "--master-addr", "127.0.0.1")
@@ -117,6 +118,22 @@ def test_a_crash_loop_ends_and_a_node_that_failed_twice_is_left_out(two_slurm_no
         ("s0", 3, True),
         ("s1", 3, False),
     ]
+
+
+def test_a_job_that_fails_for_good_is_failed_in_mlflow(two_slurm_nodes: Slurm, run: Run) -> None:
+    """All ranks are killed, rank 0 too: nobody of them could say it. The store is in the ranks' environment only."""
+    slurm, store = two_slurm_nodes, f"sqlite:///{run.folder}/tracked.db"
+    options = (*TWO_NODES, "--max-restarts", 0, f"--sbatch=--export=PATH,SLURM_CONF,{MARK}", "--wait")
+    overrides = ("training.max_steps=999", "tracking.enabled=true")
+    run.launch(*options, *overrides, MLFLOW_TRACKING_URI=store, **slurm.environment)
+    run.wait_until(lambda: "step 2/999" in run.log)
+    for rank in run.ranks():
+        rank.kill()
+    run.finish(expect=1)
+    client = MlflowClient(store)
+    (tracked,) = client.search_runs([client.get_experiment_by_name("globallocal").experiment_id])
+    assert tracked.info.status == "FAILED"
+    assert "the budget of 0 restarts is spent" in run.log
 
 
 def test_what_cannot_be_queued_or_started_is_said_in_plain_lines(two_slurm_nodes: Slurm, run: Run) -> None:
