@@ -88,6 +88,7 @@ def start(command: Sequence[str], address: str, grace_seconds: float) -> Ended:
         added = {
             "MASTER_ADDR": address or master_address(platform.node(), node.addresses()),
             "MASTER_PORT": str(node.free_port()),
+            "SLURM_EXPORT_ENV": "ALL",  # `sbatch --export=…` would keep srun from handing these on
             **({} if here["devices"] else cpu_environment(ranks)),
         }
     except UserError as error:

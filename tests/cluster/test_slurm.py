@@ -82,7 +82,8 @@ def test_scancel_saves_and_the_rest_of_an_array_goes_on_or_not(two_slurm_nodes: 
     run.finish()
     number = job_number(run)
     wait_for(slurm, run, run.steps_saved)
-    slurm.run("scancel", "--batch", "--signal=USR1", f"{number}_1")
+    # Slurm 22.05 signals the script, calls the job "in transition", and tries again until it has ended: no success.
+    slurm.run("scancel", "--batch", "--signal=USR1", f"{number}_1", check=False)
     wait_for(slurm, run, lambda: len(restarts(run)) == 1)
     assert restarts(run)[0]["cause"].startswith("preempted")
     saved = run.steps_saved()[-1]
