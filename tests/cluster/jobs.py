@@ -16,7 +16,7 @@ import psutil
 
 from tests.conftest import ROOT
 
-STEPS = 12
+STEPS = 9
 SECONDS = 1200.0
 """Bound of every wait: a start takes 20 s on an idle machine, and many times that on a busy one."""
 TRAIN = ROOT / "pipeline" / "train.py"
