@@ -134,8 +134,8 @@ def _data_steps(steps: np.ndarray, skipped: Ranges) -> np.ndarray:
 class BatchLoader:
     """The micro-batches of one rank, from any whole step on, without end: iterates int64 [M, S + 1].
 
-    One thread reads a few batches ahead, two lots of `_HANDED_OVER`. What it raises is raised by `next`. `close`, leaving a `with`, or
-    letting go of the loader ends the thread.
+    One thread reads a few batches ahead, two lots of `_HANDED_OVER`. What it raises is raised by `next`.
+    `close`, leaving a `with`, or letting go of the loader ends the thread.
 
     Args:
         source: samples in order.
