@@ -28,7 +28,7 @@ from data_prep.tokenizer import Tokenizer, TokenizerSettings, train_tokenizer
 from tests.benchmarks.peers import PEERS, ask, peer, peer_environment, versions
 
 TEXT = Path(__file__).parents[3] / "shared" / "data" / "enwiki2019"
-ROUNDS = 3
+ROUNDS = 2
 TARGETS = {
     "prepare_over.sentencepiece": "≥ 0.9",
     "prepare_over.sentencepiece_two_threads": "≥ 0.9",
@@ -38,7 +38,7 @@ TARGETS = {
 }
 
 
-def run(megabytes: int = 24) -> dict[str, Any]:
+def run(megabytes: int = 48) -> dict[str, Any]:
     """Ratios over 1 mean that preparation is faster."""
     if not TEXT.is_dir():
         raise SystemExit(f"no text at {TEXT}; put the folder `shared/data` beside the project")
