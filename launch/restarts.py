@@ -93,7 +93,7 @@ def run_with_restarts(
     start: Callable[[list[Failure]], Ended],
     run_folder: Path,
     max_restarts: int,
-    pause_seconds: float = 5.0,
+    pause_seconds: float = 2.0,
     say: Callable[[str], None] = print,
 ) -> int:
     """Start a job until it is done or `judge` says no; returns its exit code. `start` gets all failures so far."""

@@ -56,10 +56,11 @@ def estimate(
     from rich.console import Console
 
     from data_prep.errors import UserError
-    from launch import estimate as room
     from launch.submit import choose_accelerator
 
     choose_accelerator()
+    from launch import estimate as room  # imports DeepSpeed, which looks for an accelerator
+
     if (config is None) == (preset is None):
         raise UserError("give --config RUN.yaml or --preset NAME")
     machine = room.Machine(ranks, teraflops, utilisation, price_per_hour)
@@ -93,10 +94,11 @@ def rehearse(
 
         globallocal rehearse --config launch/runs/wikitext103-base.yaml --ranks 1024 training.global_batch_size=4096
     """
-    from launch import rehearse as room
     from launch.submit import choose_accelerator
 
     choose_accelerator()
+    from launch import rehearse as room  # imports DeepSpeed, which looks for an accelerator
+
     fleet = room.Fleet(ranks, gpus_per_node, device_memory_gib)
     result = room.rehearse(checked_config(config, overrides), fleet, steps, lambda line: typer.echo(line, err=True))
     typer.echo(result.to_json() if as_json else "\n".join(result.lines()))
@@ -133,11 +135,12 @@ def doctor(
     from rich.console import Console
 
     from data_prep.errors import UserError
-    from launch import doctor as room
-    from launch.doctor_hosts import host_findings
     from launch.submit import choose_accelerator, default_ranks
 
     choose_accelerator()
+    from launch import doctor as room  # imports DeepSpeed, which looks for an accelerator
+    from launch.doctor_hosts import host_findings
+
     if config is None and overrides:
         raise UserError(f"{' '.join(overrides)}: overrides need --config")
     if local and (config or hostfile):

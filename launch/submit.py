@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 HOST_WAIT_SECONDS = 600.0
 """After a failure, hosts that do not answer have so long to come back."""
-HOST_POLL_SECONDS = 5.0
+HOST_POLL_SECONDS = 2.0
 CPU_RANKS = 2
 """Ranks started on a machine without accelerators, where it has the cores."""
 
