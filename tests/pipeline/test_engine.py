@@ -163,7 +163,7 @@ NEEDS = {
 def test_every_shipped_file_loads_and_says_what_this_machine_lacks(name: str) -> None:
     config = load_config("launch/runs/quickstart.yaml", [f"deepspeed.config=ds_configs/{name}"])
     settings = deepspeed_config(config, LAYOUT, "bf16")
-    said = lacks(settings, 2, cuda=False)
+    said = [line for line in lacks(settings, 2, cuda=False) if not line.endswith("apt install libaio-dev")]
     expected = NEEDS.get(name, [])
     assert [line[: len(start)] for line, start in zip(said, expected, strict=True)] == expected
     if expected:
