@@ -329,16 +329,13 @@ def check_file(path: Path, expected_bytes: int | None, sha256: str | None, where
     """
     where = where or str(path)
     try:
-        if expected_bytes is not None and (problems := check_size(where, path.stat().st_size, expected_bytes)):
-            return problems
-        if sha256 is not None:
-            return check_hash(where, hash_file(path), sha256)
-        path.stat()
+        actual_bytes = path.stat().st_size
+        problems = [] if expected_bytes is None else check_size(where, actual_bytes, expected_bytes)
+        return problems if problems or sha256 is None else check_hash(where, hash_file(path), sha256)
     except FileNotFoundError:
         return check_size(where, None, 0)
     except OSError as error:
         return [f"{where}: cannot be read ({error.strerror}); restore the file, or prepare the dataset again"]
-    return []
 
 
 def check_size(where: str, actual: int | None, expected: int) -> list[str]:
