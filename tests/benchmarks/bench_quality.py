@@ -1,6 +1,6 @@
 """GlobalLocal against a well-tuned GPT: see docs/quality.md, which this writes.
 
-About an hour on two idle cores, and only when named: `make bench ARGS="quality"`. What is finished is kept in
+Two hours on two idle cores, and only when named: `make bench ARGS="quality"`. What is finished is kept in
 `.cache/quality`, so it goes on where it was interrupted. `python -m tests.benchmarks.bench_quality --part NAME` does
 a part alone: a run by its name, or the page from what is there (`page`); `list` shows the names.
 """
@@ -39,10 +39,16 @@ def run() -> dict[str, Any]:
 
 def stages() -> list[Callable[[], list[Run]]]:
     """In this order; what a later one trains depends on what the earlier ones found."""
+
+    def final(size: Size) -> list[Run]:
+        return [item for seeds in finals(size).values() for item in seeds]
+
     return [
         lambda: [item for runs in sweep(SIZES["A"]).values() for item in runs],
-        lambda: [item for size in SIZES.values() for seeds in finals(size).values() for item in seeds],
+        lambda: final(SIZES["A"]),
         lambda: list(ablations().values()),
+        lambda: final(SIZES["B"]),
+        lambda: final(SIZES["A4"]),
     ]
 
 

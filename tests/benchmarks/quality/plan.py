@@ -6,7 +6,7 @@ from typing import Any
 from tests.benchmarks.quality.contenders import Contender
 from tests.benchmarks.quality.training import Run
 
-LEARNING_RATES = (2e-3, 4e-3, 8e-3)
+LEARNING_RATES = (2e-3, 4e-3, 8e-3, 1.6e-2)
 SEEDS = (0, 1)
 
 
@@ -63,6 +63,7 @@ SIZES = {
     "A": Size("A", globallocal(128, 2, [[1, 2], [4, 8]]), gpt(128, 4, 32), 256, 2, 300),
     "B": Size("B", globallocal(192, 3, [[1, 2], [4, 8]]), gpt(192, 6, 48), 256, 2, 200),
 }
+SIZES["A4"] = replace(SIZES["A"], name="A4", steps=4 * SIZES["A"].steps)
 
 # What is changed of size A's GlobalLocal, one thing a row.
 ABLATIONS: dict[str, tuple[dict[str, Any], str]] = {
