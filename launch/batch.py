@@ -106,9 +106,18 @@ def start(command: Sequence[str], address: str, grace_seconds: float) -> Ended:
     ended = run_session(
         Launch(command, {**os.environ, **added}, grace_seconds=grace_seconds, stop_signal=signal.SIGUSR1)
     )
+    if ended.code:
+        end_steps(os.environ["SLURM_JOB_ID"])
     if ended.stopped_by == signal.SIGUSR1 and ended.code == KILLED_BY_NOTICE:
         return Ended(PREEMPTED, ended.stopped_by)  # likewise: the ranks did not listen yet
     return ended
+
+
+def end_steps(number: str) -> None:
+    """Kill the ranks that a dead srun has left on the nodes: Slurm would wait for them for its `KillWait`."""
+    for step in slurm("squeue", "--steps", "--noheader", "--jobs", number, "--format", "%i").split():
+        if step.rpartition(".")[2].isdigit():  # not the batch step, which we are
+            slurm("scancel", "--signal=KILL", step)
 
 
 def nodes_facts() -> dict[str, dict[str, Any]]:
