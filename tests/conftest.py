@@ -11,6 +11,13 @@ ROOT = Path(__file__).parents[1]
 REAL_TEXT = ROOT.parent / "shared" / "data"
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """What one worker does in order: a module, whose fixtures another would make again, or what names its own group."""
+    for item in items:
+        if item.get_closest_marker("xdist_group") is None:
+            item.add_marker(pytest.mark.xdist_group(item.path.stem))
+
+
 def missing(what: str, remedy: str) -> None:
     """Skip by name; under CI=true what CI can install must be there."""
     if os.environ.get("CI") == "true":
