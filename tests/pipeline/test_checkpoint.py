@@ -13,8 +13,6 @@ from data_prep.errors import UserError
 from pipeline import checkpoint, checkpoint_io
 from pipeline.retention import Retention, prune
 
-pytestmark = pytest.mark.xdist_group("trained")  # they look at the same runs
-
 
 @pytest.fixture
 def root(runs: dict[str, Any], trained: Path, tmp_path: Path) -> Path:

@@ -15,8 +15,6 @@ from pipeline.export import export
 from pipeline.weights import load_model
 from tests.conftest import globallocal
 
-pytestmark = pytest.mark.xdist_group("trained")  # they look at the same runs
-
 STRANGER = """
 import sys, torch
 from transformers import AutoModelForCausalLM, AutoTokenizer

@@ -11,8 +11,6 @@ import torch
 from pipeline.weights import only_weights
 from tests.pipeline.conftest import POLICIES, STAGES
 
-pytestmark = pytest.mark.xdist_group("trained")  # they look at the same runs
-
 Runs = dict[str, dict[str, Any]]
 
 

@@ -23,8 +23,7 @@ batches in the same order, under the same AdamW (0.9, 0.95; weight decay 0.1 on 
 warm-up and cosine, in float32. The GPT is the Llama of `transformers`: RMS norm in front, rotary positions, SwiGLU,
 SDPA, tied embeddings; residual projections scaled by depth; begun both with the usual deviation 0.02 and with
 1/√fan_in, the better of which counts; its loss runs through the same chunked kernel as GlobalLocal's. Sizes are
-matched in FLOPs a token. Each has the best of its own learning rates, found at size A. A4 is size A, trained four
-times as long.
+matched in FLOPs a token. Each has the best of its own learning rates, found at size A.
 
 Seconds are those of the processor in a training step of both models, taken in turns in one process, times the number of
 steps: curves over steps do not depend on what else the machine does, and so neither do these.
