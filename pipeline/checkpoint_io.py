@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime.checkpoint_engine.checkpoint_engine import CheckpointEngine
+from torch.serialization import get_crc32_options, set_crc32_options
 
 from pipeline import layout
 from pipeline.checkpoint import (
@@ -147,10 +148,20 @@ def write_files(folder: Path, files: dict[str, Any]) -> tuple[dict[str, Written]
     for name, content in files.items():
         try:
             folder.mkdir(exist_ok=True)
-            written[name] = write_durably(folder / name, partial(torch.save, content))
+            written[name] = write_durably(folder / name, partial(_save, content))
         except Exception as error:  # torch.save turns a full disk into a RuntimeError; a thread's error must be said
             return written, [f"{folder / name}: {first_line(error)}"]
     return written, []
+
+
+def _save(content: Any, file: Any) -> None:
+    """`torch.save` without the CRC32 of its zip format, which takes as long as the sha256 that we keep instead."""
+    before = get_crc32_options()
+    set_crc32_options(False)
+    try:
+        torch.save(content, file)
+    finally:
+        set_crc32_options(before)
 
 
 def write_durably(path: Path, write: Callable[[Any], Any]) -> Written:
