@@ -2,8 +2,8 @@
 
 import difflib
 import json
-import os
 from collections.abc import Mapping
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -129,24 +129,22 @@ def lacks(knobs: Mapping[str, Any], ranks: int, cuda: bool) -> list[str]:
         )
     for name in operators(zero):
         if not _compilable(name):
-            problems.append(f"DeepSpeed's {name.removesuffix('Builder')} cannot be built here; {OPERATOR_REMEDY[name]}")
-    offloads = [zero.get(key) or {} for key in ("offload_optimizer", "offload_param")]
-    for folder in {str(offload["nvme_path"]) for offload in offloads if offload.get("nvme_path")}:
-        if not os.access(folder, os.W_OK):
-            problems.append(f"nvme_path {folder} cannot be written; name a folder on a local NVMe disk in the JSON")
+            problems.append(
+                f"DeepSpeed's {name.removesuffix('Builder')} cannot be built here; run ds_report for the reason, or "
+                "keep the optimizer states on the device"
+            )
+    if "nvme" in (device(zero, "offload_optimizer"), device(zero, "offload_param")):
+        # Tried with 0.19: it copies its swap files past the checkpoint engine, and a resumed model has other logits.
+        problems.append(
+            f"DeepSpeed {version('deepspeed')} does not bring back what lies on NVMe when it loads a checkpoint: the "
+            "run could not be resumed; take ds_configs/zero3_offload.json"
+        )
     return problems
-
-
-OPERATOR_REMEDY = {
-    "CPUAdamBuilder": "run ds_report for the reason, or keep the optimizer states on the device",
-    "AsyncIOBuilder": "apt install libaio-dev",
-}
 
 
 def operators(zero: Mapping[str, Any]) -> list[str]:
     """The compiled operators that offloading needs, by the names of their builders."""
-    offloads = [device(zero, key) for key in ("offload_optimizer", "offload_param")]
-    return ["CPUAdamBuilder"] * (offloads[0] != "none") + ["AsyncIOBuilder"] * ("nvme" in offloads)
+    return ["CPUAdamBuilder"] * (device(zero, "offload_optimizer") != "none")
 
 
 def _compilable(builder: str) -> bool:

@@ -25,18 +25,9 @@ class Piece(NamedTuple):
 
 
 def flat_tensors(engine: Any) -> list[torch.Tensor]:
-    """The fp32 tensors that this rank's optimizer updates, in the order of its groups.
-
-    Raises:
-        UserError: they lie on NVMe, out of reach.
-    """
+    """The fp32 tensors that this rank's optimizer updates, in the order of its groups."""
     optimizer = engine.optimizer
     if engine.zero_optimization_stage() == 3:
-        if optimizer.swap_optimizer or optimizer.params_in_nvme_and_cpu:
-            raise UserError(
-                "deepspeed.config keeps states on NVMe, where no checkpoint of other ranks, stage or precision can be "
-                "put; take ds_configs/zero3_offload.json, or the ranks and the JSON that wrote the checkpoint"
-            )
         return list(optimizer.fp32_partitioned_groups_flat)
     for name in ("single_partition_of_fp32_groups", "fp32_groups_flat_partition"):  # stages 1 and 2
         if hasattr(optimizer, name):

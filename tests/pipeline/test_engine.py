@@ -2,6 +2,7 @@
 
 import json
 import re
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -149,7 +150,7 @@ def test_contradicting_batch_sizes_are_one_line_with_all_four_numbers(tmp_path: 
 SHIPPED = sorted(path.name for path in (ROOT / "ds_configs").glob("*.json"))
 NEEDS = {
     "zero3_hpz.json": ["zero_hpz_partition_size (8) must divide the ranks (2); set it to the ranks of a node"],
-    "zero3_nvme.json": ["nvme_path /local_nvme cannot be written; name a folder on a local NVMe disk in the JSON"],
+    "zero3_nvme.json": [f"DeepSpeed {version('deepspeed')} does not bring back what lies on NVMe when it loads a"],
     "zero3_zeropp.json": [
         "zero_hpz_partition_size (8) must divide the ranks (2)",
         "zero_quantized_weights and zero_quantized_gradients need CUDA kernels, this machine has CPU cores only; "
@@ -163,7 +164,7 @@ NEEDS = {
 def test_every_shipped_file_loads_and_says_what_this_machine_lacks(name: str) -> None:
     config = load_config("launch/runs/quickstart.yaml", [f"deepspeed.config=ds_configs/{name}"])
     settings = deepspeed_config(config, LAYOUT, "bf16")
-    said = [line for line in lacks(settings, 2, cuda=False) if not line.endswith("apt install libaio-dev")]
+    said = lacks(settings, 2, cuda=False)
     expected = NEEDS.get(name, [])
     assert [line[: len(start)] for line, start in zip(said, expected, strict=True)] == expected
     if expected:
