@@ -188,8 +188,8 @@ class GlobalLocalConfig(PreTrainedConfig):
         h, dim, score = self.hidden_size, self.pool_dim, self.router_hidden_size
         branches = sum(len(self.dilations_of_layer(i)) for i in range(self.num_hidden_layers))
         convolution = branches * (self.conv_kernel_size + 1) * h * h
-        # 2 h²: both folded products of the input; the pool scores are needed in the forward pass only.
-        router = 2 * h * h + dim * h + h * score + 2 * self.router_top_k * score
+        # The input's two products, folded or not; the pool scores are needed in the forward pass only.
+        router = 2 * h * min(h, dim) + dim * h + h * score + 2 * self.router_top_k * score
         routers = self.num_hidden_layers * ROUTERS_PER_LAYER * router
         feed_forward = self.num_hidden_layers * 2 * h * self.intermediate_size
         rest = self._summary_parameters + self.num_hidden_layers * h + self.vocab_size * h

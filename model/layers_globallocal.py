@@ -56,7 +56,9 @@ class CausalConvolution(nn.Module):
         history = cache.history[self.layer] if cache is not None else None
         padded = F.pad(x, (0, 0, self.reach, 0)) if history is None else torch.cat([history, x], dim=1)
         if cache is not None:
-            cache.history[self.layer] = padded[:, padded.shape[1] - self.reach :].clone()
+            kept = padded[:, padded.shape[1] - self.reach :]
+            # A view of a single token's step is of nearly the same size; a view of a long prompt would keep it all.
+            cache.history[self.layer] = kept if x.shape[1] == 1 else kept.clone()
         bias = self.branch_bias.view(len(self.dilations), -1)
         branches = causal_convolutions(padded, self.branch_weight, bias, x.shape[1], self.dilations)
         return self.projection(F.gelu(branches))

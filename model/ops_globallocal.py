@@ -9,9 +9,17 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import Function
 
-# Largest temporary, in elements: a block of pool scores or of vocabulary logits.
+# Largest temporary, in elements: a block of pool scores or of vocabulary logits; on a GPU so many times as large.
 SCORE_BLOCK_ELEMENTS = 2**22
-LOGIT_BLOCK_ELEMENTS = 2**24
+LOGIT_BLOCK_ELEMENTS = 2**23
+GPU_BLOCK_FACTOR = 32
+SCAN_CHUNK = 8  # steps that the chunks of a linear recurrence take side by side
+
+
+def block_rows(elements: int, table: Tensor, num_rows: int) -> int:
+    """How many of `num_rows` tokens to compare with a table [N, c] at a time; at least one."""
+    elements *= GPU_BLOCK_FACTOR if table.is_cuda else 1
+    return max(1, min(num_rows, elements // table.shape[0]))
 
 
 class RowChoice:
@@ -123,8 +131,8 @@ def top_rows(tokens: Tensor, table: Tensor, bias: Tensor, k: int) -> tuple[Tenso
     Works in blocks of tokens, so that the [T, N] scores never exist.
     """
     k = min(k, table.shape[0])
-    block = max(1, SCORE_BLOCK_ELEMENTS // table.shape[0])
-    scores = tokens.new_empty(min(block, tokens.shape[0]), table.shape[0])  # `out=`: no checkpointing policy keeps it
+    block = block_rows(SCORE_BLOCK_ELEMENTS, table, tokens.shape[0])
+    scores = tokens.new_empty(block, table.shape[0])  # `out=`: no checkpointing policy keeps it
     parts = [
         torch.addmm(bias, part, table.T, out=scores[: part.shape[0]]).topk(k, dim=-1) for part in tokens.split(block)
     ]
@@ -183,15 +191,35 @@ def causal_convolutions(padded: Tensor, weight: Tensor, bias: Tensor, length: in
     return _CausalConvolutions.apply(padded, weight, bias, length, dilations)
 
 
-def _scan(decay: Tensor, update: Tensor) -> Tensor:
-    """state[t] = decay[t] · state[t − 1] + update[t] from state 0, in log₂ S passes over [B, S, c]."""
-    distance, length = 1, update.shape[1]
-    while distance < length:
-        joined = torch.addcmul(update[:, distance:], decay[:, distance:], update[:, :-distance])
-        update = torch.cat([update[:, :distance], joined], dim=1)
-        decay = torch.cat([decay[:, :distance], decay[:, distance:] * decay[:, :-distance]], dim=1)
-        distance *= 2
-    return update
+def _scan(decay: Tensor, update: Tensor, reverse: bool = False) -> Tensor:
+    """state[t] = decay[t] · state[t − 1] + update[t] from state 0, [B, S, c]; reversed, from t + 1 instead.
+
+    All chunks step along side by side; then the chunks' last states are scanned the same way, and what was there
+    before a chunk is added to it. So the data are passed over a few times, however long the sequence.
+    """
+    length = update.shape[1]
+    if length == 1:
+        return update
+    num_chunks = -(-length // SCAN_CHUNK)
+    missing = num_chunks * SCAN_CHUNK - length  # steps that change nothing, where the scan has already been
+    if missing:
+        where = (missing, 0) if reverse else (0, missing)
+        decay, update = F.pad(decay, (0, 0, *where)), F.pad(update, (0, 0, *where))
+    decay, update = (x.unflatten(1, (num_chunks, SCAN_CHUNK)) for x in (decay, update))
+    state, passed = torch.empty_like(update), torch.empty_like(decay)  # within the chunk; share of what was before
+    steps = range(SCAN_CHUNK - 1, -1, -1) if reverse else range(SCAN_CHUNK)
+    previous = steps[0]
+    state[:, :, previous], passed[:, :, previous] = update[:, :, previous], decay[:, :, previous]
+    for t in steps[1:]:
+        torch.addcmul(update[:, :, t], decay[:, :, t], state[:, :, previous], out=state[:, :, t])
+        torch.mul(decay[:, :, t], passed[:, :, previous], out=passed[:, :, t])
+        previous = t
+    if num_chunks > 1:
+        ends = _scan(passed[:, :, previous].contiguous(), state[:, :, previous].contiguous(), reverse)
+        into, before = (slice(None, -1), ends[:, 1:]) if reverse else (slice(1, None), ends[:, :-1])
+        state[:, into].addcmul_(passed[:, into], before.unsqueeze(2))
+    state = state.flatten(1, 2)
+    return (state[:, missing:] if reverse else state[:, :length]) if missing else state
 
 
 class _LinearRecurrence(Function):
@@ -207,7 +235,7 @@ class _LinearRecurrence(Function):
     def backward(ctx, grad):
         decay, state = ctx.saved_tensors
         later_decay = F.pad(decay[:, 1:], (0, 0, 0, 1))
-        grad_update = _scan(later_decay.flip(1), grad.flip(1)).flip(1)
+        grad_update = _scan(later_decay, grad, reverse=True)
         return grad_update * F.pad(state[:, :-1], (0, 0, 1, 0)), grad_update
 
 
@@ -230,28 +258,28 @@ class _VocabularyLoss(Function):
         grad_weight = torch.zeros_like(weight, dtype=wide) if need[1] else None
         grad_bias = torch.zeros_like(bias, dtype=wide) if need[2] else None
         total = hidden.new_zeros((), dtype=wide)
-        block = max(1, LOGIT_BLOCK_ELEMENTS // weight.shape[0])
+        block = block_rows(LOGIT_BLOCK_ELEMENTS, weight, hidden.shape[0])
+        memory = hidden.new_empty(block, weight.shape[0])  # the same for all blocks
+        wide_memory = torch.empty_like(memory, dtype=wide)
         for start in range(0, hidden.shape[0], block):
             part, goal = hidden[start : start + block], targets[start : start + block].unsqueeze(1)
-            valid = goal >= 0
-            logits = F.linear(part, weight, bias).to(wide)
-            goal = goal.clamp_min(0)
-            logits -= logits.amax(dim=1, keepdim=True)
-            goal_logit = logits.gather(1, goal)
-            exponentials = logits.exp_()
-            normaliser = exponentials.sum(dim=1, keepdim=True)
-            total += ((normaliser.log() - goal_logit) * valid).sum()
+            valid, goal = (goal >= 0).to(wide), goal.clamp_min(0)
+            logits = torch.addmm(bias, part, weight.T, out=memory[: len(part)])
+            error = torch.softmax(logits, dim=1, dtype=wide, out=wide_memory[: len(part)])
+            # log Σ exp by way of the largest entry: its probability cannot vanish.
+            normaliser = logits.amax(dim=1, keepdim=True).to(wide) - error.amax(dim=1, keepdim=True).log()
+            total += ((normaliser - logits.gather(1, goal)) * valid).sum()
             if not any(need):
                 continue
-            error = exponentials.mul_(valid / normaliser)  # softmax − one-hot, zero where nothing counts
-            error.scatter_add_(1, goal, -valid.to(wide))
-            if grad_bias is not None:
-                grad_bias += error.sum(dim=0)
-            error = error.to(part.dtype)
-            if grad_hidden is not None:
-                grad_hidden[start : start + block] = error @ weight
-            if grad_weight is not None:
-                grad_weight += error.T @ part
+            error.scatter_add_(1, goal, torch.full_like(valid, -1.0))  # softmax − one-hot
+            if need[2]:
+                grad_bias += torch.mv(error.T, valid.squeeze(1))
+            if part.dtype != wide:
+                error = logits.copy_(error)
+            if need[0]:
+                torch.mm(error, weight, out=grad_hidden[start : start + block]).mul_(valid)
+            if need[1]:  # where nothing counts, the input is as good as absent
+                grad_weight += error.T @ (part * valid.to(part.dtype))
         ctx.save_for_backward(grad_hidden, grad_weight, grad_bias)
         ctx.dtypes = (hidden.dtype, weight.dtype, bias.dtype)
         return total

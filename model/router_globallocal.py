@@ -13,12 +13,19 @@ from .configuration_globallocal import GlobalLocalConfig
 from .ops_globallocal import RowChoice, dot_rows, mix_rows, sum_by_row, top_rows
 
 
+class FoldedInput(NamedTuple):
+    """The input projection multiplied into what follows its norm, which is left to divide by the deviation."""
+
+    weight: Tensor  # [2h, h]: the product for the projected input, above the one for its variance
+    bias: Tensor  # [2h]
+    variance_bias: Tensor  # scalar
+
+
 class FoldedRouter(NamedTuple):
     """A router's matrices multiplied out: what is left depends on the weights alone, not on the tokens."""
 
-    input_weight: Tensor  # [2h, h]: the product for the projected input, above the one for its variance
-    input_bias: Tensor  # [2h]
-    variance_bias: Tensor  # scalar
+    input: FoldedInput | None  # only where it is fewer operations, with a pool wider than the model (D > h)
+    input_weight: Tensor  # [h, D], of the normalised input
     mixture_weight: Tensor  # [h, D]
     output_bias: Tensor  # [h]
 
@@ -123,25 +130,31 @@ class TensorRouter(nn.Module):
         self.output_bias = nn.Parameter(torch.empty(h))
 
     def fold(self) -> FoldedRouter:
-        """Multiplies the weights out.
-
-        output(mapping([LayerNorm(input(x)), mixture])) is linear in the mixture and, but for the division by
-        the norm's deviation, in x. That variance is a quadratic form: with A the input weights and a their
-        bias, both centred over D, it is |A x + a|² / D = xᵀ(AᵀA/D)x + 2 xᵀ(Aᵀa/D) + aᵀa/D.
-        """
-        dim = self.input_weight.shape[0]
+        """Multiplies the weights out: output(mapping([LayerNorm(input(x)), mixture])) is linear behind the norm."""
+        dim, h = self.input_weight.shape
         from_input, from_mixture = (self.output_weight @ self.mapping_weight).split(dim, dim=1)
-        centred = self.input_weight - self.input_weight.mean(dim=0)
-        centred_bias = self.input_bias - self.input_bias.mean()
-        scaled = from_input * self.input_norm_weight
-        covariance = centred.T / dim
+        input_weight = from_input * self.input_norm_weight
         return FoldedRouter(
-            input_weight=torch.cat([scaled @ centred, covariance @ centred]),
-            input_bias=torch.cat([scaled @ centred_bias, 2 * (covariance @ centred_bias)]),
-            variance_bias=centred_bias.square().mean(),
+            input=self._fold_input(input_weight) if dim > h else None,
+            input_weight=input_weight,
             mixture_weight=from_mixture,
             output_bias=from_input @ self.input_norm_bias
             + torch.addmv(self.output_bias, self.output_weight, self.mapping_bias),
+        )
+
+    def _fold_input(self, behind_norm: Tensor) -> FoldedInput:
+        """But for the division by the norm's deviation, the router is linear in x, and the variance is quadratic.
+
+        With A the input weights and a their bias, both centred over D, it is |A x + a|² / D =
+        xᵀ(AᵀA/D)x + 2 xᵀ(Aᵀa/D) + aᵀa/D.
+        """
+        centred = self.input_weight - self.input_weight.mean(dim=0)
+        centred_bias = self.input_bias - self.input_bias.mean()
+        covariance = centred.T / centred.shape[0]
+        return FoldedInput(
+            weight=torch.cat([behind_norm @ centred, covariance @ centred]),
+            bias=torch.cat([behind_norm @ centred_bias, 2 * (covariance @ centred_bias)]),
+            variance_bias=centred_bias.square().mean(),
         )
 
     def forward(
@@ -157,10 +170,8 @@ class TensorRouter(nn.Module):
         folded = self._folded(folds)
         choice, scores = self.scores(tokens, counted)
         weights = self._weights(scores)
-        inverse_deviation, projected = self._normalised_input(tokens, folded)
-        output = torch.addcmul(folded.output_bias, projected, inverse_deviation) + self._mixture(
-            weights.to(pool.dtype), pool, folded.mixture_weight, choice
-        )
+        mixture = self._mixture(weights.to(pool.dtype), pool, folded.mixture_weight, choice)
+        output = self._from_input(tokens, folded) + mixture
         if not counted:
             return output.view_as(x), weights.new_zeros(()), weights.new_zeros(pool.shape[0])
         if mask is not None:
@@ -185,11 +196,16 @@ class TensorRouter(nn.Module):
         temperature = at_least_float32(self.temperature).clamp(0.1, 5.0)
         return (at_least_float32(scores) / temperature).clamp(-10.0, 10.0).softmax(dim=-1)
 
-    def _normalised_input(self, tokens: Tensor, folded: FoldedRouter) -> tuple[Tensor, Tensor]:
-        """1 / deviation [T, 1] and the folded projection [T, h] of the input norm."""
-        projected, quadratic = F.linear(tokens, folded.input_weight, folded.input_bias).chunk(2, dim=-1)
-        variance = (at_least_float32(quadratic) * tokens).sum(dim=-1, keepdim=True) + folded.variance_bias
-        return (variance.clamp_min(0.0) + self.eps).rsqrt().to(tokens.dtype), projected
+    def _from_input(self, tokens: Tensor, folded: FoldedRouter) -> Tensor:
+        """What the tokens [T, h] themselves give to the output, its bias included: [T, h]."""
+        if folded.input is None:
+            projected = F.linear(tokens, self.input_weight, self.input_bias)
+            normalised = F.layer_norm(projected, projected.shape[-1:], eps=self.eps)
+            return F.linear(normalised, folded.input_weight, folded.output_bias)
+        projected, quadratic = F.linear(tokens, folded.input.weight, folded.input.bias).chunk(2, dim=-1)
+        variance = (at_least_float32(quadratic) * tokens).sum(dim=-1, keepdim=True) + folded.input.variance_bias
+        inverse_deviation = (variance.clamp_min(0.0) + self.eps).rsqrt().to(tokens.dtype)
+        return torch.addcmul(folded.output_bias, projected, inverse_deviation)
 
     @staticmethod
     def _mixture(weights: Tensor, pool: Tensor, mixture_weight: Tensor, choice: RowChoice) -> Tensor:

@@ -44,6 +44,7 @@ def globallocal(hidden_size: int, num_layers: int, dilations: list[list[int]]) -
         "pool_dim": hidden_size,
         "router_hidden_size": hidden_size // 2,
         "conv_dilations": dilations,
+        "router_context": "summary",
     }
 
 
@@ -67,7 +68,7 @@ SIZES["A4"] = replace(SIZES["A"], name="A4", steps=4 * SIZES["A"].steps)
 
 # What is changed of size A's GlobalLocal, one thing a row.
 ABLATIONS: dict[str, tuple[dict[str, Any], str]] = {
-    "running summary in the router's query": ({"router_context": "summary"}, ""),
+    "no running summary: the router reads its token alone": ({"router_context": "token"}, ""),
     "seed layout: norm behind, dilations 1, 2, 4": ({"norm_placement": "post", "conv_dilations": [1, 2, 4]}, ""),
     "nothing to mix: a pool of zeros": ({}, "zero"),
     "pool trained": ({}, "trained"),
