@@ -4,6 +4,8 @@ All of them are deterministic on the CPU for any number of threads, and on the G
 chose the same row are taken in the order of the tokens (a stable sort), never by atomic additions.
 """
 
+from itertools import pairwise
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -201,25 +203,20 @@ def _scan(decay: Tensor, update: Tensor, reverse: bool = False) -> Tensor:
     if length == 1:
         return update
     num_chunks = -(-length // SCAN_CHUNK)
-    missing = num_chunks * SCAN_CHUNK - length  # steps that change nothing, where the scan has already been
-    if missing:
-        where = (missing, 0) if reverse else (0, missing)
-        decay, update = F.pad(decay, (0, 0, *where)), F.pad(update, (0, 0, *where))
-    decay, update = (x.unflatten(1, (num_chunks, SCAN_CHUNK)) for x in (decay, update))
-    state, passed = torch.empty_like(update), torch.empty_like(decay)  # within the chunk; share of what was before
+    missing = num_chunks * SCAN_CHUNK - length
+    padding = (0, 0, missing, 0) if reverse else (0, 0, 0, missing)  # where the scan ends
+    decay, state = (F.pad(x, padding).unflatten(1, (num_chunks, SCAN_CHUNK)) for x in (decay, update))
+    passed = decay.clone()  # the share of what was before the chunk
     steps = range(SCAN_CHUNK - 1, -1, -1) if reverse else range(SCAN_CHUNK)
-    previous = steps[0]
-    state[:, :, previous], passed[:, :, previous] = update[:, :, previous], decay[:, :, previous]
-    for t in steps[1:]:
-        torch.addcmul(update[:, :, t], decay[:, :, t], state[:, :, previous], out=state[:, :, t])
-        torch.mul(decay[:, :, t], passed[:, :, previous], out=passed[:, :, t])
-        previous = t
+    for previous, t in pairwise(steps):
+        state[:, :, t].addcmul_(decay[:, :, t], state[:, :, previous])
+        passed[:, :, t].mul_(passed[:, :, previous])
     if num_chunks > 1:
-        ends = _scan(passed[:, :, previous].contiguous(), state[:, :, previous].contiguous(), reverse)
+        ends = _scan(passed[:, :, t].contiguous(), state[:, :, t].contiguous(), reverse)
         into, before = (slice(None, -1), ends[:, 1:]) if reverse else (slice(1, None), ends[:, :-1])
         state[:, into].addcmul_(passed[:, into], before.unsqueeze(2))
     state = state.flatten(1, 2)
-    return (state[:, missing:] if reverse else state[:, :length]) if missing else state
+    return state[:, missing:] if reverse else state[:, :length]
 
 
 class _LinearRecurrence(Function):

@@ -21,34 +21,29 @@ from pipeline.optim import parameter_groups
 from tests.benchmarks.quality import page
 from tests.benchmarks.quality.plan import SIZES, Size, ablations, finals, sweep
 from tests.benchmarks.quality.text import CACHE, VOCAB_SIZE, dataset
-from tests.benchmarks.quality.training import Run, held_out, say, train, train_step
+from tests.benchmarks.quality.training import DEVICE, Run, held_out, rounded_copy, say, train, train_step
 
 
 def run() -> dict[str, Any]:
-    """Everything that is missing, then the page. Returns the headline figures."""
+    """Everything that is missing and fits this device, then the page. Returns the headline figures."""
     data = dataset()
-    for stage in stages():
+    sizes = [size for size in SIZES.values() if size.on_gpu == torch.cuda.is_available()]
+    for stage in stages(sizes):
         for item in stage():
             train(item, data)
-    for size in SIZES.values():
+    for size in sizes:
         for seeds in finals(size).values():
             test(seeds[0], data)
         speed(size)
     return write_page()
 
 
-def stages() -> list[Callable[[], list[Run]]]:
+def stages(sizes: list[Size]) -> list[Callable[[], list[Run]]]:
     """In this order; what a later one trains depends on what the earlier ones found."""
-
-    def final(size: Size) -> list[Run]:
-        return [item for seeds in finals(size).values() for item in seeds]
-
     return [
-        lambda: [item for runs in sweep(SIZES["A"]).values() for item in runs],
-        lambda: final(SIZES["A"]),
-        lambda: list(ablations().values()),
-        lambda: final(SIZES["B"]),
-        lambda: final(SIZES["A4"]),
+        lambda: [item for size in sizes for runs in sweep(size).values() for item in runs],
+        lambda: [item for size in sizes for seeds in finals(size).values() for item in seeds],
+        lambda: [item for size in sizes for item in ablations(size).values()],
     ]
 
 
@@ -67,16 +62,17 @@ def test(item: Run, data: Dataset) -> None:
     path = CACHE / f"{item.name}.test.json"
     if path.exists():
         return
-    model = item.contender.build(item.sequence_length)
+    model = item.contender.build(item.sequence_length).to(DEVICE)
     model.load_state_dict(torch.load(item.weights))
     path.write_text(json.dumps(held_out(model, data, "test", item, None)))
     say(f"{path.name}  {path.read_text()}")
 
 
 def speed(size: Size, rounds: int = 12) -> dict[str, float]:
-    """CPU seconds of one training step, one thread, the contenders in turns in one process: their medians.
+    """Seconds of one training step, the contenders in turns in one process: their medians.
 
-    Seconds of the processor and not of the clock, so that other work on the machine does not count.
+    On a CPU they are the processor's with one thread, and not the clock's, so that other work on the machine does
+    not count.
     """
     path = speed_path(size)
     if path.exists():
@@ -85,27 +81,36 @@ def speed(size: Size, rounds: int = 12) -> dict[str, float]:
     torch.set_num_threads(1)
     prepared, seconds = {}, {}
     for name, seeds in finals(size).items():
-        model = seeds[0].contender.build(size.sequence_length).train()
-        prepared[name] = model, torch.optim.AdamW(parameter_groups(model, 0.1))
+        model = seeds[0].contender.build(size.sequence_length).train().to(DEVICE)
+        passes = rounded_copy(model) if size.on_gpu else model
+        prepared[name] = model, torch.optim.AdamW(parameter_groups(model, 0.1), fused=size.on_gpu), passes
         seconds[name] = []
     tokens = np.random.default_rng(0).integers(0, VOCAB_SIZE, (size.batch_size, size.sequence_length + 1))
     for turn in range(rounds + 2):
-        for name, (model, optimizer) in prepared.items():
-            start = time.process_time()
-            train_step(model, optimizer, tokens, 1.0)
+        for name, (model, optimizer, passes) in prepared.items():
+            start = now(size)
+            train_step(model, optimizer, tokens, 1.0, passes)
             if turn > 1:
-                seconds[name].append(time.process_time() - start)
+                seconds[name].append(now(size) - start)
     torch.set_num_threads(threads)
     medians = {name: statistics.median(values) for name, values in seconds.items()}
     path.write_text(json.dumps(medians))
     return medians
 
 
+def now(size: Size) -> float:
+    """Seconds, when what was begun is done."""
+    if not size.on_gpu:
+        return time.process_time()
+    torch.cuda.synchronize()
+    return time.perf_counter()
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--part", default="all", help="all, page, list, or the name of a run")
     part = parser.parse_args().part
-    known = {item.name: item for stage in stages() for item in stage()}
+    known = {item.name: item for stage in stages(list(SIZES.values())) for item in stage()}
     if part == "list":
         for name, item in known.items():
             print(f"{'done ' if item.result() else 'to do'} {name}")

@@ -29,11 +29,12 @@ def largest_difference(model, ids, labels):
 @settings(max_examples=40, deadline=None)
 @given(
     batch=st.integers(1, 3),
-    length=st.integers(1, 13),
+    length=st.integers(1, 70),  # up to a second level of the recurrence's chunks
     kernel_size=st.integers(1, 4),
     dilations=st.sampled_from([[1], [1, 2, 4], [3, 1], [[1, 2], [8]], [[16, 1], [2, 3], [5, 7]]]),
     top_k=st.integers(1, 4),
     pool_size=st.sampled_from([4, 6, 20, 100]),  # on both sides of the choice which product is folded
+    pool_dim=st.sampled_from([8, 40]),  # narrower and wider than the model
     norm_placement=st.sampled_from(["pre", "post"]),
     tied=st.booleans(),
     scores=st.sampled_from(["dense", "product_key"]),
@@ -41,7 +42,7 @@ def largest_difference(model, ids, labels):
     seed=st.integers(0, 99),
 )
 def test_double_precision_agrees(
-    batch, length, kernel_size, dilations, top_k, pool_size, norm_placement, tied, scores, context, seed
+    batch, length, kernel_size, dilations, top_k, pool_size, pool_dim, norm_placement, tied, scores, context, seed
 ):
     config = tiny_config(
         conv_kernel_size=kernel_size,
@@ -51,6 +52,7 @@ def test_double_precision_agrees(
         router_context=context,
         router_hidden_size=8,
         pool_size=pool_size,
+        pool_dim=pool_dim,
         norm_placement=norm_placement,
         tie_word_embeddings=tied,
         diversity_loss_scale=50.0,  # large enough to be seen in the gradients

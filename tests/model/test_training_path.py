@@ -201,8 +201,11 @@ def test_router_statistics_show_the_state_of_the_routers():
     assert not any(t.requires_grad for t in healthy.values())
 
 
-def test_compiles_without_graph_breaks():
-    model = make_model(tiny_config(num_hidden_layers=1), dtype=torch.float32).train()
+@pytest.mark.parametrize("context", ["token", "summary"])
+@pytest.mark.parametrize("pool_dim", [8, 40])  # narrower and wider than the model
+def test_compiles_without_graph_breaks(context, pool_dim):
+    settings = {"num_hidden_layers": 1, "router_context": context, "pool_dim": pool_dim}
+    model = make_model(tiny_config(**settings), dtype=torch.float32).train()
     ids = random_ids(model.config, 2, 9)
     expected, expected_gradients = loss_and_gradients(model, ids, ids)
     compiled = torch.compile(model, backend="aot_eager", fullgraph=True)

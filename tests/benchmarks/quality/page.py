@@ -5,14 +5,14 @@ from typing import Any
 import numpy as np
 
 from tests.benchmarks.__main__ import machine
-from tests.benchmarks.quality.plan import LEARNING_RATES, SIZES, Size, ablations, chosen, finals, sweep
+from tests.benchmarks.quality.plan import SIZES, Size, ablations, chosen, finals, sweep
 from tests.benchmarks.quality.text import CACHE
-from tests.benchmarks.quality.training import FINAL_EVALUATION_TOKENS, Run
+from tests.benchmarks.quality.training import Run
 from tests.conftest import ROOT
 
 PAGE = ROOT / "docs" / "quality.md"
 NAMES = {"globallocal": "GlobalLocal", "gpt": "GPT"}
-AXES = {"tokens": "tokens", "FLOPs": "FLOPs", "seconds": "seconds of one core"}
+AXES = {"tokens": "tokens", "FLOPs": "FLOPs", "seconds": "seconds"}
 
 HEAD = """# GlobalLocal against a GPT
 
@@ -49,7 +49,8 @@ def write(results: dict[str, dict[str, Any]], speeds: dict[str, dict[str, float]
             draw(size, runs, results, speeds[size.name])
             parts.append(text)
             headline[f"size_{size.name}"] = figures
-    parts += [learning_rates(results), ablation_table(results)]
+    for size in SIZES.values():
+        parts += [learning_rates(size, results), ablation_table(size, results)]
     PAGE.write_text("\n".join(part for part in parts if part))
     return headline
 
@@ -106,7 +107,8 @@ def comparison(
     row("FLOPs a token", {n: f"{r['flops_per_token'] / 1e6:.1f} M" for n, r in first.items()})
     row("width × layers", {n: _shape(runs[n][0]) for n in first})
     row("learning rate", {n: f"{runs[n][0].learning_rate:g}" for n in first})
-    row("CPU seconds a step, side by side", {n: f"{speed[n]:.3f}" for n in first})
+    kind = "device" if size.on_gpu else "CPU"
+    row(f"{kind} seconds a step, side by side", {n: f"{speed[n]:.4f}" for n in first})
     figures: dict[str, Any] = {}
     for axis, title in AXES.items():
         found = at_equal(axis, runs, results, speed)
@@ -171,52 +173,55 @@ def draw(size: Size, runs: dict[str, list[Run]], results: dict[str, Any], speed:
 # ---- sweep and ablations
 
 
-def learning_rates(results: dict[str, Any]) -> str:
+def learning_rates(size: Size, results: dict[str, Any]) -> str:
+    losses = {
+        label: [f"{results[r.name]['valid']['loss']:.3f}" if r.name in results else "–" for r in runs]
+        for label, runs in sweep(size).items()
+    }
+    if all(cell == "–" for cells in losses.values() for cell in cells):
+        return ""
     lines = [
-        "## Learning rates, size A, seed 0",
+        f"## Learning rates, size {size.name}, seed 0",
         "",
-        "| | " + " | ".join(f"{rate:g}" for rate in LEARNING_RATES) + " |",
+        "| | " + " | ".join(f"{rate:g}" for rate in size.learning_rates) + " |",
+        "|---" * (len(size.learning_rates) + 1) + "|",
     ]
-    lines.append("|---" * (len(LEARNING_RATES) + 1) + "|")
     titles = {"globallocal": "GlobalLocal", "gpt": "GPT, deviation 0.02", "gpt-fan-in": "GPT, deviation 1/√fan_in"}
-    for label, runs in sweep(SIZES["A"]).items():
-        cells = [f"{results[r.name]['valid']['loss']:.3f}" if r.name in results else "–" for r in runs]
-        lines.append(f"| {titles[label]} | {' | '.join(cells)} |")
+    lines += [f"| {titles[label]} | {' | '.join(cells)} |" for label, cells in losses.items()]
     return "\n".join(lines) + "\n"
 
 
-def ablation_table(results: dict[str, Any]) -> str:
-    done = {title: results[run.name] for title, run in ablations().items() if run.name in results}
-    base = chosen().get("globallocal")
-    if not done or base is None:
+def ablation_table(size: Size, results: dict[str, Any]) -> str:
+    done = {title: results[run.name] for title, run in ablations(size).items() if run.name in results}
+    if not done:
         return ""
-    seeds = [r for r in finals(SIZES["A"])["globallocal"] if r.name in results]
+    seeds = [r for r in finals(size)["globallocal"] if r.name in results]
     values = _all(seeds, results, "valid", "loss")
     lines = [
-        "## Ablations, size A, seed 0, equal steps",
+        f"## Ablations, size {size.name}, seed 0, equal steps",
         "",
         f"Two seeds of one setting differ by {max(values) - min(values):.3f}: a smaller difference says nothing.",
         "",
         "| what is changed | held-out loss | against the default | FLOPs a token | parameters |",
         "|---|---|---|---|---|",
     ]
-    default = results[base.name]
+    default = results[chosen(size)["globallocal"].name]
     for title, result in {"the default": default, **done}.items():
         loss = result["valid"]["loss"]
         lines.append(
             f"| {title} | {loss:.3f} | {loss - default['valid']['loss']:+.3f} "
             f"| {result['flops_per_token'] / default['flops_per_token']:.2f} × | {result['parameters'] / 1e6:.2f} M |"
         )
-    return "\n".join(lines) + f"\n\nLosses are over the first {FINAL_EVALUATION_TOKENS:,} held-out tokens.\n"
+    return "\n".join(lines) + "\n"
 
 
 def finished() -> dict[str, dict[str, Any]]:
     """Results of this plan's runs, by name."""
     import json
 
-    wanted = [run for runs in sweep(SIZES["A"]).values() for run in runs]
+    wanted = [run for size in SIZES.values() for runs in sweep(size).values() for run in runs]
     wanted += [run for size in SIZES.values() for seeds in finals(size).values() for run in seeds]
-    wanted += ablations().values()
+    wanted += [run for size in SIZES.values() for run in ablations(size).values()]
     results = {run.name: result for run in wanted if (result := run.result())}
     for name, result in results.items():
         test = CACHE / f"{name}.test.json"

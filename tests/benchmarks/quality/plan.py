@@ -6,7 +6,6 @@ from typing import Any
 from tests.benchmarks.quality.contenders import Contender
 from tests.benchmarks.quality.training import Run
 
-LEARNING_RATES = (2e-3, 4e-3, 8e-3, 1.6e-2)
 SEEDS = (0, 1)
 
 
@@ -20,6 +19,8 @@ class Size:
     sequence_length: int
     batch_size: int
     steps: int
+    learning_rates: tuple[float, ...] = ()  # of its own sweep; without one, size A's best counts
+    on_gpu: bool = False
 
     def run(self, label: str, contender: Contender, learning_rate: float, seed: int = 0) -> Run:
         name = f"{self.name}-{label}-lr{learning_rate:g}-seed{seed}-steps{self.steps}"
@@ -27,12 +28,13 @@ class Size:
 
     @property
     def contenders(self) -> dict[str, Contender]:
-        """The GPT has two initialisations, and the better one counts."""
-        return {
+        """The GPT has two initialisations, and the better one counts; on a GPU the one that was, at size A."""
+        contenders = {
             "globallocal": Contender("globallocal", self.globallocal),
             "gpt": Contender("gpt", self.gpt),
             "gpt-fan-in": Contender("gpt", self.gpt, "fan_in"),
         }
+        return {label: c for label, c in contenders.items() if not (self.on_gpu and c.variant)}
 
 
 def globallocal(hidden_size: int, num_layers: int, dilations: list[list[int]]) -> dict[str, Any]:
@@ -60,31 +62,51 @@ def gpt(hidden_size: int, num_layers: int, head_dim: int) -> dict[str, Any]:
     }
 
 
-SIZES = {
-    "A": Size("A", globallocal(128, 2, [[1, 2], [4, 8]]), gpt(128, 4, 32), 256, 2, 300),
-    "B": Size("B", globallocal(192, 3, [[1, 2], [4, 8]]), gpt(192, 6, 48), 256, 2, 200),
-}
-SIZES["A4"] = replace(SIZES["A"], name="A4", steps=4 * SIZES["A"].steps)
+_WIDENING = [[1, 2], [4, 8], [16, 64], [128, 512]]  # the presets' schedule
 
-# What is changed of size A's GlobalLocal, one thing a row.
-ABLATIONS: dict[str, tuple[dict[str, Any], str]] = {
-    "no running summary: the router reads its token alone": ({"router_context": "token"}, ""),
-    "seed layout: norm behind, dilations 1, 2, 4": ({"norm_placement": "post", "conv_dilations": [1, 2, 4]}, ""),
-    "nothing to mix: a pool of zeros": ({}, "zero"),
-    "pool trained": ({}, "trained"),
-    "norm behind each sum": ({"norm_placement": "post"}, ""),
-    "dilations 1, 2, 4 and 8, 16, 32": ({"conv_dilations": [[1, 2, 4], [8, 16, 32]]}, ""),
-    "dilations 1, 2 in both layers": ({"conv_dilations": [1, 2]}, ""),
-    "pool of 256 rows": ({"pool_size": 256}, ""),
-    "pool of 4,096 rows": ({"pool_size": 4096}, ""),
-    "one row a token instead of two": ({"router_top_k": 1}, ""),
-}
+SIZES: dict[str, Size] = {
+    "A": Size("A", globallocal(128, 2, [[1, 2], [4, 8]]), gpt(128, 4, 32), 256, 2, 300, (2e-3, 4e-3, 8e-3, 1.6e-2)),
+    "B": Size("B", globallocal(192, 3, [[1, 2], [4, 8]]), gpt(192, 6, 48), 256, 2, 200),
+    # All the training text once; blocks of the preset `small`.
+    "C": Size(
+        "C",
+        globallocal(512, 4, _WIDENING) | {"pool_size": 4096, "pool_dim": 256, "router_hidden_size": 128},
+        gpt(512, 7, 64), 1024, 16, 680, (1e-3, 2e-3, 4e-3), on_gpu=True,
+    ),
+}  # fmt: skip
+SIZES["A4"] = replace(SIZES["A"], name="A4", steps=4 * SIZES["A"].steps, learning_rates=())
+SIZES["C4"] = replace(SIZES["C"], name="C4", steps=4 * SIZES["C"].steps, learning_rates=())
+
+# What is changed of a size's GlobalLocal, one thing a row.
+ABLATIONS: dict[str, dict[str, tuple[dict[str, Any], str]]] = {
+    "A": {
+        "no running summary: the router reads its token alone": ({"router_context": "token"}, ""),
+        "seed layout: norm behind, dilations 1, 2, 4, no summary": (
+            {"norm_placement": "post", "conv_dilations": [1, 2, 4], "router_context": "token"}, ""
+        ),
+        "nothing to mix: a pool of zeros": ({}, "zero"),
+        "pool trained": ({}, "trained"),
+        "norm behind each sum": ({"norm_placement": "post"}, ""),
+        "dilations 1, 2, 4 and 8, 16, 32": ({"conv_dilations": [[1, 2, 4], [8, 16, 32]]}, ""),
+        "dilations 1, 2 in both layers": ({"conv_dilations": [1, 2]}, ""),
+        "pool of 256 rows": ({"pool_size": 256}, ""),
+        "pool of 4,096 rows": ({"pool_size": 4096}, ""),
+        "one row a token instead of two": ({"router_top_k": 1}, ""),
+    },
+    "C": {
+        "no running summary: the router reads its token alone": ({"router_context": "token"}, ""),
+        "nothing to mix: a pool of zeros": ({}, "zero"),
+        "dilations 1, 2 in every layer": ({"conv_dilations": [1, 2]}, ""),
+        "norm behind each sum": ({"norm_placement": "post"}, ""),
+        "one row a token instead of two": ({"router_top_k": 1}, ""),
+    },
+}  # fmt: skip
 
 
 def sweep(size: Size) -> dict[str, list[Run]]:
-    """Every contender at every learning rate."""
+    """Every contender at every learning rate of the size."""
     return {
-        label: [size.run(label, contender, rate) for rate in LEARNING_RATES]
+        label: [size.run(label, contender, rate) for rate in size.learning_rates]
         for label, contender in size.contenders.items()
     }
 
@@ -95,17 +117,22 @@ def best(runs: list[Run]) -> Run | None:
     return min(finished)[2] if finished else None
 
 
-def chosen() -> dict[str, Run]:
-    """Size A's best run of GlobalLocal and of the GPT, as far as the sweep has come."""
-    runs = sweep(SIZES["A"])
-    found = {"globallocal": best(runs["globallocal"]), "gpt": best(runs["gpt"] + runs["gpt-fan-in"])}
+def swept(size: Size) -> Size:
+    """The size whose sweep says at which rates this one learns: itself, C for the others on a GPU, or A."""
+    return size if size.learning_rates else SIZES["C" if size.on_gpu else "A"]
+
+
+def chosen(size: Size) -> dict[str, Run]:
+    """The best run of GlobalLocal and of the GPT, as far as the sweep has come."""
+    runs = sweep(swept(size))
+    found = {"globallocal": best(runs["globallocal"]), "gpt": best(runs["gpt"] + runs.get("gpt-fan-in", []))}
     return {name: run for name, run in found.items() if run is not None}
 
 
 def finals(size: Size) -> dict[str, list[Run]]:
-    """Each contender at size A's best learning rate, one run a seed."""
+    """Each contender at its best learning rate, one run a seed."""
     result = {}
-    for name, run in chosen().items():
+    for name, run in chosen(size).items():
         label = "gpt-fan-in" if run.contender.variant else name
         first = size.run(label, size.contenders[label], run.learning_rate)
         result[name] = [
@@ -114,12 +141,12 @@ def finals(size: Size) -> dict[str, list[Run]]:
     return result
 
 
-def ablations() -> dict[str, Run]:
-    """Size A's GlobalLocal at its best learning rate, with one thing changed."""
-    if "globallocal" not in chosen():
+def ablations(size: Size) -> dict[str, Run]:
+    """GlobalLocal at its best learning rate, with one thing changed."""
+    if "globallocal" not in chosen(size):
         return {}
-    size, rate = SIZES["A"], chosen()["globallocal"].learning_rate
+    rate = chosen(size)["globallocal"].learning_rate
     return {
         title: size.run(f"ablation{number}", Contender("globallocal", size.globallocal | settings, variant), rate)
-        for number, (title, (settings, variant)) in enumerate(ABLATIONS.items())
+        for number, (title, (settings, variant)) in enumerate(ABLATIONS.get(size.name, {}).items())
     }

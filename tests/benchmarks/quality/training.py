@@ -4,6 +4,7 @@ import json
 import sys
 import time
 from collections.abc import Iterator
+from copy import deepcopy
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -19,8 +20,9 @@ from pipeline.optim import build_optimizer, learning_rate, parameter_groups, set
 from tests.benchmarks.quality.contenders import Contender
 from tests.benchmarks.quality.text import CACHE
 
-EVALUATION_TOKENS = 4_096
-FINAL_EVALUATION_TOKENS = 32_768
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+# Of the held-out split, for a point of the curve and at the end.
+EVALUATION_TOKENS, FINAL_EVALUATION_TOKENS = (65_536, 393_216) if DEVICE.type == "cuda" else (4_096, 32_768)
 EVALUATIONS = 6  # points of a curve
 WARMUP_SHARE = 0.1
 
@@ -61,7 +63,8 @@ def train(run: Run, dataset: Dataset) -> dict[str, Any]:
     if (done := run.result()) is not None:
         return done
     torch.manual_seed(run.seed)
-    model = run.contender.build(run.sequence_length).train()
+    model = run.contender.build(run.sequence_length).train().to(DEVICE)
+    passes = model if DEVICE.type == "cpu" else rounded_copy(model)
     settings = OptimizerSection(learning_rate=run.learning_rate, warmup_steps=round(run.steps * WARMUP_SHARE))
     optimizer = build_optimizer(parameter_groups(model, settings.weight_decay), settings, offload=False)
     source = SampleSource(dataset, "train", run.sequence_length, run.seed)
@@ -70,15 +73,15 @@ def train(run: Run, dataset: Dataset) -> dict[str, Any]:
     with BatchLoader(source, layout, 0, 0) as batches:
         for step in range(run.steps):
             set_learning_rate(optimizer, learning_rate(step, run.steps, settings))
-            train_step(model, optimizer, next(batches), settings.max_gradient_norm)
+            train_step(model, optimizer, next(batches), settings.max_gradient_norm, passes)
             if (step + 1) % max(1, run.steps // EVALUATIONS) == 0:
-                loss = held_out(model, dataset, "valid", run, EVALUATION_TOKENS)["loss"]
+                loss = held_out(passes, dataset, "valid", run, EVALUATION_TOKENS)["loss"]
                 curve.append([step + 1, loss])
                 say(f"{run.name}  step {step + 1}/{run.steps}  {loss:.4f}  {time.perf_counter() - start:.0f} s")
     result = {
         "run": asdict(run),
         "curve": curve,
-        "valid": held_out(model, dataset, "valid", run, FINAL_EVALUATION_TOKENS),
+        "valid": held_out(passes, dataset, "valid", run, FINAL_EVALUATION_TOKENS),
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
         "flops_per_token": model.flops_per_token(run.sequence_length),
         "seconds_under_load": time.perf_counter() - start,
@@ -88,14 +91,36 @@ def train(run: Run, dataset: Dataset) -> dict[str, Any]:
     return result
 
 
-def train_step(model: Any, optimizer: Any, tokens: np.ndarray, max_gradient_norm: float) -> None:
-    """Forward, backward, clip, update."""
-    ids = torch.from_numpy(tokens)
-    loss, _ = model(ids[:, :-1], ids[:, 1:].contiguous())
+def rounded_copy(model: Any) -> Any:
+    """The model in bfloat16, for the passes; the optimizer moves the float32 one. Rotary frequencies stay float32."""
+    copy = deepcopy(model)
+    for tensor in copy.parameters():
+        tensor.data = tensor.data.bfloat16()
+    for name, buffer in copy.named_buffers():
+        if "inv_freq" not in name:
+            buffer.data = buffer.data.bfloat16()
+    return copy
+
+
+def train_step(model: Any, optimizer: Any, tokens: np.ndarray, max_gradient_norm: float, passes: Any = None) -> None:
+    """Forward, backward, clip, update.
+
+    Args:
+        passes: the model that computes loss and gradients, where it is not `model` itself (`rounded_copy`).
+    """
+    passes = model if passes is None else passes
+    ids = torch.from_numpy(tokens).to(DEVICE, non_blocking=True)
+    loss, _ = passes(ids[:, :-1], ids[:, 1:].contiguous())
     loss.backward()
+    if passes is not model:
+        for exact, rounded in zip(model.parameters(), passes.parameters(), strict=True):
+            exact.grad, rounded.grad = rounded.grad.float(), None
     torch.nn.utils.clip_grad_norm_(model.parameters(), max_gradient_norm)
     optimizer.step()
     optimizer.zero_grad()
+    if passes is not model:
+        with torch.no_grad():
+            torch._foreach_copy_(list(passes.parameters()), list(model.parameters()))
 
 
 @torch.no_grad()
@@ -118,8 +143,8 @@ def _batches(
     samples = None if max_tokens is None else max_tokens // length
     stream = TokenStream(dataset, split)
     for tokens, counted in evaluation_batches(stream, length, run.batch_size, 0, 1, samples):
-        ids = torch.from_numpy(tokens)
-        yield ids[:, :-1], ids[:, 1:].masked_fill(~torch.from_numpy(counted), -100)
+        ids, kept = torch.from_numpy(tokens).to(DEVICE), torch.from_numpy(counted).to(DEVICE)
+        yield ids[:, :-1], ids[:, 1:].masked_fill(~kept, -100)
 
 
 def say(text: str) -> None:
