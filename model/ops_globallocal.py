@@ -15,6 +15,9 @@ from torch.autograd import Function
 SCORE_BLOCK_ELEMENTS = 2**22
 LOGIT_BLOCK_ELEMENTS = 2**23
 GPU_BLOCK_FACTOR = 32
+# Where one thread would sum a whole row, long rows are summed in pieces side by side.
+SPLIT_ROWS_ON = {"cuda"}
+PIECE_ENTRIES = 128
 SCAN_CHUNK = 8  # steps that the chunks of a linear recurrence take side by side
 
 
@@ -39,6 +42,11 @@ class RowChoice:
             return
         ordered, self.order = indices.reshape(-1).sort(stable=True)
         self.offsets = torch.searchsorted(ordered, torch.arange(num_rows, device=indices.device))
+        self.pieces: Tensor | None = None  # where every piece begins; `offsets` then counts pieces
+        if indices.device.type in SPLIT_ROWS_ON:
+            cuts = torch.arange(0, ordered.numel(), PIECE_ENTRIES, device=indices.device)
+            self.pieces = torch.cat([self.offsets, cuts]).sort().values
+            self.offsets = torch.searchsorted(self.pieces, self.offsets)
 
     def sum_by_row(self, values: Tensor, tokens: Tensor | None = None) -> Tensor:
         """Σ over the choices of row n of `values` [T, k], each times its token's row of `tokens` [T, c].
@@ -46,11 +54,21 @@ class RowChoice:
         Returns [N], or [N, c] with `tokens`.
         """
         ordered = values.reshape(-1)[self.order]
+        offsets = self.offsets if self.pieces is None else self.pieces
         if tokens is None:
-            positions = torch.arange(ordered.numel(), device=ordered.device)
-            return F.embedding_bag(positions, ordered.unsqueeze(1), self.offsets, mode="sum").squeeze(1)
-        token_of_choice = self.order // self.indices.shape[1]
-        return F.embedding_bag(token_of_choice, tokens, self.offsets, mode="sum", per_sample_weights=ordered)
+            sums = _sum_bags(ordered.unsqueeze(1), offsets)
+        else:
+            sums = F.embedding_bag(
+                self.order // self.indices.shape[1], tokens, offsets, mode="sum", per_sample_weights=ordered
+            )
+        if self.pieces is not None:
+            sums = _sum_bags(sums, self.offsets)
+        return sums if tokens is not None else sums.squeeze(1)
+
+
+def _sum_bags(rows: Tensor, offsets: Tensor) -> Tensor:
+    """Sums of the rows from each offset to the next: [M, c], int64 [N] → [N, c]."""
+    return F.embedding_bag(torch.arange(rows.shape[0], device=rows.device), rows, offsets, mode="sum")
 
 
 def _dot(table: Tensor, indices: Tensor, tokens: Tensor) -> Tensor:
@@ -136,9 +154,22 @@ def top_rows(tokens: Tensor, table: Tensor, bias: Tensor, k: int) -> tuple[Tenso
     block = block_rows(SCORE_BLOCK_ELEMENTS, table, tokens.shape[0])
     scores = tokens.new_empty(block, table.shape[0])  # `out=`: no checkpointing policy keeps it
     parts = [
-        torch.addmm(bias, part, table.T, out=scores[: part.shape[0]]).topk(k, dim=-1) for part in tokens.split(block)
+        _top_columns(torch.addmm(bias, part, table.T, out=scores[: part.shape[0]]), k) for part in tokens.split(block)
     ]
-    return torch.cat([part.values for part in parts]), torch.cat([part.indices for part in parts])
+    return torch.cat([values for values, _ in parts]), torch.cat([indices for _, indices in parts])
+
+
+def _top_columns(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """Values and indices of the k largest in each row of [n, N]: they lie in the k groups with the largest maxima."""
+    columns = scores.shape[1]
+    size = next((size for size in range(64, 15, -1) if columns % size == 0 and columns >= size * k), None)
+    if size is None:
+        values, indices = scores.topk(k, dim=-1)
+        return values, indices
+    groups = scores.unflatten(1, (-1, size))
+    best = groups.amax(dim=2).topk(k, dim=-1).indices
+    values, place = groups.gather(1, best.unsqueeze(2).expand(-1, -1, size)).flatten(1).topk(k, dim=-1)
+    return values, best.gather(1, place // size) * size + place % size
 
 
 def _taps(padded: Tensor, length: int, kernel_size: int, dilation: int) -> list[Tensor]:

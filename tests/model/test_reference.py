@@ -125,6 +125,26 @@ def test_blocks_do_not_change_the_result(monkeypatch):
     assert max(*whole, *largest_difference(model, ids, labels)) < 1e-10
 
 
+@pytest.mark.parametrize("piece_entries", [1, 4, 1000])
+def test_rows_summed_in_pieces_as_on_a_gpu_agree(monkeypatch, piece_entries):
+    monkeypatch.setattr(ops_globallocal, "SPLIT_ROWS_ON", {"cpu"})
+    monkeypatch.setattr(ops_globallocal, "PIECE_ENTRIES", piece_entries)
+    model = make_model(tiny_config(pool_size=100, diversity_loss_scale=50.0))
+    ids = random_ids(model.config, 3, 40)
+    assert max(largest_difference(model, ids, ids)) < 1e-10
+
+
+@settings(max_examples=30, deadline=None)
+@given(rows=st.integers(1, 5), columns=st.integers(1, 300), k=st.integers(1, 8), seed=st.integers(0, 99))
+def test_the_largest_columns_are_found(rows, columns, k, seed):
+    scores = torch.randn(rows, columns, generator=torch.Generator().manual_seed(seed))
+    k = min(k, columns)
+    values, indices = ops_globallocal._top_columns(scores, k)
+    expected = scores.topk(k, dim=-1)
+    assert torch.equal(values, expected.values)
+    assert torch.equal(indices, expected.indices)
+
+
 @pytest.mark.parametrize("context", ["token", "summary"])
 def test_padding_counts_in_no_loss(context):
     config = tiny_config(diversity_loss_scale=50.0, router_context=context)

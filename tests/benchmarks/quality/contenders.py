@@ -29,7 +29,7 @@ class Contender:
         """The model with fresh weights from torch's random state."""
         shared = {"vocab_size": VOCAB_SIZE, "max_position_embeddings": sequence_length}
         if self.kind == "gpt":
-            return GPT(LlamaConfig(**shared, **GPT_DEFAULTS, **self.settings), self.variant)
+            return GPT(LlamaConfig(**(shared | GPT_DEFAULTS | self.settings)), self.variant)
         return GlobalLocal(GlobalLocalConfig(**(shared | self.settings)), self.variant)
 
 
