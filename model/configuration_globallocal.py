@@ -12,6 +12,7 @@ from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 
 ROUTERS_PER_LAYER = 2
+SUMMARY_CHUNK = 64  # positions that attend to each other, before a state stands for them
 
 
 @strict
@@ -38,6 +39,9 @@ class GlobalLocalConfig(PreTrainedConfig):
             millions costs little more than one of thousands).
         router_context: what the attention's router reads: "token" (the seed) or "summary" (the token and a gated
             running summary of everything before it, so that the global branch sees the whole prefix).
+        summary_heads: parts of the summary that forget at rates of their own; 0 stands for gcd(8, hidden_size).
+        summary_key_size: width of the summary's keys and queries: its state is summary_key_size · hidden_size
+            numbers a layer.
         dropout: probability, applied where the seed applies it.
         diversity_loss_scale: factor of each router's loss; the sum over routers is scaled by a further 0.01.
         norm_placement: "pre" (norm in front of each sublayer) or "post" (norm after the residual sum).
@@ -68,6 +72,8 @@ class GlobalLocalConfig(PreTrainedConfig):
     router_hidden_size: int = 0
     router_scores: str = "dense"
     router_context: str = "token"
+    summary_heads: int = 0
+    summary_key_size: int = 64
     dropout: float | int = 0.0
     diversity_loss_scale: float | int = 0.01
     norm_placement: str = "pre"
@@ -87,6 +93,8 @@ class GlobalLocalConfig(PreTrainedConfig):
             self.pool_dim = 4 * self.hidden_size
         if self.router_hidden_size == 0:
             self.router_hidden_size = min(1024, self.pool_size)
+        if self.summary_heads == 0:
+            self.summary_heads = math.gcd(8, self.hidden_size)
         problems = self._problems()
         if problems:
             raise ValueError("\n".join(problems))
@@ -138,8 +146,11 @@ class GlobalLocalConfig(PreTrainedConfig):
     @property
     def _summary_parameters(self) -> int:
         """Weights and biases of all layers' running summaries."""
+        if self.router_context != "summary":
+            return 0
         h = self.hidden_size
-        return self.num_hidden_layers * 3 * (h * h + h) if self.router_context == "summary" else 0
+        outputs = 2 * self.summary_key_size + 2 * h + self.summary_heads
+        return self.num_hidden_layers * ((h + 1) * outputs + (h + 1) * h)
 
     @property
     def _key_parameters(self) -> int:
@@ -192,7 +203,10 @@ class GlobalLocalConfig(PreTrainedConfig):
         router = 2 * h * min(h, dim) + dim * h + h * score + 2 * self.router_top_k * score
         routers = self.num_hidden_layers * ROUTERS_PER_LAYER * router
         feed_forward = self.num_hidden_layers * 2 * h * self.intermediate_size
-        rest = self._summary_parameters + self.num_hidden_layers * h + self.vocab_size * h
+        # A state is written and read by every token, and half a chunk of tokens attended to.
+        summary = 2 * self.summary_key_size * h + SUMMARY_CHUNK / 2 * (self.summary_key_size + h)
+        summaries = self._summary_parameters + self.num_hidden_layers * summary * (self.router_context == "summary")
+        rest = summaries + self.num_hidden_layers * h + self.vocab_size * h
         trained = convolution + routers + feed_forward + rest
         forward_only = self.num_hidden_layers * ROUTERS_PER_LAYER * self._key_parameters
         return 6.0 * trained + 2.0 * forward_only
@@ -217,6 +231,8 @@ class GlobalLocalConfig(PreTrainedConfig):
         problems += self._score_problems()
         if self.router_context not in ("token", "summary"):
             problems.append(f"router_context is {self.router_context!r}; it must be 'token' or 'summary'")
+        if self.summary_heads < 1 or self.hidden_size % self.summary_heads:
+            problems.append(f"summary_heads is {self.summary_heads}; it must divide hidden_size, {self.hidden_size}")
         if self.norm_placement not in ("pre", "post"):
             problems.append(f"norm_placement is {self.norm_placement!r}; it must be 'pre' or 'post'")
         if not 0.0 <= self.dropout < 1.0:
@@ -260,7 +276,7 @@ def checkpointed_blocks(policy: str, num_layers: int) -> list[bool] | None:
 
 _POSITIVE_SIZES = (
     "vocab_size", "hidden_size", "num_hidden_layers", "intermediate_size", "max_position_embeddings",
-    "pool_size", "pool_dim", "conv_kernel_size", "router_top_k", "router_hidden_size",
+    "pool_size", "pool_dim", "conv_kernel_size", "router_top_k", "router_hidden_size", "summary_key_size",
 )  # fmt: skip
 
 # Each layer looks further than the one below it: 1,173 positions after four layers, and on from there.

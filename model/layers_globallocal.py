@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .configuration_globallocal import GlobalLocalConfig
-from .ops_globallocal import causal_convolutions, linear_recurrence
+from .ops_globallocal import causal_convolutions, decayed_attention
 from .router_globallocal import FoldedRouter, TensorRouter, at_least_float32
 
 
@@ -14,7 +14,7 @@ class GlobalLocalCache:
 
     Attributes:
         history: per layer [B, (K − 1) · max dilation, h], zeros in front of the first token.
-        summary: per layer [B, h], the state of the running summary.
+        summary: per layer [B, heads, key size, head width], the state of the running summary.
         folds: per router, filled at the first call; valid as long as the weights do not change.
     """
 
@@ -65,31 +65,35 @@ class CausalConvolution(nn.Module):
 
 
 class RunningSummary(nn.Module):
-    """What the prefix held, in constant memory: a gated linear recurrence, added to each token.
+    """What the prefix held, in constant memory: a gated linear recurrence that each token asks, and adds.
 
-    state[t] = a[t] · state[t − 1] + (1 − a[t]) · u[t], with keep gate a = σ(...) and content u of the token.
+    Per head state[t] = a[t] · state[t − 1] + (1 − a[t]) · key[t] ⊗ value[t], with keep gate a = σ(...) of the token;
+    the answer query[t] · state[t] is normalised, gated and projected. Keys and queries serve all heads. After
+    Mamba-2's state space duality, arXiv:2405.21060, and gated linear attention, arXiv:2312.06635.
     """
 
     def __init__(self, config: GlobalLocalConfig, layer: int) -> None:
         super().__init__()
-        self.layer = layer
-        self.input = nn.Linear(config.hidden_size, 2 * config.hidden_size)
-        self.output = nn.Linear(config.hidden_size, config.hidden_size)
+        h, key, self.eps = config.hidden_size, config.summary_key_size, config.layer_norm_eps
+        self.layer, self.num_heads = layer, config.summary_heads
+        self.parts = [key, key, h, h, self.num_heads]  # query, key, value, output gate, keep gates
+        self.input = nn.Linear(h, sum(self.parts))
+        self.output = nn.Linear(h, h)
 
     def forward(self, x: Tensor, mask: Tensor | None, cache: GlobalLocalCache | None) -> Tensor:
         """x [B, S, h], mask [B, S, 1] or None → [B, S, h]."""
-        keep, content = at_least_float32(self.input(x)).chunk(2, dim=-1)
-        keep = keep.sigmoid()
-        update = (1.0 - keep) * content
+        query, key, value, gate, keep = self.input(x).split(self.parts, dim=-1)
+        log_keep = F.logsigmoid(at_least_float32(keep))
+        share = 1.0 - log_keep.exp()
         if mask is not None:
-            update = update * mask  # in front of the sequence the state stays 0
-        if cache is not None and (state := cache.summary[self.layer]) is not None:
-            first = torch.addcmul(update[:, :1], keep[:, :1], state.unsqueeze(1))
-            update = torch.cat([first, update[:, 1:]], dim=1)
-        states = linear_recurrence(keep, update)
+            share = share * mask  # in front of the sequence the state stays 0
+        value = value.unflatten(-1, (self.num_heads, -1)) * share.to(value.dtype).unsqueeze(-1)
+        state = None if cache is None else cache.summary[self.layer]
+        answer, state = decayed_attention(query, key, value, log_keep, state)
         if cache is not None:
-            cache.summary[self.layer] = states[:, -1].clone()
-        return x + self.output(states.to(x.dtype))
+            cache.summary[self.layer] = state.clone()  # not the states of all chunks
+        answer = F.rms_norm(answer, answer.shape[-1:], eps=self.eps).flatten(2)
+        return x + self.output(answer.to(x.dtype) * F.silu(gate))
 
 
 class GlobalLocalAttention(nn.Module):

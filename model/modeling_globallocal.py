@@ -119,9 +119,10 @@ class GlobalLocalPreTrainedModel(PreTrainedModel):
             init.copy_(module.pool, pool)
         if isinstance(module, CausalConvolution | FeedForward):  # their children were initialised before them
             init.normal_(module.projection.weight, std=residual * module.projection.in_features**-0.5)
-        if isinstance(module, RunningSummary):  # half-lives from one token to about a hundred
-            h = self.config.hidden_size
-            init.copy_(module.input.bias, torch.cat([torch.linspace(0.0, 5.0, h), torch.zeros(h)]))
+        if isinstance(module, RunningSummary):  # half-lives from one token to about seven hundred
+            rest = module.input.out_features - module.num_heads
+            keep = torch.linspace(0.0, 7.0, module.num_heads)
+            init.copy_(module.input.bias, torch.cat([torch.zeros(rest), keep]))
         if isinstance(module, CausalConvolution):
             init.normal_(module.branch_weight, std=module.branch_weight.shape[-1] ** -0.5)
             init.zeros_(module.branch_bias)

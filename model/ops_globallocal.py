@@ -11,6 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import Function
 
+from .configuration_globallocal import SUMMARY_CHUNK
+
 # Largest temporary, in elements: a block of pool scores or of vocabulary logits; on a GPU so many times as large.
 SCORE_BLOCK_ELEMENTS = 2**22
 LOGIT_BLOCK_ELEMENTS = 2**23
@@ -273,6 +275,51 @@ def linear_recurrence(decay: Tensor, update: Tensor) -> Tensor:
     Decays in [0, 1] keep every intermediate product there: nothing is divided.
     """
     return _LinearRecurrence.apply(decay, update)
+
+
+def decayed_attention(
+    query: Tensor, key: Tensor, value: Tensor, log_keep: Tensor, state: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """answer[t] = query[t] · state[t], state[t] = keep[t] · state[t − 1] + key[t] ⊗ value[t], a state a head.
+
+    In chunks: inside one the answers are an attention with decaying scores, and what was before it is one state.
+    (State space duality, https://arxiv.org/abs/2405.21060, section 6.)
+
+    Args:
+        query, key: [B, S, d], for all heads.
+        value: [B, S, H, p].
+        log_keep: [B, S, H], logarithms of the shares kept, at most 0; float32 or wider.
+        state: [B, H, d, p] before the first position, or None for zeros.
+
+    Returns:
+        Answers [B, S, H, p], and the last state [B, H, d, p], both in the dtype of `log_keep`.
+    """
+    wide, length = log_keep.dtype, query.shape[1]
+    size = min(SUMMARY_CHUNK, length)
+    missing = -length % size
+    if missing:  # steps that change nothing
+        query, key, log_keep = (F.pad(x, (0, 0, 0, missing)) for x in (query, key, log_keep))
+        value = F.pad(value, (0, 0, 0, 0, 0, missing))
+    query, key = (x.unflatten(1, (-1, size)) for x in (query, key))  # [B, n, C, d]
+    value = value.unflatten(1, (-1, size)).transpose(2, 3)  # [B, n, H, C, p]
+    passed = log_keep.unflatten(1, (-1, size)).transpose(2, 3).cumsum(dim=-1)  # [B, n, H, C], from the chunk's start
+
+    later = torch.ones(size, size, dtype=torch.bool, device=query.device).triu(1)
+    decay = (passed.unsqueeze(-1) - passed.unsqueeze(-2)).masked_fill(later, float("-inf")).exp()
+    scores = (query @ key.transpose(2, 3)).unsqueeze(2) * decay  # [B, n, H, C, C]
+    inside = scores.to(value.dtype) @ value
+
+    until_end = (passed[..., -1:] - passed).exp().unsqueeze(-1)  # [B, n, H, C, 1]
+    added = key.unsqueeze(2).transpose(3, 4).to(wide) @ (value * until_end)  # [B, n, H, d, p]
+    kept = passed[..., -1, None, None].exp()  # of the state, by a whole chunk
+    if state is not None:
+        added = torch.cat([torch.addcmul(added[:, :1], kept[:, :1], state.unsqueeze(1)), added[:, 1:]], dim=1)
+    shape = added.shape
+    states = linear_recurrence(kept.expand(shape).flatten(2), added.flatten(2)).view(shape)
+    first = torch.zeros_like(states[:, :1]) if state is None else state.unsqueeze(1).to(wide)
+    before = torch.cat([first, states[:, :-1]], dim=1)
+    answer = inside + (query.unsqueeze(2).to(wide) @ before) * passed.exp().unsqueeze(-1)
+    return answer.transpose(2, 3).flatten(1, 2)[:, :length], states[:, -1]
 
 
 class _VocabularyLoss(Function):

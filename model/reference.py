@@ -76,15 +76,22 @@ def router(weights: Weights, config: GlobalLocalConfig, x: Tensor, pool: Tensor,
     return output, diversity * config.diversity_loss_scale
 
 
-def running_summary(weights: Weights, x: Tensor, mask: Tensor) -> Tensor:
-    """x + output(state), state[t] = a[t] · state[t − 1] + (1 − a[t]) · u[t], one position after another."""
-    gate, content = linear(part(weights, "input"), x).chunk(2, dim=-1)
-    keep = torch.sigmoid(gate)
-    state, states = torch.zeros_like(x[:, 0]), []
+def running_summary(weights: Weights, config: GlobalLocalConfig, x: Tensor, mask: Tensor) -> Tensor:
+    """x + output(RMSNorm(query[t] · state[t]) · SiLU(gate[t])), one position after another.
+
+    state[t] = a[t] · state[t − 1] + (1 − a[t]) · key[t] ⊗ value[t], [B, heads, key size, head width].
+    """
+    h, size, heads = config.hidden_size, config.summary_key_size, config.summary_heads
+    query, key, value, gate, keep = linear(part(weights, "input"), x).split([size, size, h, h, heads], dim=-1)
+    keep, value = torch.sigmoid(keep), value.unflatten(-1, (heads, h // heads))
+    state, answers = x.new_zeros(x.shape[0], heads, size, h // heads), []
     for t in range(x.shape[1]):
-        state = keep[:, t] * state + (1 - keep[:, t]) * content[:, t] * mask[:, t]
-        states.append(state)
-    return x + linear(part(weights, "output"), torch.stack(states, dim=1))
+        kept, content = keep[:, t, :, None, None], torch.einsum("bd,bhp->bhdp", key[:, t], value[:, t])
+        state = kept * state + (1 - kept) * content * mask[:, t, :, None, None]
+        answers.append(torch.einsum("bd,bhdp->bhp", query[:, t], state))
+    answer = torch.stack(answers, dim=1)
+    answer = answer * torch.rsqrt(answer.square().mean(dim=-1, keepdim=True) + config.layer_norm_eps)
+    return x + linear(part(weights, "output"), answer.flatten(2) * F.silu(gate))
 
 
 def attention(
@@ -94,7 +101,7 @@ def attention(
     local = local_branch(part(weights, "local"), config, layer, x, mask)
     query = x
     if config.router_context == "summary":
-        query = running_summary(part(weights, "summary"), x, mask)
+        query = running_summary(part(weights, "summary"), config, x, mask)
     routed, diversity = router(part(weights, "router"), config, query, pool, mask)
     gate = torch.sigmoid(linear(part(weights, "gate"), x))
     return gate * local + (1 - gate) * routed, diversity
