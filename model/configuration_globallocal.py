@@ -37,8 +37,8 @@ class GlobalLocalConfig(PreTrainedConfig):
         router_hidden_size: width of the score network's hidden layer; 0 stands for min(1024, pool_size).
         router_scores: "dense" (one key a pool row) or "product_key" (√pool_size keys a side, so that a pool of
             millions costs little more than one of thousands).
-        router_context: what the attention's router reads: "token" (the seed) or "summary" (the token and a gated
-            running summary of everything before it, so that the global branch sees the whole prefix).
+        router_context: what the global branch reads: "token" (the seed) or "summary" (the token and what it asks a
+            running summary of everything before it, so that it sees the whole prefix at linear cost).
         summary_heads: parts of the summary that forget at rates of their own; 0 stands for gcd(8, hidden_size).
         summary_key_size: width of the summary's keys and queries: its state is summary_key_size · hidden_size
             numbers a layer.
@@ -287,6 +287,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     "quickstart": {
         "vocab_size": 4096, "hidden_size": 192, "num_hidden_layers": 2, "max_position_embeddings": 256,
         "pool_size": 1024, "pool_dim": 192, "router_hidden_size": 96, "conv_dilations": [[1, 2], [4, 8]],
+        "router_context": "summary",
     },
     # The published model's sizes and layout, made causal.
     "seed": {
@@ -294,21 +295,25 @@ PRESETS: dict[str, dict[str, Any]] = {
         "pool_size": 10000, "pool_dim": 2048, "conv_dilations": [1, 2, 4], "dropout": 0.1,
         "norm_placement": "post", "tie_word_embeddings": False,
     },
-    # About 40 M, 130 M, 350 M and 1.3 B parameters; a block has as many as two of a GPT's of the same width.
+    # About 45 M, 130 M, 350 M and 1.3 B parameters; a block has as many as two of a GPT's of the same width.
     "small": {
         "vocab_size": 32000, "hidden_size": 512, "num_hidden_layers": 4, "max_position_embeddings": 1024,
         "pool_size": 4096, "pool_dim": 256, "router_hidden_size": 128, "conv_dilations": _WIDENING,
+        "router_context": "summary",
     },
     "base": {
-        "vocab_size": 32000, "hidden_size": 768, "num_hidden_layers": 8, "max_position_embeddings": 1024,
+        "vocab_size": 32000, "hidden_size": 768, "num_hidden_layers": 7, "max_position_embeddings": 1024,
         "pool_size": 4096, "pool_dim": 384, "router_hidden_size": 192, "conv_dilations": _WIDENING,
+        "router_context": "summary",
     },
     "large": {
-        "vocab_size": 32000, "hidden_size": 1024, "num_hidden_layers": 14, "max_position_embeddings": 2048,
+        "vocab_size": 32000, "hidden_size": 1024, "num_hidden_layers": 12, "max_position_embeddings": 2048,
         "pool_size": 4096, "pool_dim": 512, "router_hidden_size": 256, "conv_dilations": _WIDENING,
+        "router_context": "summary",
     },
     "xl": {
-        "vocab_size": 32000, "hidden_size": 2048, "num_hidden_layers": 14, "max_position_embeddings": 2048,
+        "vocab_size": 32000, "hidden_size": 2048, "num_hidden_layers": 12, "max_position_embeddings": 2048,
         "pool_size": 8192, "pool_dim": 1024, "router_hidden_size": 512, "conv_dilations": _WIDENING,
+        "router_context": "summary",
     },
 }  # fmt: skip

@@ -65,7 +65,7 @@ class CausalConvolution(nn.Module):
 
 
 class RunningSummary(nn.Module):
-    """What the prefix held, in constant memory: a gated linear recurrence that each token asks, and adds.
+    """What the prefix held, in constant memory: a gated linear recurrence that each token asks.
 
     Per head state[t] = a[t] · state[t − 1] + (1 − a[t]) · key[t] ⊗ value[t], with keep gate a = σ(...) of the token;
     the answer query[t] · state[t] is normalised, gated and projected. Keys and queries serve all heads. After
@@ -93,11 +93,11 @@ class RunningSummary(nn.Module):
         if cache is not None:
             cache.summary[self.layer] = state.clone()  # not the states of all chunks
         answer = F.rms_norm(answer, answer.shape[-1:], eps=self.eps).flatten(2)
-        return x + self.output(answer.to(x.dtype) * F.silu(gate))
+        return self.output(answer.to(x.dtype) * F.silu(gate))
 
 
 class GlobalLocalAttention(nn.Module):
-    """Per token, a gate between the local branch (convolutions) and the global one (router, of the summary)."""
+    """Per token, a gate between the local branch (convolutions) and the global one (router, and summary)."""
 
     def __init__(self, config: GlobalLocalConfig, layer: int) -> None:
         super().__init__()
@@ -113,8 +113,12 @@ class GlobalLocalAttention(nn.Module):
         """x [B, S, h] → output [B, S, h], diversity loss, pool usage [N], mean gate."""
         local = self.dropout(self.local(x, mask, cache))
         folds = None if cache is None else cache.folds
-        query = x if self.summary is None else self.summary(x, mask, cache)
-        routed, diversity, usage = self.router(query, pool, mask, folds)
+        if self.summary is None:
+            routed, diversity, usage = self.router(x, pool, mask, folds)
+        else:
+            answer = self.summary(x, mask, cache)
+            routed, diversity, usage = self.router(x + answer, pool, mask, folds)
+            routed = routed + answer
         gate = torch.sigmoid(self.gate(x))
         mean_gate = at_least_float32(gate.detach()).mean()
         return self.dropout(torch.lerp(routed, local, gate)), diversity, usage, mean_gate

@@ -77,7 +77,7 @@ def router(weights: Weights, config: GlobalLocalConfig, x: Tensor, pool: Tensor,
 
 
 def running_summary(weights: Weights, config: GlobalLocalConfig, x: Tensor, mask: Tensor) -> Tensor:
-    """x + output(RMSNorm(query[t] · state[t]) · SiLU(gate[t])), one position after another.
+    """output(RMSNorm(query[t] · state[t]) · SiLU(gate[t])), one position after another.
 
     state[t] = a[t] · state[t − 1] + (1 − a[t]) · key[t] ⊗ value[t], [B, heads, key size, head width].
     """
@@ -91,18 +91,19 @@ def running_summary(weights: Weights, config: GlobalLocalConfig, x: Tensor, mask
         answers.append(torch.einsum("bd,bhdp->bhp", query[:, t], state))
     answer = torch.stack(answers, dim=1)
     answer = answer * torch.rsqrt(answer.square().mean(dim=-1, keepdim=True) + config.layer_norm_eps)
-    return x + linear(part(weights, "output"), answer.flatten(2) * F.silu(gate))
+    return linear(part(weights, "output"), answer.flatten(2) * F.silu(gate))
 
 
 def attention(
     weights: Weights, config: GlobalLocalConfig, layer: int, x: Tensor, pool: Tensor, mask: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """gate · local + (1 − gate) · global, and the diversity loss."""
+    """gate · local + (1 − gate) · global, and the diversity loss. With a summary, global is router(x + s) + s."""
     local = local_branch(part(weights, "local"), config, layer, x, mask)
-    query = x
+    answer = torch.zeros_like(x)
     if config.router_context == "summary":
-        query = running_summary(part(weights, "summary"), config, x, mask)
-    routed, diversity = router(part(weights, "router"), config, query, pool, mask)
+        answer = running_summary(part(weights, "summary"), config, x, mask)
+    routed, diversity = router(part(weights, "router"), config, x + answer, pool, mask)
+    routed = routed + answer
     gate = torch.sigmoid(linear(part(weights, "gate"), x))
     return gate * local + (1 - gate) * routed, diversity
 
