@@ -347,13 +347,13 @@ class _VocabularyLoss(Function):
             if not any(need):
                 continue
             error.scatter_add_(1, goal, torch.full_like(valid, -1.0))  # softmax − one-hot
-            if need[2]:
+            if grad_bias is not None:
                 grad_bias += torch.mv(error.T, valid.squeeze(1))
             if part.dtype != wide:
                 error = logits.copy_(error)
-            if need[0]:
+            if grad_hidden is not None:
                 torch.mm(error, weight, out=grad_hidden[start : start + block]).mul_(valid)
-            if need[1]:  # where nothing counts, the input is as good as absent
+            if grad_weight is not None:  # where nothing counts, the input is as good as absent
                 grad_weight += error.T @ (part * valid.to(part.dtype))
         ctx.save_for_backward(grad_hidden, grad_weight, grad_bias)
         ctx.dtypes = (hidden.dtype, weight.dtype, bias.dtype)

@@ -1,7 +1,7 @@
 """`make bench`: run every bench_*.py here, each in a process of its own, and write docs/benchmarks.md.
 
-Arguments: names of benchmarks (`reading`); all but the hour-long `quality` when absent. The sections of the others
-stay as they were.
+Arguments: names of benchmarks (`reading`); without, all but `quality`, which takes hours, and `gpu`. The sections of
+the others stay as they were.
 """
 
 import datetime
@@ -23,7 +23,7 @@ HEAD = """# Benchmarks
 Written by `make bench`. Each figure compares things measured side by side in one run; absolute speeds are those of the
 machine named above each table, and only the ratios travel.
 """
-ONLY_WHEN_NAMED = {"quality"}  # an hour
+ONLY_WHEN_NAMED = {"quality", "gpu"}  # an hour; a GPU
 PACKAGES = ("torch", "transformers", "sentencepiece", "webdataset", "numpy")
 
 
@@ -55,12 +55,14 @@ def write(name: str, result: dict[str, Any], targets: dict[str, str]) -> None:
     """Put the section of one benchmark into the page, in place of its older one.
 
     Args:
+        result: figures; under `machine`, where they were measured, if not here.
         targets: by the dotted path of a figure in `result`.
     """
     page = PAGE.read_text() if PAGE.exists() else HEAD
     sections = dict(re.findall(r"^## (\w+)\n(.*?)(?=^## |\Z)", page, re.M | re.S))
+    where = result.pop("machine", None) or machine()
     rows = "\n".join(f"| {shown(path)} | {value} | {targets.get(path, '')} |" for path, value in flat(result))
-    sections[name] = f"\n{machine()}\n\n| figure | value | target |\n|---|---|---|\n{rows}\n\n"
+    sections[name] = f"\n{where}\n\n| figure | value | target |\n|---|---|---|\n{rows}\n\n"
     body = "\n".join(f"## {key}\n{text.rstrip()}\n" for key, text in sorted(sections.items()))
     PAGE.write_text(f"{HEAD}\n{body}")
 

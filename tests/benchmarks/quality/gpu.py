@@ -22,7 +22,8 @@ def run(sizes: list[Size] | None = None) -> dict[str, Any]:
         running: dict[str, subprocess.Popen] = {}
         while waiting or running:
             while waiting and len(running) < AT_A_TIME:
-                running[waiting[0].name] = begin(waiting.pop(0))
+                item = waiting.pop(0)
+                running[item.name] = begin(item)
             time.sleep(0.2)
             for name in [name for name, process in running.items() if process.poll() is not None]:
                 if code := running.pop(name).returncode:

@@ -1,5 +1,7 @@
 """docs/quality.md and its pictures, from the finished runs alone."""
 
+import datetime
+import re
 from typing import Any
 
 import numpy as np
@@ -16,21 +18,22 @@ AXES = {"tokens": "tokens", "FLOPs": "FLOPs", "seconds": "seconds"}
 
 HEAD = """# GlobalLocal against a GPT
 
-Written by `make bench ARGS="quality"`, from runs in `.cache/quality` (what is missing is trained first).
+Written by `make bench ARGS="quality"`, from runs in `.cache/quality` (what is missing is trained first; sizes C and C4
+only where there is a GPU, and sections without runs there stay as they were).
 
 Both models read the same English Wikipedia (2019) through the same byte-pair tokenizer of 8,192 pieces, the same
 batches in the same order, under the same AdamW (0.9, 0.95; weight decay 0.1 on matrices; clipping at 1), the same
-warm-up and cosine, in float32. The GPT is the Llama of `transformers`: RMS norm in front, rotary positions, SwiGLU,
-SDPA, tied embeddings; residual projections scaled by depth; begun both with the usual deviation 0.02 and with
-1/√fan_in, the better of which counts; its loss runs through the same chunked kernel as GlobalLocal's. Sizes are
-matched in FLOPs a token. Each has the best of its own learning rates, found at size A.
+warm-up and cosine, in float32, on a GPU in bfloat16 with float32 weights for the optimizer. The GPT is the Llama of
+`transformers`: RMS norm in front, rotary positions, SwiGLU, SDPA, tied embeddings; residual projections scaled by
+depth; begun both with the usual deviation 0.02 and with 1/√fan_in, the better of which counts (at size C the former);
+its loss runs through the same chunked kernel as GlobalLocal's. Sizes are matched in FLOPs a token. Each has the best of
+its own learning rates: of a sweep of its own at sizes A and C, the others take those.
 
-Seconds are those of the processor in a training step of both models, taken in turns in one process, times the number of
-steps: curves over steps do not depend on what else the machine does, and so neither do these.
+On a CPU, seconds are those of the processor in a training step of both models, taken in turns in one process, times the
+number of steps: curves over steps do not depend on what else the machine does, and so neither do these.
 
-**What it does not say.** The budgets are those of two CPU cores: some 10^5 tokens, the very beginning of a training. A
-model that learns the nearest neighbours fast is ahead there; whether it stays ahead after 10^9 tokens, where attention
-has learnt to use its context, has not been measured.
+**What it does not say.** The budgets are those of two CPU cores, some 10^5 tokens, and at size C of minutes on one GPU,
+10^7 tokens: the beginning of a training. Whether the order stays the same after 10^9 has not been measured.
 """
 
 
@@ -41,18 +44,24 @@ def write(results: dict[str, dict[str, Any]], speeds: dict[str, dict[str, float]
         results: of every finished run, by its name.
         speeds: size → contender → CPU seconds a step, measured side by side.
     """
-    parts, headline = [HEAD, f"{machine()}.\n"], {}
+    sections, headline = standing_sections(), {}
     for size in SIZES.values():
         runs = {name: [r for r in seeds if r.name in results] for name, seeds in finals(size).items()}
         if all(runs.get(name) for name in NAMES) and size.name in speeds:
-            text, figures = comparison(size, runs, results, speeds[size.name])
+            sections[f"Size {size.name}"], headline[f"size_{size.name}"] = comparison(
+                size, runs, results, speeds[size.name]
+            )
             draw(size, runs, results, speeds[size.name])
-            parts.append(text)
-            headline[f"size_{size.name}"] = figures
-    for size in SIZES.values():
-        parts += [learning_rates(size, results), ablation_table(size, results)]
-    PAGE.write_text("\n".join(part for part in parts if part))
+        sections |= learning_rates(size, results) | ablation_table(size, results)
+    body = "\n".join(f"## {title}\n\n{text.strip()}\n" for title, text in sections.items())
+    PAGE.write_text(f"{HEAD}\n{body}")
     return headline
+
+
+def standing_sections() -> dict[str, str]:
+    """Title → text of the page as it is."""
+    page = PAGE.read_text() if PAGE.exists() else ""
+    return dict(re.findall(r"^## ([^\n]+)\n(.*?)(?=^## |\Z)", page, re.M | re.S))
 
 
 # ---- the comparison
@@ -89,7 +98,7 @@ def comparison(
     first = {name: results[seeds[0].name] for name, seeds in runs.items()}
     tokens = size.steps * size.batch_size * size.sequence_length
     lines = [
-        f"## Size {size.name}",
+        f"{datetime.date.today()}, {first['gpt'].get('machine') or machine()}.",
         "",
         f"{size.steps} steps of {size.batch_size} × {size.sequence_length} tokens, {tokens:,} in all; seeds "
         f"{', '.join(str(r.seed) for r in runs['globallocal'])} (weights and data order).",
@@ -124,10 +133,12 @@ def comparison(
             {n: _spread(_all(runs[n], results, "test", "word_perplexity"), 0) for n in first},
         )
         row("… a token", {n: _spread(_all(runs[n], results, "test", "token_perplexity"), 1) for n in first})
-    difference = means["gpt"] - means["globallocal"]
-    verdict = f"{abs(difference):.3f} {'below' if difference > 0 else 'ABOVE'} the GPT's"
-    lines += ["", f"At equal time GlobalLocal's loss is {verdict}."]
-    return "\n".join(lines) + "\n", figures
+    for axis in ("FLOPs", "seconds"):
+        means = figures[f"loss_at_equal_{axis}"]
+        difference = means["gpt"] - means["globallocal"]
+        side = "below" if difference > 0 else "ABOVE"
+        lines += ["", f"At equal {AXES[axis]} GlobalLocal's loss is {abs(difference):.3f} {side} the GPT's."]
+    return "\n".join(lines), figures
 
 
 def _shape(run: Run) -> str:
@@ -173,33 +184,29 @@ def draw(size: Size, runs: dict[str, list[Run]], results: dict[str, Any], speed:
 # ---- sweep and ablations
 
 
-def learning_rates(size: Size, results: dict[str, Any]) -> str:
+def learning_rates(size: Size, results: dict[str, Any]) -> dict[str, str]:
     losses = {
         label: [f"{results[r.name]['valid']['loss']:.3f}" if r.name in results else "–" for r in runs]
         for label, runs in sweep(size).items()
     }
     if all(cell == "–" for cells in losses.values() for cell in cells):
-        return ""
+        return {}
     lines = [
-        f"## Learning rates, size {size.name}, seed 0",
-        "",
         "| | " + " | ".join(f"{rate:g}" for rate in size.learning_rates) + " |",
         "|---" * (len(size.learning_rates) + 1) + "|",
     ]
     titles = {"globallocal": "GlobalLocal", "gpt": "GPT, deviation 0.02", "gpt-fan-in": "GPT, deviation 1/√fan_in"}
     lines += [f"| {titles[label]} | {' | '.join(cells)} |" for label, cells in losses.items()]
-    return "\n".join(lines) + "\n"
+    return {f"Learning rates, size {size.name}, seed 0": "\n".join(lines)}
 
 
-def ablation_table(size: Size, results: dict[str, Any]) -> str:
+def ablation_table(size: Size, results: dict[str, Any]) -> dict[str, str]:
     done = {title: results[run.name] for title, run in ablations(size).items() if run.name in results}
     if not done:
-        return ""
+        return {}
     seeds = [r for r in finals(size)["globallocal"] if r.name in results]
     values = _all(seeds, results, "valid", "loss")
     lines = [
-        f"## Ablations, size {size.name}, seed 0, equal steps",
-        "",
         f"Two seeds of one setting differ by {max(values) - min(values):.3f}: a smaller difference says nothing.",
         "",
         "| what is changed | held-out loss | against the default | FLOPs a token | parameters |",
@@ -212,7 +219,7 @@ def ablation_table(size: Size, results: dict[str, Any]) -> str:
             f"| {title} | {loss:.3f} | {loss - default['valid']['loss']:+.3f} "
             f"| {result['flops_per_token'] / default['flops_per_token']:.2f} × | {result['parameters'] / 1e6:.2f} M |"
         )
-    return "\n".join(lines) + "\n"
+    return {f"Ablations, size {size.name}, seed 0, equal steps": "\n".join(lines)}
 
 
 def finished() -> dict[str, dict[str, Any]]:

@@ -71,7 +71,7 @@ SIZES: dict[str, Size] = {
     "C": Size(
         "C",
         globallocal(512, 4, _WIDENING) | {"pool_size": 4096, "pool_dim": 256, "router_hidden_size": 128},
-        gpt(512, 7, 64), 1024, 16, 680, (1e-3, 2e-3, 4e-3), on_gpu=True,
+        gpt(512, 7, 64), 1024, 16, 680, (5e-4, 1e-3, 2e-3), on_gpu=True,
     ),
 }  # fmt: skip
 SIZES["A4"] = replace(SIZES["A"], name="A4", steps=4 * SIZES["A"].steps, learning_rates=())

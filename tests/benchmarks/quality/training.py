@@ -85,6 +85,7 @@ def train(run: Run, dataset: Dataset) -> dict[str, Any]:
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
         "flops_per_token": model.flops_per_token(run.sequence_length),
         "seconds_under_load": time.perf_counter() - start,
+        "machine": f"{torch.cuda.get_device_name()}, torch {torch.__version__}" if DEVICE.type == "cuda" else "",
     }
     torch.save(model.state_dict(), run.weights)
     run.path.write_text(json.dumps(result))
