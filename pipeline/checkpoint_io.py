@@ -260,7 +260,7 @@ def _rng_name(rank: int) -> str:
 
 
 @torch.no_grad()
-def logit_fingerprint(engine: Any, vocab_size: int, length_tokens: int = 32) -> dict[str, Any]:
+def logit_fingerprint(engine: Any, vocab_size: int, length_tokens: int = 16) -> dict[str, Any]:
     """Logits on a fixed probe: their sha256, and the last token's first 64 in fp32 for a distance."""
     probe = (torch.arange(length_tokens) * 7919 % vocab_size).unsqueeze(0)
     training = engine.training

@@ -19,7 +19,7 @@ import torch
 from data_prep.manifest import Dataset
 from pipeline.optim import parameter_groups
 from tests.benchmarks.quality import page
-from tests.benchmarks.quality.plan import SIZES, Size, ablations, finals, sweep
+from tests.benchmarks.quality.plan import SIZES, Size, ablations, finals, sweep, widths
 from tests.benchmarks.quality.text import CACHE, VOCAB_SIZE, dataset
 from tests.benchmarks.quality.training import DEVICE, Run, held_out, rounded_copy, say, train, train_step
 
@@ -44,6 +44,7 @@ def stages(sizes: list[Size]) -> list[Callable[[], list[Run]]]:
         lambda: [item for size in sizes for runs in sweep(size).values() for item in runs],
         lambda: [item for size in sizes for seeds in finals(size).values() for item in seeds],
         lambda: [item for size in sizes for item in ablations(size).values()],
+        lambda: [item for runs in widths().values() for item in runs if SIZES["A"] in sizes],
     ]
 
 

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from deepspeed.runtime.checkpoint_engine import TorchCheckpointEngine
 
-from launch.memory import LiveBytes, measure, rank_memory
+from launch.estimate import Machine, estimate
 from pipeline import checkpoint, checkpoint_io
 from pipeline.build import build
 from pipeline.config import RunConfig, load_config
@@ -24,6 +24,8 @@ from pipeline.saver import Saved
 from pipeline.stop import StopRequest
 from pipeline.trainer import Trainer
 from pipeline.watch import Watch
+from tests.launch.memory_ranks import peak_of_training
+from tests.launch.test_memory import MODEL
 from tests.pipeline.ranks import Run, tiny_overrides
 
 TURNS = 3
@@ -47,7 +49,7 @@ USUAL = [
 
 def main(folder: Path, what: str) -> None:
     world, stop = start(), StopRequest()
-    figures = costs(folder, world, stop) if what == "costs" else memory(folder, world, stop)
+    figures = costs(folder, world, stop) if what == "costs" else memory(folder, world)
     if world.is_main:
         (folder / f"{what}.json").write_text(json.dumps(figures))
     shutdown()
@@ -225,29 +227,22 @@ def whole_trainer(trainer: Trainer) -> None:
         trainer.train()
 
 
-def memory(folder: Path, world: World, stop: StopRequest) -> dict[str, float]:
-    """Peak bytes of all tensors of this rank over two steps, building included, over the theory, by stage."""
+def memory(folder: Path, world: World) -> dict[str, float]:
+    """Most bytes of tensors that a rank holds in a training step over the forecast, by stage (as in test_memory.py)."""
     found = {}
     for stage in range(4):
-        zero = {"stage": stage, "reduce_bucket_size": 500_000, "allgather_bucket_size": 500_000}
+        zero = {"stage": stage, "reduce_bucket_size": 300_000, "allgather_bucket_size": 300_000}
         if stage == 3:
             zero |= {"stage3_prefetch_bucket_size": 100_000, "stage3_param_persistence_threshold": 1_000}
         path = folder / f"zero{stage}.json"
         if world.is_main:
             path.write_text(json.dumps({"zero_optimization": zero}))
         world.barrier()
-        name = f"memory-{world.size}-{stage}"
-        overrides = [f"deepspeed.config={path}", *USUAL[:-3], "tracking.enabled=false"]
-        config = settings(folder, name, *overrides, "training.micro_batch_size=1")
-        with LiveBytes() as live:
-            trainer = build(config, world, stop, Clock())
-            trainer.train_step()
-            trainer.train_step()
-        size = measure(trainer.engine.module.config, 1, config.data.sequence_length, "fp32")
-        theory = rank_memory(size, stage, world.size, "fp32", zero, cpu=True).total
-        found[f"stage {stage}"] = world.agree({"peak": live.peak})["peak"] / theory
-        trainer.batches.close()  # type: ignore[attr-defined]
-        trainer.engine.destroy()
+        overrides = [*MODEL, f"deepspeed.config={path}"]
+        peak = peak_of_training(overrides, world)
+        config = load_config("launch/runs/quickstart.yaml", overrides)
+        forecast = estimate(config, Machine(ranks=world.size, cpu=True)).memory[stage].total
+        found[f"stage {stage}"] = peak / forecast
     return found
 
 

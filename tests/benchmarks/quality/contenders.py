@@ -17,8 +17,9 @@ from tests.benchmarks.quality.text import VOCAB_SIZE
 class Contender:
     """What is trained: `kind` is "globallocal" or "gpt".
 
-    `variant` is for ablations that no user needs: of the pool, "trained" or "zero" (nothing to mix); of the GPT,
-    "fan_in" (matrices begin with deviation 1/√fan_in, as GlobalLocal's do, and not with 0.02).
+    `variant` is for ablations that no user needs: of the pool, "trained" or "zero" (nothing to mix); "bfloat16" for
+    the passes on a CPU; of the GPT, "fan_in" (matrices begin with deviation 1/√fan_in, as GlobalLocal's do, and not
+    with 0.02).
     """
 
     kind: str

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from tests.benchmarks.__main__ import machine
-from tests.benchmarks.quality.plan import SIZES, Size, ablations, chosen, finals, sweep
+from tests.benchmarks.quality.plan import SIZES, Size, ablations, chosen, finals, sweep, widths
 from tests.benchmarks.quality.text import CACHE
 from tests.benchmarks.quality.training import Run
 from tests.conftest import ROOT
@@ -53,6 +53,7 @@ def write(results: dict[str, dict[str, Any]], speeds: dict[str, dict[str, float]
             )
             draw(size, runs, results, speeds[size.name])
         sections |= learning_rates(size, results) | ablation_table(size, results)
+    sections |= width_transfer(results)
     body = "\n".join(f"## {title}\n\n{text.strip()}\n" for title, text in sections.items())
     PAGE.write_text(f"{HEAD}\n{body}")
     return headline
@@ -164,14 +165,15 @@ def draw(size: Size, runs: dict[str, list[Run]], results: dict[str, Any], speed:
     mpl.rcParams["svg.hashsalt"] = "quality"
     import matplotlib.pyplot as plt
 
+    shown = {f"{NAMES[name]}, seed {run.seed}": (name, run) for name in NAMES for run in runs[name]}
+    rounded = [run for run in ablations(size).values() if run.contender.variant == "bfloat16" and run.name in results]
+    shown |= {"GlobalLocal in bfloat16, seed 0": ("globallocal", run) for run in rounded}
     figure, panels = plt.subplots(1, 3, figsize=(12, 3.6), sharey=True)
     for panel, (axis, title) in zip(panels, AXES.items(), strict=True):
-        for name, colour in (("globallocal", "tab:blue"), ("gpt", "tab:orange")):
-            for run in runs[name]:
-                result = results[run.name]
-                style = "-" if run.seed == 0 else "--"
-                label = f"{NAMES[name]}, seed {run.seed}"
-                panel.plot(axes(run, result, speed[name])[axis], losses(result), style, color=colour, label=label)
+        for label, (name, run) in shown.items():
+            result, colour = results[run.name], {"globallocal": "tab:blue", "gpt": "tab:orange"}[name]
+            style = ":" if "bfloat16" in label else "-" if run.seed == 0 else "--"
+            panel.plot(axes(run, result, speed[name])[axis], losses(result), style, color=colour, label=label)
         panel.set_xlabel(title)
         panel.grid(alpha=0.3)
     panels[0].set_ylabel("held-out loss, nats a token")
@@ -222,6 +224,51 @@ def ablation_table(size: Size, results: dict[str, Any]) -> dict[str, str]:
     return {f"Ablations, size {size.name}, seed 0, equal steps": "\n".join(lines)}
 
 
+def width_transfer(results: dict[str, Any]) -> dict[str, str]:
+    """Whether one learning rate serves several widths: a table, and the curves as a picture."""
+    losses = {
+        width: {r.learning_rate: results[r.name]["valid"]["loss"] for r in runs if r.name in results}
+        for width, runs in widths().items()
+    }
+    rates = SIZES["A"].learning_rates
+    if any(len(found) < len(rates) for found in losses.values()):
+        return {}
+    draw_widths(losses)
+    lines = [
+        "Size A's GlobalLocal at three widths, seed 0, 300 steps each; nothing in initialisation or optimizer depends on "
+        "the width but the deviation 1/√fan_in.",
+        "",
+        "![Held-out loss against the learning rate, by width](quality-widths.svg)",
+        "",
+        "| width | " + " | ".join(f"{rate:g}" for rate in rates) + " | best |",
+        "|---" * (len(rates) + 2) + "|",
+    ]
+    for width, found in losses.items():
+        cells = " | ".join(f"{found[rate]:.3f}" for rate in rates)
+        lines.append(f"| {width} | {cells} | {min(found, key=lambda rate: found[rate]):g} |")
+    return {"Learning rate and width": "\n".join(lines)}
+
+
+def draw_widths(losses: dict[int, dict[float, float]]) -> None:
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    mpl.rcParams["svg.hashsalt"] = "quality"
+    import matplotlib.pyplot as plt
+
+    figure, panel = plt.subplots(figsize=(5, 3.6))
+    for width, found in losses.items():
+        panel.plot(list(found), list(found.values()), "o-", label=f"width {width}")
+    panel.set_xscale("log", base=2)
+    panel.set_xlabel("learning rate")
+    panel.set_ylabel("held-out loss, nats a token")
+    panel.grid(alpha=0.3)
+    panel.legend(fontsize=8)
+    figure.tight_layout()
+    figure.savefig(ROOT / "docs" / "quality-widths.svg", metadata={"Date": None})
+    plt.close(figure)
+
+
 def finished() -> dict[str, dict[str, Any]]:
     """Results of this plan's runs, by name."""
     import json
@@ -229,6 +276,7 @@ def finished() -> dict[str, dict[str, Any]]:
     wanted = [run for size in SIZES.values() for runs in sweep(size).values() for run in runs]
     wanted += [run for size in SIZES.values() for seeds in finals(size).values() for run in seeds]
     wanted += [run for size in SIZES.values() for run in ablations(size).values()]
+    wanted += [run for runs in widths().values() for run in runs]
     results = {run.name: result for run in wanted if (result := run.result())}
     for name, result in results.items():
         test = CACHE / f"{name}.test.json"

@@ -92,6 +92,7 @@ ABLATIONS: dict[str, dict[str, tuple[dict[str, Any], str]]] = {
         "pool of 256 rows": ({"pool_size": 256}, ""),
         "pool of 4,096 rows": ({"pool_size": 4096}, ""),
         "one row a token instead of two": ({"router_top_k": 1}, ""),
+        "bfloat16 for the passes": ({}, "bfloat16"),
     },
     "C": {
         "no running summary: the router reads its token alone": ({"router_context": "token"}, ""),
@@ -150,3 +151,14 @@ def ablations(size: Size) -> dict[str, Run]:
         title: size.run(f"ablation{number}", Contender("globallocal", size.globallocal | settings, variant), rate)
         for number, (title, (settings, variant)) in enumerate(ABLATIONS.get(size.name, {}).items())
     }
+
+
+def widths() -> dict[int, list[Run]]:
+    """Width → size A's GlobalLocal at that width, at every learning rate of A's sweep."""
+    size = SIZES["A"]
+    contenders = {width: Contender("globallocal", globallocal(width, 2, [[1, 2], [4, 8]])) for width in (64, 256)}
+    runs = {
+        width: [size.run(f"width{width}", contender, rate) for rate in size.learning_rates]
+        for width, contender in contenders.items()
+    }
+    return dict(sorted((runs | {size.globallocal["hidden_size"]: sweep(size)["globallocal"]}).items()))

@@ -64,7 +64,8 @@ def train(run: Run, dataset: Dataset) -> dict[str, Any]:
         return done
     torch.manual_seed(run.seed)
     model = run.contender.build(run.sequence_length).train().to(DEVICE)
-    passes = model if DEVICE.type == "cpu" else rounded_copy(model)
+    rounded = DEVICE.type == "cuda" or run.contender.variant == "bfloat16"
+    passes = rounded_copy(model) if rounded else model
     settings = OptimizerSection(learning_rate=run.learning_rate, warmup_steps=round(run.steps * WARMUP_SHARE))
     optimizer = build_optimizer(parameter_groups(model, settings.weight_decay), settings, offload=False)
     source = SampleSource(dataset, "train", run.sequence_length, run.seed)
