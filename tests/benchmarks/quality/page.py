@@ -167,7 +167,7 @@ def draw(size: Size, runs: dict[str, list[Run]], results: dict[str, Any], speed:
 
     shown = {f"{NAMES[name]}, seed {run.seed}": (name, run) for name in NAMES for run in runs[name]}
     rounded = [run for run in ablations(size).values() if run.contender.variant == "bfloat16" and run.name in results]
-    shown |= {"GlobalLocal in bfloat16, seed 0": ("globallocal", run) for run in rounded}
+    shown |= {f"GlobalLocal in bfloat16, seed {run.seed}": ("globallocal", run) for run in rounded}
     figure, panels = plt.subplots(1, 3, figsize=(12, 3.6), sharey=True)
     for panel, (axis, title) in zip(panels, AXES.items(), strict=True):
         for label, (name, run) in shown.items():
@@ -235,8 +235,8 @@ def width_transfer(results: dict[str, Any]) -> dict[str, str]:
         return {}
     draw_widths(losses)
     lines = [
-        "Size A's GlobalLocal at three widths, seed 0, 300 steps each; nothing in initialisation or optimizer depends on "
-        "the width but the deviation 1/√fan_in.",
+        "Size A's GlobalLocal at three widths, seed 0, 300 steps each; nothing in initialisation or optimizer depends "
+        "on the width but the deviation 1/√fan_in.",
         "",
         "![Held-out loss against the learning rate, by width](quality-widths.svg)",
         "",
