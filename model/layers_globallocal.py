@@ -14,7 +14,7 @@ class GlobalLocalCache:
 
     Attributes:
         history: per layer [B, (K − 1) · max dilation, h], zeros in front of the first token.
-        summary: per layer [B, heads, key size, head width], the state of the running summary.
+        summary: per layer [B, key size, heads, head width], the state of the running summary.
         folds: per router, filled at the first call; valid as long as the weights do not change.
     """
 

@@ -289,10 +289,10 @@ def decayed_attention(
         query, key: [B, S, d], for all heads.
         value: [B, S, H, p].
         log_keep: [B, S, H], logarithms of the shares kept, at most 0; float32 or wider.
-        state: [B, H, d, p] before the first position, or None for zeros.
+        state: [B, d, H, p] before the first position, or None for zeros.
 
     Returns:
-        Answers [B, S, H, p], and the last state [B, H, d, p], both in the dtype of `log_keep`.
+        Answers [B, S, H, p], and the last state [B, d, H, p], both in the dtype of `log_keep`.
     """
     wide, length = log_keep.dtype, query.shape[1]
     size = min(SUMMARY_CHUNK, length)
@@ -300,26 +300,27 @@ def decayed_attention(
     if missing:  # steps that change nothing
         query, key, log_keep = (F.pad(x, (0, 0, 0, missing)) for x in (query, key, log_keep))
         value = F.pad(value, (0, 0, 0, 0, 0, missing))
-    query, key = (x.unflatten(1, (-1, size)) for x in (query, key))  # [B, n, C, d]
-    value = value.unflatten(1, (-1, size)).transpose(2, 3)  # [B, n, H, C, p]
-    passed = log_keep.unflatten(1, (-1, size)).transpose(2, 3).cumsum(dim=-1)  # [B, n, H, C], from the chunk's start
+    query, key, value = (x.unflatten(1, (-1, size)) for x in (query, key, value))  # [B, n, C, d or H, p]
+    passed = log_keep.unflatten(1, (-1, size)).cumsum(dim=2)  # [B, n, C, H], from the chunk's start
 
+    by_head = passed.transpose(2, 3)
     later = torch.ones(size, size, dtype=torch.bool, device=query.device).triu(1)
-    decay = (passed.unsqueeze(-1) - passed.unsqueeze(-2)).masked_fill(later, float("-inf")).exp()
+    decay = (by_head.unsqueeze(-1) - by_head.unsqueeze(-2)).masked_fill(later, float("-inf")).exp()
     scores = (query @ key.transpose(2, 3)).unsqueeze(2) * decay  # [B, n, H, C, C]
-    inside = scores.to(value.dtype) @ value
+    inside = (scores.to(value.dtype) @ value.transpose(2, 3)).transpose(2, 3)
 
-    until_end = (passed[..., -1:] - passed).exp().unsqueeze(-1)  # [B, n, H, C, 1]
-    added = key.unsqueeze(2).transpose(3, 4).to(wide) @ (value * until_end)  # [B, n, H, d, p]
-    kept = passed[..., -1, None, None].exp()  # of the state, by a whole chunk
+    # Keys and queries are of all heads, so that one product serves them all: [d, C] · [C, H · p].
+    until_end = (passed[:, :, -1:] - passed).exp().unsqueeze(-1)
+    added = (key.transpose(2, 3).to(wide) @ (value * until_end).flatten(3)).unflatten(-1, value.shape[3:])
+    kept = passed[:, :, -1, None, :, None].exp()  # of the state, by a whole chunk: [B, n, 1, H, 1]
     if state is not None:
         added = torch.cat([torch.addcmul(added[:, :1], kept[:, :1], state.unsqueeze(1)), added[:, 1:]], dim=1)
-    shape = added.shape
-    states = linear_recurrence(kept.expand(shape).flatten(2), added.flatten(2)).view(shape)
+    states = linear_recurrence(kept.expand_as(added).flatten(2), added.flatten(2)).view_as(added)
     first = torch.zeros_like(states[:, :1]) if state is None else state.unsqueeze(1).to(wide)
     before = torch.cat([first, states[:, :-1]], dim=1)
-    answer = inside + (query.unsqueeze(2).to(wide) @ before) * passed.exp().unsqueeze(-1)
-    return answer.transpose(2, 3).flatten(1, 2)[:, :length], states[:, -1]
+    asked = (query.to(wide) @ before.flatten(3)).unflatten(-1, value.shape[3:])
+    answer = inside + asked * passed.exp().unsqueeze(-1)
+    return answer.flatten(1, 2)[:, :length], states[:, -1]
 
 
 class _VocabularyLoss(Function):
