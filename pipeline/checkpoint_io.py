@@ -259,13 +259,17 @@ def _rng_name(rank: int) -> str:
     return f"rng-rank-{rank:05d}.pt"
 
 
+def probe_ids(vocab_size: int) -> torch.Tensor:
+    """The fixed probe whose logits are a model's fingerprint: int64 [1, 16]."""
+    return (torch.arange(16) * 7919 % vocab_size).unsqueeze(0)
+
+
 @torch.no_grad()
-def logit_fingerprint(engine: Any, vocab_size: int, length_tokens: int = 16) -> dict[str, Any]:
-    """Logits on a fixed probe: their sha256, and the last token's first 64 in fp32 for a distance."""
-    probe = (torch.arange(length_tokens) * 7919 % vocab_size).unsqueeze(0)
+def logit_fingerprint(engine: Any, vocab_size: int) -> dict[str, Any]:
+    """Logits on the probe: their sha256, and the last token's first 64 in fp32 for a distance."""
     training = engine.training
     engine.eval()
-    logits = engine(input_ids=probe.to(engine.device)).logits.float().cpu().contiguous()
+    logits = engine(input_ids=probe_ids(vocab_size).to(engine.device)).logits.float().cpu().contiguous()
     engine.train(training)
     return {
         "sha256": hashlib.sha256(logits.numpy().tobytes()).hexdigest(),
