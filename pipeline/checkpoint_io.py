@@ -10,6 +10,7 @@ import random
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from enum import Enum
 from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -104,6 +105,7 @@ class DeferringCheckpointEngine(CheckpointEngine):
         pass
 
     def save(self, state_dict: Any, path: str) -> None:
+        state_dict = _without_enums(state_dict)
         if "ds_config" in state_dict:
             state_dict = {**state_dict, "ds_config": redact(state_dict["ds_config"])}
         try:
@@ -125,10 +127,20 @@ class DeferringCheckpointEngine(CheckpointEngine):
 def safe_globals() -> list[Any]:
     """The classes, besides tensors, that DeepSpeed's own files hold."""
     from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
-    from deepspeed.runtime.zero.config import ZeroStageEnum
     from deepspeed.utils.tensor_fragment import fragment_address
 
-    return [LossScaler, DynamicLossScaler, ZeroStageEnum, fragment_address]
+    return [LossScaler, DynamicLossScaler, fragment_address]
+
+
+def _without_enums(value: Any) -> Any:
+    """Members of enumerations by their values: Python 3.11.0 to 3.11.3 pickles them as calls of `getattr`."""
+    if isinstance(value, Enum):
+        return value.value
+    if type(value) is dict:
+        return {key: _without_enums(item) for key, item in value.items()}
+    if type(value) in (list, tuple):
+        return type(value)(map(_without_enums, value))
+    return value
 
 
 def collect(engine: Any, building: Path, name: str, rank: int) -> tuple[dict[str, Any], list[str]]:

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from deepspeed.runtime.zero.config import ZeroStageEnum
 
 from data_prep.errors import UserError
 from pipeline import checkpoint, checkpoint_io
@@ -129,6 +130,16 @@ def test_a_pickle_that_is_not_ours_is_not_run(tmp_path: Path) -> None:
     with pytest.raises(Exception, match="Weights only load failed"):
         checkpoint_io.DeferringCheckpointEngine().load(str(tmp_path / "bad.pt"))
     assert not (tmp_path / "owned").exists()
+
+
+def test_files_hold_no_members_of_enumerations(tmp_path: Path) -> None:
+    """Some versions of Python 3.11 pickle them as calls of `getattr`, which nothing safe may load."""
+    engine = checkpoint_io.DeferringCheckpointEngine()
+    engine.save({"optimizer": {"stages": [ZeroStageEnum.gradients], "w": torch.ones(2)}}, str(tmp_path / "a.pt"))
+    saved = engine.files["a.pt"]["optimizer"]
+    assert type(saved["stages"][0]) is int
+    assert saved["stages"] == [2]
+    assert torch.equal(saved["w"], torch.ones(2))
 
 
 def test_an_unknown_field_in_state_json_is_refused(root: Path) -> None:
