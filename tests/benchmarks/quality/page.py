@@ -1,6 +1,5 @@
 """docs/quality.md and its pictures, from the finished runs alone."""
 
-import datetime
 import re
 from typing import Any
 
@@ -54,6 +53,9 @@ def write(results: dict[str, dict[str, Any]], speeds: dict[str, dict[str, float]
             draw(size, runs, results, speeds[size.name])
         sections |= learning_rates(size, results) | ablation_table(size, results)
     sections |= width_transfer(results)
+    kinds = ("Size {}", "Learning rates, size {}, seed 0", "Ablations, size {}, seed 0, equal steps")
+    order = [kind.format(name) for name in SIZES for kind in kinds]
+    sections = {title: sections[title] for title in order if title in sections} | sections
     body = "\n".join(f"## {title}\n\n{text.strip()}\n" for title, text in sections.items())
     PAGE.write_text(f"{HEAD}\n{body}")
     return headline
@@ -99,7 +101,7 @@ def comparison(
     first = {name: results[seeds[0].name] for name, seeds in runs.items()}
     tokens = size.steps * size.batch_size * size.sequence_length
     lines = [
-        f"{datetime.date.today()}, {first['gpt'].get('machine') or machine()}.",
+        f"{first['gpt'].get('machine') or machine()}.",
         "",
         f"{size.steps} steps of {size.batch_size} × {size.sequence_length} tokens, {tokens:,} in all; seeds "
         f"{', '.join(str(r.seed) for r in runs['globallocal'])} (weights and data order).",

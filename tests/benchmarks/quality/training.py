@@ -1,5 +1,6 @@
 """One run: a contender trained on the shared data order; its curve is kept as JSON, its weights beside it."""
 
+import datetime
 import json
 import sys
 import time
@@ -86,11 +87,15 @@ def train(run: Run, dataset: Dataset) -> dict[str, Any]:
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
         "flops_per_token": model.flops_per_token(run.sequence_length),
         "seconds_under_load": time.perf_counter() - start,
-        "machine": f"{torch.cuda.get_device_name()}, torch {torch.__version__}" if DEVICE.type == "cuda" else "",
+        "machine": card() if DEVICE.type == "cuda" else "",
     }
     torch.save(model.state_dict(), run.weights)
     run.path.write_text(json.dumps(result))
     return result
+
+
+def card() -> str:
+    return f"{datetime.date.today()}, {torch.cuda.get_device_name()}, torch {torch.__version__}"
 
 
 def rounded_copy(model: Any) -> Any:
