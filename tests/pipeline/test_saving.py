@@ -68,9 +68,13 @@ def test_the_checkpoint_is_of_the_step_it_says_though_training_has_moved_on(
     saved, expected = folder / f"later-{stage}" / "checkpoints" / "step-00000002", folder / f"plain-{stage}" / "step"
     files = sorted(item.name for item in expected.glob("*.pt"))
     assert len(files) >= (1 if stage == 0 else 3)
-    with only_weights():
-        for name in files:
-            assert plain(torch.load(saved / name)) == plain(torch.load(expected / name)), name
+    for name in files:
+        with only_weights():
+            ours = torch.load(saved / name)
+        deepspeeds = torch.load(
+            expected / name, weights_only=False
+        )  # this test's own; it holds an enumeration's member
+        assert plain(ours) == plain(deepspeeds), name
     assert read_state(saved).step == 2
 
 

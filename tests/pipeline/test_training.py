@@ -2,6 +2,7 @@
 
 import json
 import math
+from enum import Enum
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,10 @@ def losses_of(folder: Path, run: str, metric: str = "train/language_loss") -> di
 
 
 def plain(value: Any) -> Any:
-    """Tensors as dtype, shape and bytes; objects as their attributes; so that == compares every bit."""
+    """Tensors as dtype, shape and bytes, objects as their attributes, members of enumerations as their values.
+
+    So that == compares every bit.
+    """
     if torch.is_tensor(value):
         flat = value.detach().contiguous().view(-1)
         return str(value.dtype), tuple(value.shape), flat.view(torch.uint8).numpy().tobytes() if flat.numel() else b""
@@ -34,6 +38,8 @@ def plain(value: Any) -> Any:
         return {key: plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
         return [plain(item) for item in value]
+    if isinstance(value, Enum):
+        return value.value
     return vars(value) if hasattr(value, "__dict__") else value
 
 
