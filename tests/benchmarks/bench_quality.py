@@ -84,7 +84,7 @@ def speed(size: Size, rounds: int = 12) -> dict[str, float]:
     for name, seeds in finals(size).items():
         model = seeds[0].contender.build(size.sequence_length).train().to(DEVICE)
         passes = rounded_copy(model) if size.on_gpu else model
-        prepared[name] = model, torch.optim.AdamW(parameter_groups(model, 0.1), fused=size.on_gpu), passes
+        prepared[name] = model, torch.optim.AdamW(parameter_groups(model, 0.1), fused=True), passes
         seconds[name] = []
     tokens = np.random.default_rng(0).integers(0, VOCAB_SIZE, (size.batch_size, size.sequence_length + 1))
     for turn in range(rounds + 2):
