@@ -66,7 +66,7 @@ _WIDENING = [[1, 2], [4, 8], [16, 64], [128, 512]]  # the presets' schedule
 
 SIZES: dict[str, Size] = {
     "A": Size("A", globallocal(128, 2, [[1, 2], [4, 8]]), gpt(128, 4, 32), 256, 2, 300, (2e-3, 4e-3, 8e-3, 1.6e-2)),
-    "B": Size("B", globallocal(192, 3, [[1, 2], [4, 8]]), gpt(192, 6, 48), 256, 2, 200),
+    "B": Size("B", globallocal(192, 3, [[1, 2], [4, 8]]), gpt(192, 6, 48), 256, 2, 200, (1e-3, 2e-3, 4e-3, 8e-3)),
     # All the training text once; blocks of the preset `small`.
     "C": Size(
         "C",
