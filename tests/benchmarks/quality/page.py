@@ -24,9 +24,9 @@ Both models read the same English Wikipedia (2019) through the same byte-pair to
 batches in the same order, under the same AdamW (0.9, 0.95; weight decay 0.1 on matrices; clipping at 1), the same
 warm-up and cosine, in float32, on a GPU in bfloat16 with float32 weights for the optimizer. The GPT is the Llama of
 `transformers`: RMS norm in front, rotary positions, SwiGLU, SDPA, tied embeddings; residual projections scaled by
-depth; begun both with the usual deviation 0.02 and with 1/√fan_in, the better of which counts (at sizes B and C the former alone);
-its loss runs through the same chunked kernel as GlobalLocal's. Sizes are matched in FLOPs a token. Each has the best of
-its own learning rates: of a sweep of its own at sizes A, B and C; A4 and C4 take those of A and C.
+depth; begun both with the usual deviation 0.02 and with 1/√fan_in, the better of which counts (the former
+alone at sizes B and C); its loss runs through the same chunked kernel as GlobalLocal's. Sizes are matched in FLOPs a
+token. Each has the best of its own learning rates: of a sweep of its own at sizes A, B and C; A4 and C4 take those of A and C.
 
 On a CPU, seconds are those of the processor in a training step of both models, taken in turns in one process, times the
 number of steps: curves over steps do not depend on what else the machine does, and so neither do these.
