@@ -26,7 +26,8 @@ warm-up and cosine, in float32, on a GPU in bfloat16 with float32 weights for th
 `transformers`: RMS norm in front, rotary positions, SwiGLU, SDPA, tied embeddings; residual projections scaled by
 depth; begun both with the usual deviation 0.02 and with 1/√fan_in, the better of which counts (the former
 alone at sizes B and C); its loss runs through the same chunked kernel as GlobalLocal's. Sizes are matched in FLOPs a
-token. Each has the best of its own learning rates: of a sweep of its own at sizes A, B and C; A4 and C4 take those of A and C.
+token. Each has the best of its own learning rates: of a sweep of its own at sizes A, B and C; A4 takes those of A, C4
+those of C.
 
 On a CPU, seconds are those of the processor in a training step of both models, taken in turns in one process, times the
 number of steps: curves over steps do not depend on what else the machine does, and so neither do these.
