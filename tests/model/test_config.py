@@ -92,6 +92,7 @@ def test_all_problems_are_named_at_once():
             pool_size=4,
             norm_placement="middle",
             router_context="all",
+            summary_heads=5,
             dropout=1.0,
             conv_dilations=[[1], []],
             activation_checkpointing="every-0",
@@ -103,6 +104,7 @@ def test_all_problems_are_named_at_once():
         "router_top_k is 9, but the pool has only 4 rows; lower router_top_k or raise pool_size",
         "conv_dilations is [[1], []]; every layer needs one dilation or more, each at least 1",
         "router_context is 'all'; it must be 'token' or 'summary'",
+        "summary_heads is 5; it must divide hidden_size, 12",
         "norm_placement is 'middle'; it must be 'pre' or 'post'",
         "dropout is 1.0; it must be at least 0 and below 1",
         "activation_checkpointing is 'every-0'; "

@@ -29,7 +29,7 @@ def largest_difference(model, ids, labels):
 @settings(max_examples=40, deadline=None)
 @given(
     batch=st.integers(1, 3),
-    length=st.integers(1, 70),  # up to a second level of the recurrence's chunks
+    length=st.integers(1, 70),  # up to a second chunk of the summary
     kernel_size=st.integers(1, 4),
     dilations=st.sampled_from([[1], [1, 2, 4], [3, 1], [[1, 2], [8]], [[16, 1], [2, 3], [5, 7]]]),
     top_k=st.integers(1, 4),
@@ -132,6 +132,25 @@ def test_rows_summed_in_pieces_as_on_a_gpu_agree(monkeypatch, piece_entries):
     model = make_model(tiny_config(pool_size=100, diversity_loss_scale=50.0))
     ids = random_ids(model.config, 3, 40)
     assert max(largest_difference(model, ids, ids)) < 1e-10
+
+
+@settings(max_examples=30, deadline=None)
+@given(length=st.integers(1, 150), seed=st.integers(0, 99))
+def test_the_recurrence_is_that_of_a_loop_over_any_number_of_chunks(length, seed):
+    generator = torch.Generator().manual_seed(seed)
+    decay = torch.rand(2, length, 3, generator=generator, dtype=torch.float64).requires_grad_()
+    update = torch.randn(2, length, 3, generator=generator, dtype=torch.float64).requires_grad_()
+    weights = torch.randn(2, length, 3, generator=generator, dtype=torch.float64)
+    state, states = torch.zeros(2, 3, dtype=torch.float64), []
+    for t in range(length):
+        state = decay[:, t] * state + update[:, t]
+        states.append(state)
+    expected = torch.stack(states, dim=1)
+    result = ops_globallocal.linear_recurrence(decay, update)
+    assert (result - expected).abs().max() < 1e-12
+    goals = torch.autograd.grad((expected * weights).sum(), (decay, update), materialize_grads=True)
+    for gradient, goal in zip(torch.autograd.grad((result * weights).sum(), (decay, update)), goals, strict=True):
+        assert (gradient - goal).abs().max() < 1e-11
 
 
 @settings(max_examples=30, deadline=None)

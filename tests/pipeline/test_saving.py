@@ -71,9 +71,8 @@ def test_the_checkpoint_is_of_the_step_it_says_though_training_has_moved_on(
     for name in files:
         with only_weights():
             ours = torch.load(saved / name)
-        deepspeeds = torch.load(
-            expected / name, weights_only=False
-        )  # this test's own; it holds an enumeration's member
+        # Written by this test; DeepSpeed's own writer leaves a member of an enumeration in it.
+        deepspeeds = torch.load(expected / name, weights_only=False)
         assert plain(ours) == plain(deepspeeds), name
     assert read_state(saved).step == 2
 
