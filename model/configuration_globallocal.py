@@ -46,7 +46,8 @@ class GlobalLocalConfig(PreTrainedConfig):
         diversity_loss_scale: factor of each router's loss; the sum over routers is scaled by a further 0.01.
         norm_placement: "pre" (norm in front of each sublayer) or "post" (norm after the residual sum).
         tie_word_embeddings: one matrix for the embedding and the head.
-        initializer_range: standard deviation of the embedding at initialisation.
+        initializer_range: standard deviation of the embedding (and of an untied head) at initialisation; 0 stands
+            for 0.5 / √hidden_size, so that logits begin with deviation 0.5 at every width.
         activation_checkpointing: "none", "full", "every-N" (each N-th block), "selective" (matrix products are
             kept, everything else is recomputed) or "deepspeed" (every block, by DeepSpeed's own function, which
             its "activation_checkpointing" section tells to partition or to offload).
@@ -79,7 +80,7 @@ class GlobalLocalConfig(PreTrainedConfig):
     norm_placement: str = "pre"
     layer_norm_eps: float | int = 1e-5
     tie_word_embeddings: bool = True
-    initializer_range: float | int = 0.02
+    initializer_range: float | int = 0.0
     activation_checkpointing: str = "none"
     use_cache: bool = True
     bos_token_id: int | None = None
@@ -95,6 +96,8 @@ class GlobalLocalConfig(PreTrainedConfig):
             self.router_hidden_size = min(1024, self.pool_size)
         if self.summary_heads == 0:
             self.summary_heads = math.gcd(8, self.hidden_size)
+        if self.initializer_range == 0 and self.hidden_size > 0:
+            self.initializer_range = 0.5 / math.sqrt(self.hidden_size)
         problems = self._problems()
         if problems:
             raise ValueError("\n".join(problems))
@@ -286,8 +289,8 @@ PRESETS: dict[str, dict[str, Any]] = {
     # A few minutes on two CPU cores: cheap routers, small vocabulary.
     "quickstart": {
         "vocab_size": 4096, "hidden_size": 192, "num_hidden_layers": 2, "max_position_embeddings": 256,
-        "pool_size": 1024, "pool_dim": 192, "router_hidden_size": 96, "conv_dilations": [[1, 2], [4, 8]],
-        "router_context": "summary",
+        "pool_size": 1024, "pool_dim": 48, "router_hidden_size": 48, "conv_dilations": [[1, 2], [4, 8]],
+        "router_context": "summary", "summary_heads": 4,
     },
     # The published model's sizes and layout, made causal.
     "seed": {

@@ -19,7 +19,7 @@ class Contender:
 
     `variant` is for ablations that no user needs: of the pool, "trained" or "zero" (nothing to mix); "bfloat16" for
     the passes on a CPU; of the GPT, "fan_in" (matrices begin with deviation 1/√fan_in, as GlobalLocal's do, and not
-    with 0.02).
+    with 0.02) and "embedding" (the tied embedding begins with deviation 0.5/√h, as GlobalLocal's does).
     """
 
     kind: str
@@ -83,6 +83,8 @@ class GPT(nn.Module):
                     weight.normal_(std=weight.shape[1] ** -0.5)
                 if name.endswith(("o_proj.weight", "down_proj.weight")):
                     weight.mul_(depth)
+            if variant == "embedding":
+                self.model.get_input_embeddings().weight.normal_(std=0.5 * config.hidden_size**-0.5)
 
     def forward(self, ids: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         """int64 [B, S] each → the loss, twice."""
