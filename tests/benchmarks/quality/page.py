@@ -13,6 +13,12 @@ from tests.conftest import ROOT
 
 PAGE = ROOT / "docs" / "quality.md"
 NAMES = {"globallocal": "GlobalLocal", "gpt": "GPT"}
+BEGINNINGS = {
+    "globallocal": "GlobalLocal",
+    "gpt": "GPT, deviation 0.02",
+    "gpt-fan-in": "GPT, matrices 1/√fan_in",
+    "gpt-embedding": "GPT, embedding 0.5/√width",
+}
 AXES = {"tokens": "tokens", "FLOPs": "FLOPs", "seconds": "seconds"}
 
 HEAD = """# GlobalLocal against a GPT
@@ -24,10 +30,12 @@ Both models read the same English Wikipedia (2019) through the same byte-pair to
 batches in the same order, under the same AdamW (0.9, 0.95; weight decay 0.1 on matrices; clipping at 1), the same
 warm-up and cosine, in float32, on a GPU in bfloat16 with float32 weights for the optimizer. The GPT is the Llama of
 `transformers`: RMS norm in front, rotary positions, SwiGLU, SDPA, tied embeddings; residual projections scaled by
-depth; begun both with the usual deviation 0.02 and with 1/√fan_in, the better of which counts (the former
-alone at sizes B and C); its loss runs through the same chunked kernel as GlobalLocal's. Sizes are matched in FLOPs a
-token. Each has the best of its own learning rates: of a sweep of its own at sizes A, B and C; A4 takes those of A, C4
-those of C.
+depth; its loss runs through the same chunked kernel as GlobalLocal's. It is begun in three ways, and the best one
+counts: all with deviation 0.02; matrices with 1/√fan_in; embedding with 0.5/√width (on a GPU only the first).
+
+Sizes are matched in FLOPs a token, to within 8 %. Each model has the best of its own learning rates: of a sweep of its
+own at sizes A, B and C; A4 takes those of A, C4 those of C. At equal tokens, FLOPs or seconds, the model that has more
+of them at its end is read where the other one ends, before its learning rate has come down.
 
 On a CPU, seconds are those of the processor in a training step of both models, taken in turns in one process, times the
 number of steps: curves over steps do not depend on what else the machine does, and so neither do these.
@@ -200,8 +208,7 @@ def learning_rates(size: Size, results: dict[str, Any]) -> dict[str, str]:
         "| | " + " | ".join(f"{rate:g}" for rate in size.learning_rates) + " |",
         "|---" * (len(size.learning_rates) + 1) + "|",
     ]
-    titles = {"globallocal": "GlobalLocal", "gpt": "GPT, deviation 0.02", "gpt-fan-in": "GPT, deviation 1/√fan_in"}
-    lines += [f"| {titles[label]} | {' | '.join(cells)} |" for label, cells in losses.items()]
+    lines += [f"| {BEGINNINGS[label]} | {' | '.join(cells)} |" for label, cells in losses.items()]
     return {f"Learning rates, size {size.name}, seed 0": "\n".join(lines)}
 
 
@@ -239,7 +246,7 @@ def width_transfer(results: dict[str, Any]) -> dict[str, str]:
     draw_widths(losses)
     lines = [
         "Size A's GlobalLocal at three widths, seed 0, 300 steps each; nothing in initialisation or optimizer depends "
-        "on the width but the deviation 1/√fan_in.",
+        "on the width but the deviations, 1/√fan_in of matrices and 0.5/√width of the embedding.",
         "",
         "![Held-out loss against the learning rate, by width](quality-widths.svg)",
         "",
