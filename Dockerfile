@@ -19,7 +19,7 @@ ARG TORCH_INDEX=
 SHELL ["/bin/bash", "-euo", "pipefail", "-c"]
 # Debian's own versions, which its stable release keeps.
 # hadolint ignore=DL3008
-RUN apt-get update && apt-get install --yes --no-install-recommends g++ libaio-dev && rm -rf /var/lib/apt/lists/*
+RUN apt-get update && apt-get install --yes --no-install-recommends g++ && rm -rf /var/lib/apt/lists/*
 COPY --from=toolkit /usr/local/cuda /usr/local/cuda
 ENV CUDA_HOME=/usr/local/cuda PATH=/opt/venv/bin:/usr/local/cuda/bin:$PATH PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1
 RUN python3 -m venv /opt/venv
@@ -29,7 +29,7 @@ COPY requirements.lock ./
 RUN pip install --constraint requirements.lock ${TORCH_INDEX:+--extra-index-url "$TORCH_INDEX"} torch numpy ninja setuptools==80.9.0 wheel==0.45.1 packaging psutil py-cpuinfo
 # DeepSpeed's operators, compiled once, for the processor that builds: build on a machine like those that train.
 RUN case "$DEVICE" in cpu) export DS_ACCELERATOR=cpu ;; cuda) export DS_BUILD_FUSED_ADAM=1 TORCH_CUDA_ARCH_LIST="8.0;9.0;10.0" ;; esac && \
-    DS_BUILD_CPU_ADAM=1 DS_BUILD_AIO=1 pip install --constraint requirements.lock --no-build-isolation deepspeed
+    DS_BUILD_CPU_ADAM=1 pip install --constraint requirements.lock --no-build-isolation deepspeed
 COPY . .
 RUN pip install --constraint requirements.lock --editable '.[s3]'
 
@@ -45,9 +45,9 @@ CMD ["mlflow", "server", "--host", "0.0.0.0", "--port", "5000"]
 FROM ${PYTHON_IMAGE} AS runtime
 ARG DEVICE
 SHELL ["/bin/bash", "-euo", "pipefail", "-c"]
-# libaio: NVMe offload; pdsh and ssh: several hosts.
+# libgomp: DeepSpeed's Adam on the processor; pdsh and ssh: several hosts.
 # hadolint ignore=DL3008
-RUN apt-get update && apt-get install --yes --no-install-recommends libaio1 libgomp1 openssh-client openssh-server pdsh && rm -rf /var/lib/apt/lists/*
+RUN apt-get update && apt-get install --yes --no-install-recommends libgomp1 openssh-client openssh-server pdsh && rm -rf /var/lib/apt/lists/*
 RUN useradd --create-home --uid 1000 trainer && mkdir -p /opt/globallocal /data && chown trainer /opt/globallocal /data
 COPY --from=build /opt/venv /opt/venv
 COPY --from=build --chown=trainer /opt/globallocal /opt/globallocal

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from data_prep.errors import UserError
+from data_prep.store import sync_folder
 from pipeline.health import HealthState
 
 if TYPE_CHECKING:
@@ -99,15 +100,6 @@ def step_name(step: int) -> str:
 
 def step_of(folder: Path) -> int:
     return int(folder.name.removeprefix("step-"))
-
-
-def sync_folder(path: Path) -> None:
-    """Make the names in `path` durable."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def discard(folder: Path) -> None:

@@ -75,8 +75,8 @@ class ParameterReader:
                 flat = self._flat(rank, piece, "fp32")
                 if flat is None or flat.numel() < piece.flat_start + piece.elements:
                     raise UserError(
-                        f"{folder}: its optimizer states lay on NVMe, and cannot be resharded; resume it with its own "
-                        "number of ranks and DeepSpeed JSON"
+                        f"{folder}: rank {rank}'s optimizer states lack part of the weights, and cannot be resharded; "
+                        "resume it with its own number of ranks and DeepSpeed JSON"
                     )
         self.optimizer_step = steps.pop() if steps else 0.0
         self.loss_scale = read_loss_scale(held[0])
