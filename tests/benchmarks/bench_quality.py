@@ -19,7 +19,7 @@ import torch
 from data_prep.manifest import Dataset
 from pipeline.optim import parameter_groups
 from tests.benchmarks.quality import page
-from tests.benchmarks.quality.plan import SIZES, Size, ablations, finals, sweep, widths
+from tests.benchmarks.quality.plan import SIZES, Size, ablations, finals, sweep, swept, widths
 from tests.benchmarks.quality.text import CACHE, VOCAB_SIZE, dataset
 from tests.benchmarks.quality.training import DEVICE, Run, held_out, rounded_copy, say, train, train_step
 
@@ -55,7 +55,8 @@ def write_page() -> dict[str, Any]:
 
 
 def speed_path(size: Size) -> Path:
-    return CACHE / f"{size.name}.speed.json"
+    """Sizes that train the same contenders share the measurement."""
+    return CACHE / f"{swept(size).name}.speed.json"
 
 
 def test(item: Run, data: Dataset) -> None:
@@ -69,7 +70,7 @@ def test(item: Run, data: Dataset) -> None:
     say(f"{path.name}  {path.read_text()}")
 
 
-def speed(size: Size, rounds: int = 12) -> dict[str, float]:
+def speed(size: Size, rounds: int = 30) -> dict[str, float]:
     """Seconds of one training step, the contenders in turns in one process: their medians.
 
     On a CPU they are the processor's with one thread, and not the clock's, so that other work on the machine does
