@@ -34,8 +34,9 @@ depth; its loss runs through the same chunked kernel as GlobalLocal's. It is beg
 counts: all with deviation 0.02; matrices with 1/√fan_in; embedding with 0.5/√width (on a GPU only the first).
 
 Sizes are matched in FLOPs a token, to within 8 %. Each model has the best of its own learning rates: of a sweep of its
-own at sizes A, B and C; A4 takes those of A, C4 those of C, and their seconds a step. At equal tokens, FLOPs or seconds, the model that has more
-of them at its end is read where the other one ends, before its learning rate has come down.
+own at sizes A, B and C; A4 takes those of A, C4 those of C, and their seconds a step. At equal tokens, FLOPs or
+seconds, the model that has more of them at its end is read where the other one ends, before its learning rate has come
+down.
 
 On a CPU, seconds are those of the processor in a training step of both models, taken in turns in one process, times the
 number of steps: curves over steps do not depend on what else the machine does, and so neither do these.
@@ -217,8 +218,8 @@ def ablation_table(size: Size, results: dict[str, Any]) -> dict[str, str]:
     if not done:
         return {}
     lines = [
-        f"Seeds of one setting differ by up to {seed_spread(size, results):.3f} on this page: a smaller difference says "
-        "little.",
+        f"Seeds of one setting differ by up to {seed_spread(size, results):.3f} on this page: a smaller difference "
+        "says little.",
         "",
         "| what is changed | held-out loss | against the default | FLOPs a token | parameters |",
         "|---|---|---|---|---|",
