@@ -133,7 +133,7 @@ def products_flops(shapes: dict[tuple[int, int], float], tokens: int) -> float:
 def long_sequences(tokens: int = 16_384) -> dict:
     """One batch as a single sequence of 16,384 over the same tokens as sequences of 512: speed and peak memory.
 
-    The GPT has the FLOPs a token of `quickstart` at short sequences. After a warm-up each is measured once: a
+    The GPT is as wide as `quickstart`, with twice its layers. After a warm-up each is measured once: a
     step takes many seconds.
     """
     settings = GlobalLocalConfig.from_preset("quickstart").to_diff_dict()
