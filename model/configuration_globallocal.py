@@ -240,6 +240,10 @@ class GlobalLocalConfig(PreTrainedConfig):
             problems.append(f"norm_placement is {self.norm_placement!r}; it must be 'pre' or 'post'")
         if not 0.0 <= self.dropout < 1.0:
             problems.append(f"dropout is {self.dropout}; it must be at least 0 and below 1")
+        if self.initializer_range < 0:
+            problems.append(
+                f"initializer_range is {self.initializer_range}; it must be above 0, or 0 for 0.5 / √hidden_size"
+            )
         if checkpointed_blocks(self.activation_checkpointing, 1) is None:
             problems.append(
                 f"activation_checkpointing is {self.activation_checkpointing!r}; "

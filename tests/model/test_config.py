@@ -94,6 +94,7 @@ def test_all_problems_are_named_at_once():
             router_context="all",
             summary_heads=5,
             dropout=1.0,
+            initializer_range=-0.1,
             conv_dilations=[[1], []],
             activation_checkpointing="every-0",
             num_hidden_layers=0,
@@ -107,6 +108,7 @@ def test_all_problems_are_named_at_once():
         "summary_heads is 5; it must divide hidden_size, 12",
         "norm_placement is 'middle'; it must be 'pre' or 'post'",
         "dropout is 1.0; it must be at least 0 and below 1",
+        "initializer_range is -0.1; it must be above 0, or 0 for 0.5 / √hidden_size",
         "activation_checkpointing is 'every-0'; "
         "it must be 'none', 'full', 'selective', 'deepspeed' or 'every-N' with N at least 1",
     ]

@@ -1,13 +1,16 @@
 """Saving, loading in a process that has never heard of this project, tied weights, the pool."""
 
 import json
+import math
 import os
 import subprocess
 import sys
 
+import pytest
 import torch
 from safetensors import safe_open
 
+from model.configuration_globallocal import GlobalLocalConfig
 from model.modeling_globallocal import GlobalLocalForCausalLM, make_pool
 from tests.model.helpers import make_model, random_ids, tiny_config
 
@@ -95,7 +98,22 @@ def test_initial_weights_are_finite_and_the_first_loss_is_that_of_a_guess():
     model = GlobalLocalForCausalLM(config)
     assert all(torch.isfinite(p).all() for p in model.parameters())
     ids = random_ids(config, 4, 32)
-    assert abs(model(ids, shift_labels=random_ids(config, 4, 32, 2)).loss.item() - 6.238) < 0.1
+    # Logits of deviation 0.5 cost half their variance more than a uniform guess.
+    guess = math.log(512) + 0.5**2 / 2
+    assert abs(model(ids, shift_labels=random_ids(config, 4, 32, 2)).loss.item() - guess) < 0.1
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("width", [32, 128, 512])
+def test_logits_begin_with_deviation_one_half_at_every_width(width, tied):
+    config = GlobalLocalConfig.from_preset(
+        "quickstart", hidden_size=width, num_hidden_layers=1, tie_word_embeddings=tied
+    )
+    torch.manual_seed(0)
+    model = GlobalLocalForCausalLM(config).eval()
+    with torch.no_grad():
+        logits = model(random_ids(config, 2, 32)).logits
+    assert logits.std().item() == pytest.approx(0.5, rel=0.1)
 
 
 def test_same_seed_same_weights():
