@@ -51,6 +51,9 @@ def load_model(path: Path) -> Loaded:
     disable_progress_bar()
     if (path / "config.json").is_file():
         model = GlobalLocalForCausalLM.from_pretrained(path, dtype=torch.float32, local_files_only=True)
+        # Out of the mapped file into aligned memory, as a checkpoint's are: else products differ in the last bit.
+        for tensor in (*model.parameters(), *model.buffers()):
+            tensor.data = tensor.data.clone()
         return Loaded(model.eval(), load_tokenizer(path), path, None, None)
     folder = path
     if not (path / STATE).is_file():
