@@ -28,7 +28,7 @@ TINY = [
     "model.router_hidden_size=32",
     "model.dropout=0.1",
     # Runs that add in another order are compared step by step, and a router that chooses another row for a rounding
-    # error would part them. With this beginning none does, in the steps that are compared.
+    # error parts them: this beginning amplifies rounding less than the default one.
     "model.initializer_range=0.02",
     "model.summary_heads=8",
     "data.sequence_length=32",
