@@ -13,12 +13,18 @@ from torch.autograd import Function
 
 from .configuration_globallocal import SUMMARY_CHUNK
 
+try:
+    from .kernels_summary_globallocal import fits, summary_attention
+except ImportError:  # without Triton everything is written out as tensor operations
+    summary_attention = None  # type: ignore[assignment]
+
 # Largest temporary, in elements: a block of pool scores or of vocabulary logits; on a GPU so many times as large.
 SCORE_BLOCK_ELEMENTS = 2**22
 LOGIT_BLOCK_ELEMENTS = 2**23
 GPU_BLOCK_FACTOR = 32
 # Where one thread would sum a whole row, long rows are summed in pieces side by side.
 SPLIT_ROWS_ON = {"cuda"}
+SUMMARY_KERNELS_ON = {"cuda"}
 PIECE_ENTRIES = 128
 SCAN_CHUNK = 8  # steps that the chunks of a linear recurrence take side by side
 
@@ -292,8 +298,17 @@ def decayed_attention(
         state: [B, d, H, p] before the first position, or None for zeros.
 
     Returns:
-        Answers [B, S, H, p], and the last state [B, d, H, p], both in the dtype of `log_keep`.
+        Answers [B, S, H, p], and the last state [B, d, H, p], in the dtype of `log_keep`; a kernel on the GPU leaves
+        the answers in the value's.
     """
+    if (
+        summary_attention is not None
+        and query.device.type in SUMMARY_KERNELS_ON
+        and state is None
+        and query.shape[1] > 1
+        and fits(query, key, value, log_keep)
+    ):
+        return summary_attention(query, key, value, log_keep)
     wide, length = log_keep.dtype, query.shape[1]
     size = min(SUMMARY_CHUNK, length)
     missing = -length % size

@@ -1,0 +1,149 @@
+"""The running summary's kernels against the same attention as tensor operations, in float64.
+
+With a GPU they run there; otherwise in Triton's interpreter, which must be chosen before Triton is imported: in a
+process of its own.
+"""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch import Tensor
+
+from model import ops_globallocal
+from model.layers_globallocal import GlobalLocalCache
+from model.ops_globallocal import decayed_attention
+
+from .helpers import make_model, random_ids, tiny_config
+
+pytest.importorskip("triton", reason="the kernels need Triton: pip install 'globallocal[dev]' on Linux")
+from model import kernels_summary_globallocal as kernels
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+DEVICE = "cuda" if torch.cuda.is_available() and not INTERPRETED else "cpu"
+# batch, length, heads, key size, head width; chunks are 64 long
+SHAPES = [(1, 2, 1, 16, 16), (2, 64, 2, 16, 32), (1, 65, 8, 32, 16), (1, 150, 2, 64, 16), (2, 192, 1, 16, 64)]
+
+
+def gates(kind: str, *shape: int) -> Tensor:
+    """Logarithms of the shares kept, float32."""
+    wide = {"usual": 2.0, "open": 1e-4, "closed": 30.0, "mixed": 1e-4}[kind]
+    log_keep = -wide * torch.rand(shape)
+    return torch.where(torch.rand(shape) < 0.2, -30.0, log_keep) if kind == "mixed" else log_keep
+
+
+def inputs(batch: int, length: int, heads: int, d: int, p: int, kind: str = "usual", spare: int = 8) -> list[Tensor]:
+    """query, key, value and log_keep; the first three lie side by side, as one linear layer leaves them."""
+    torch.manual_seed(length)
+    packed = torch.randn(batch, length, 2 * d + heads * p + spare, device=DEVICE)
+    query, key, value, _ = packed.split([d, d, heads * p, spare], dim=-1)
+    tensors = [query, key, value.unflatten(-1, (heads, p)), gates(kind, batch, length, heads).to(DEVICE)]
+    return [x.detach().requires_grad_() for x in tensors]
+
+
+def results(function, tensors: list[Tensor]) -> list[Tensor]:
+    """Answers, last state and the gradients of all inputs, through both results."""
+    answers, last = function(*tensors)
+    generator = torch.Generator().manual_seed(1)
+    grads = [torch.randn(x.shape, generator=generator).to(x.device, x.dtype) for x in (answers, last)]
+    return [answers, last, *torch.autograd.grad((answers, last), tensors, grads)]
+
+
+def plain(query: Tensor, key: Tensor, value: Tensor, log_keep: Tensor) -> tuple[Tensor, Tensor]:
+    assert query.dtype == torch.float64  # which no kernel takes
+    return decayed_attention(query, key, value, log_keep, None)
+
+
+def assert_as_exact(tensors: list[Tensor], tolerance: float) -> None:
+    found = results(kernels.summary_attention, tensors)
+    wanted = results(plain, [x.detach().double().requires_grad_() for x in tensors])
+    names = ["answers", "last state", "query", "key", "value", "log_keep"]
+    for name, one, other in zip(names, found, wanted, strict=True):
+        assert one.shape == other.shape, name
+        assert (one - other).abs().max() <= tolerance * other.abs().max(), name
+
+
+@pytest.mark.skipif(DEVICE == "cuda" or INTERPRETED, reason="the tests below run in this process")
+def test_the_interpreter_agrees_with_float64() -> None:
+    command = [sys.executable, "-m", "pytest", "-n0", "-p", "no:cacheprovider", __file__]
+    run = subprocess.run(command, env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True)
+    assert run.returncode == 0, run.stdout + run.stderr
+
+
+class TestKernels:
+    __test__ = DEVICE == "cuda" or INTERPRETED
+
+    @pytest.mark.parametrize("shape", SHAPES)
+    def test_results_and_gradients(self, shape: tuple[int, ...]) -> None:
+        assert_as_exact(inputs(*shape), 1e-5)
+
+    @pytest.mark.parametrize("kind", ["open", "closed"])
+    def test_extreme_gates(self, kind: str) -> None:
+        assert_as_exact(inputs(1, 130, 2, 16, 16, kind), 2e-5)
+
+    def test_a_closed_gate_forgets_all(self) -> None:
+        # A difference of two sums of logarithms, each hundreds large, decides what is kept: float32 holds 4 digits.
+        assert_as_exact(inputs(1, 130, 2, 16, 16, "mixed"), 2e-4)
+
+    def test_rows_at_odd_addresses_are_copied(self) -> None:
+        assert_as_exact(inputs(1, 70, 1, 16, 16, spare=3), 1e-5)
+
+    def test_two_runs_give_the_same_bits(self) -> None:
+        tensors = inputs(2, 70, 2, 16, 16)
+        first, second = (results(kernels.summary_attention, tensors) for _ in range(2))
+        assert all(torch.equal(one, other) for one, other in zip(first, second, strict=True))
+
+    def test_compiled_as_one_graph(self) -> None:
+        tensors = inputs(1, 70, 2, 16, 16)
+        compiled = torch.compile(kernels.summary_attention, fullgraph=True, backend="aot_eager")
+        pairs = zip(results(compiled, tensors), results(kernels.summary_attention, tensors), strict=True)
+        assert all(torch.equal(one, other) for one, other in pairs)
+
+    def test_operators_keep_their_word(self) -> None:
+        """Nothing is changed in place or aliased, and the shapes are as announced."""
+        operators = torch.ops.model_kernels_summary_globallocal
+        tensors = [x.detach() for x in inputs(2, 70, 2, 16, 16)]
+        checks = ("test_schema", "test_faketensor")
+        torch.library.opcheck(operators.summary_forward.default, tuple(tensors), test_utils=checks)
+        answers, before, last = kernels.summary_forward(*tensors)
+        more = (before, torch.randn_like(answers), torch.randn_like(last))
+        torch.library.opcheck(operators.summary_backward.default, (*tensors, *more), test_utils=checks)
+
+    def test_a_second_derivative_is_refused(self) -> None:
+        tensors = inputs(1, 2, 1, 16, 16)
+        answers, _ = kernels.summary_attention(*tensors)
+        (grad,) = torch.autograd.grad(answers.square().sum(), tensors[:1], create_graph=True)
+        with pytest.raises(RuntimeError, match="once_differentiable"):
+            grad.sum().backward()
+
+    def test_the_model_uses_them(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Same logits and gradients with and without; a prompt fills the cache for the tokens after it."""
+        config = tiny_config(hidden_size=32, router_context="summary", summary_heads=2, summary_key_size=16)
+        model = make_model(config, dtype=torch.float32).to(DEVICE)
+        ids = random_ids(config, 2, 70).to(DEVICE)
+        calls = []
+
+        def counted(*tensors: Tensor) -> tuple[Tensor, Tensor]:
+            calls.append(tensors)
+            return kernels.summary_attention(*tensors)
+
+        def logits_and_gradients() -> list[Tensor]:
+            model.zero_grad()
+            logits = model(input_ids=ids).logits
+            logits.square().mean().backward()
+            return [logits, *(x.grad for x in model.parameters())]
+
+        monkeypatch.setattr(ops_globallocal, "SUMMARY_KERNELS_ON", set())
+        wanted = logits_and_gradients()
+        monkeypatch.setattr(ops_globallocal, "SUMMARY_KERNELS_ON", {DEVICE})
+        monkeypatch.setattr(ops_globallocal, "summary_attention", counted)
+        for one, other in zip(logits_and_gradients(), wanted, strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5 * other.detach().abs().max().item())
+        assert len(calls) == config.num_hidden_layers
+        with torch.no_grad():
+            cache = GlobalLocalCache(config.num_hidden_layers)
+            parts = [model(input_ids=part, cache=cache, use_cache=True).logits for part in (ids[:, :69], ids[:, 69:])]
+        torch.testing.assert_close(torch.cat(parts, dim=1), wanted[0], rtol=1e-4, atol=1e-4)
+        assert len(calls) == 2 * config.num_hidden_layers  # the single token is not worth a kernel
