@@ -10,7 +10,10 @@ from collections.abc import Sequence
 import typer
 
 from data_prep.errors import UserError
-from launch import checkpoint_commands, data_commands, model_commands, run_commands
+from launch.commands import checkpoints as checkpoint_commands
+from launch.commands import data as data_commands
+from launch.commands import model as model_commands
+from launch.commands import run as run_commands
 
 app = typer.Typer(
     name="globallocal",

@@ -15,28 +15,28 @@ from torch import nn
 from data_prep.errors import UserError
 from model.configuration_globallocal import GlobalLocalConfig
 from model.modeling_globallocal import GlobalLocalForCausalLM
-from pipeline.checkpoint import JOB_VARIABLE, CheckpointState
-from pipeline.checkpoint_io import DeferringCheckpointEngine, logit_fingerprint
+from pipeline.checkpoints.folder import JOB_VARIABLE, CheckpointState
+from pipeline.checkpoints.resume import Resumed, resume
+from pipeline.checkpoints.saver import Saver
+from pipeline.checkpoints.snapshot import HostBuffers
+from pipeline.checkpoints.space import checkpoint_bytes, retained, start_problems
+from pipeline.checkpoints.write import DeferringCheckpointEngine, logit_fingerprint
 from pipeline.config import RunConfig
-from pipeline.corpus import Corpus, open_corpus
-from pipeline.data import BatchLayout, BatchLoader, Source, batch_hash, data_step
-from pipeline.distributed import World
-from pipeline.engine import check_machine, deepspeed_config, initialize, resolve_precision, zero_stage
+from pipeline.data.corpus import Corpus, open_corpus
+from pipeline.data.loader import BatchLayout, BatchLoader, Source, batch_hash, data_step
+from pipeline.distributed.clock import Clock
+from pipeline.distributed.stop import StopRequest
+from pipeline.distributed.world import World
+from pipeline.engine.engine import check_machine, deepspeed_config, initialize, resolve_precision, zero_stage
+from pipeline.engine.optim import describe_groups, parameter_groups
 from pipeline.evaluate import continuations, held_out
-from pipeline.guard import Guard
-from pipeline.health import HealthState
-from pipeline.metrics import Clock
-from pipeline.optim import describe_groups, parameter_groups
+from pipeline.export.load import build_model_config, load_tokenizer
+from pipeline.health.guard import Guard
+from pipeline.health.state import HealthState
 from pipeline.redact import redact
-from pipeline.resume import Resumed, resume
-from pipeline.saver import Saver
-from pipeline.snapshot import HostBuffers
-from pipeline.space import checkpoint_bytes, retained, start_problems
-from pipeline.stop import StopRequest
-from pipeline.tracking import NullTracker, open_tracker
+from pipeline.tracking.opening import NullTracker, open_tracker
 from pipeline.tracking.restarts import restart_tags
 from pipeline.trainer import Trainer
-from pipeline.weights import build_model_config, load_tokenizer
 
 log = logging.getLogger("globallocal")
 

@@ -14,9 +14,9 @@ from yaml import YAMLError
 
 from data_prep.errors import UserError
 from model.configuration_globallocal import PRESETS, GlobalLocalConfig
+from pipeline.checkpoints.retention import Retention
+from pipeline.data.remote import DEFAULT_CACHE_BYTES
 from pipeline.redact import redact
-from pipeline.remote_dataset import DEFAULT_CACHE_BYTES
-from pipeline.retention import Retention
 
 CATCHABLE_SIGNALS = ("SIGTERM", "SIGUSR1", "SIGUSR2", "SIGINT", "SIGHUP", "SIGCONT", "SIGXCPU")
 """What schedulers and people send; SIGKILL and SIGSTOP cannot be caught, and others mean a crash."""

@@ -9,10 +9,10 @@ import torch
 import torch.distributed as dist
 
 from data_prep.manifest import SplitInfo
-from pipeline.data import TokenStream, evaluation_batches
+from pipeline.data.loader import TokenStream, evaluation_batches
 
 if TYPE_CHECKING:
-    from pipeline.corpus import Corpus
+    from pipeline.data.corpus import Corpus
 
 IGNORED = -100
 """Target that adds no loss, by the convention of PyTorch and transformers."""

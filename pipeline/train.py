@@ -22,12 +22,12 @@ from contextlib import contextmanager
 
 from data_prep.errors import UserError
 from pipeline.build import build
-from pipeline.checkpoint import lock
+from pipeline.checkpoints.folder import lock
 from pipeline.config import RunConfig, load_config
-from pipeline.distributed import PREEMPTED_EXIT_CODE, SharedUserError, World, outlast, shutdown, start
-from pipeline.metrics import Clock
-from pipeline.stop import StopRequest
-from pipeline.watch import Watch
+from pipeline.distributed.clock import Clock
+from pipeline.distributed.stop import StopRequest
+from pipeline.distributed.watchdog import Watch
+from pipeline.distributed.world import PREEMPTED_EXIT_CODE, SharedUserError, World, outlast, shutdown, start
 
 log = logging.getLogger("globallocal")
 

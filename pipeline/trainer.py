@@ -8,18 +8,19 @@ from typing import Any
 
 import torch
 
-from pipeline.checkpoint import CheckpointState
-from pipeline.checkpoint_io import random_state, set_random_state
+from pipeline.checkpoints.folder import CheckpointState
+from pipeline.checkpoints.resume import Resumed
+from pipeline.checkpoints.saver import Saved, Saver
+from pipeline.checkpoints.write import random_state, set_random_state
 from pipeline.config import RunConfig
-from pipeline.data import BatchLayout, BatchLoader
-from pipeline.distributed import SharedUserError, World
-from pipeline.guard import Guard, Verdict, nan_unless_finite
-from pipeline.health import HealthState
-from pipeline.metrics import Clock, LossMeter, RouterMeter, StepTimes, Throughput, duration, straggler
-from pipeline.optim import learning_rate, set_learning_rate
-from pipeline.resume import Resumed
-from pipeline.saver import Saved, Saver
-from pipeline.stop import Plan, Stopped, StopRequest, plan
+from pipeline.data.loader import BatchLayout, BatchLoader
+from pipeline.distributed.clock import Clock
+from pipeline.distributed.stop import Plan, Stopped, StopRequest, plan
+from pipeline.distributed.world import SharedUserError, World
+from pipeline.engine.optim import learning_rate, set_learning_rate
+from pipeline.health.guard import Guard, Verdict, nan_unless_finite
+from pipeline.health.state import HealthState
+from pipeline.metrics import LossMeter, RouterMeter, StepTimes, Throughput, duration, straggler
 
 log = logging.getLogger("globallocal")
 

@@ -5,7 +5,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 RESTARTS_FILE = "restarts.jsonl"
-"""In the run folder; a line each time that the run has ended before its last step. `launch.restarts` writes it."""
+"""In the run folder; a line each time that the run has ended before its last step. `launch.jobs.restarts` writes it."""
 
 
 def restart_tags(run_folder: Path) -> dict[str, str]:

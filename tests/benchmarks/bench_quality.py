@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from data_prep.manifest import Dataset
-from pipeline.optim import parameter_groups
+from pipeline.engine.optim import parameter_groups
 from tests.benchmarks.quality import page
 from tests.benchmarks.quality.plan import SIZES, Size, ablations, finals, sweep, swept, widths
 from tests.benchmarks.quality.text import CACHE, VOCAB_SIZE, dataset

@@ -14,16 +14,17 @@ from typing import Any
 import torch
 from deepspeed.runtime.checkpoint_engine import TorchCheckpointEngine
 
-from launch.estimate import Machine, estimate
-from pipeline import checkpoint, checkpoint_io
+from launch.preflight.estimate import Machine, estimate
 from pipeline.build import build
+from pipeline.checkpoints import folder as checkpoint
+from pipeline.checkpoints import write as checkpoint_io
+from pipeline.checkpoints.saver import Saved
 from pipeline.config import RunConfig, load_config
-from pipeline.distributed import World, shutdown, start
-from pipeline.metrics import Clock
-from pipeline.saver import Saved
-from pipeline.stop import StopRequest
+from pipeline.distributed.clock import Clock
+from pipeline.distributed.stop import StopRequest
+from pipeline.distributed.watchdog import Watch
+from pipeline.distributed.world import World, shutdown, start
 from pipeline.trainer import Trainer
-from pipeline.watch import Watch
 from tests.launch.memory_ranks import peak_of_training
 from tests.launch.test_memory import MODEL
 from tests.pipeline.ranks import Run, tiny_overrides

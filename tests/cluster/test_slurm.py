@@ -98,7 +98,7 @@ def test_scancel_saves_and_the_rest_of_an_array_goes_on_or_not(two_slurm_nodes: 
 def test_a_crash_loop_ends_and_a_node_that_failed_twice_is_left_out(two_slurm_nodes: Slurm, tmp_path: Path) -> None:
     slurm, folder = two_slurm_nodes, tmp_path / "run"
     folder.mkdir()
-    batch = f"{sys.executable} -m launch.batch --run-folder {folder} --max-restarts 9 --grace-seconds 30"
+    batch = f"{sys.executable} -m launch.jobs.slurm_batch --run-folder {folder} --max-restarts 9 --grace-seconds 30"
     (tmp_path / "job.sbatch").write_text(
         f"#!/bin/bash\n#SBATCH --nodes=1 --ntasks-per-node=1 --requeue --open-mode=append --output={tmp_path}/log\n"
         f"export PYTHONPATH={ROOT}\n"

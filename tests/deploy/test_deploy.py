@@ -16,7 +16,7 @@ import typer
 import yaml
 
 from launch.cli import app
-from launch.hostfile import read_hostfile
+from launch.hosts.hostfile import read_hostfile
 from tests.conftest import ROOT, missing
 from tests.deploy import dockerfile
 

@@ -48,8 +48,8 @@ def storages() -> dict[int, torch.UntypedStorage]:
 def peak_of_training(overrides: list[str], world: Any) -> int:
     from model.modeling_globallocal import GlobalLocalForCausalLM
     from pipeline.config import load_config
-    from pipeline.data import BatchLayout
-    from pipeline.engine import deepspeed_config, initialize
+    from pipeline.data.loader import BatchLayout
+    from pipeline.engine.engine import deepspeed_config, initialize
 
     config = load_config("launch/runs/quickstart.yaml", overrides)
     layout = BatchLayout(config.training.global_batch_size, config.training.micro_batch_size, world.size)
@@ -76,7 +76,7 @@ def peak_of_training(overrides: list[str], world: Any) -> int:
 
 
 def main(plan: Path, result: Path) -> None:
-    from pipeline.distributed import shutdown, start
+    from pipeline.distributed.world import shutdown, start
 
     world = start()
     peaks = {}

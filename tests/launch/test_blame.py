@@ -2,7 +2,7 @@
 
 import pytest
 
-from launch.blame import Blame, blame, first_cause
+from launch.jobs.failures import Blame, blame, first_cause
 
 DEEPSPEED = (
     "[2026-11-25 14:24:59,597] [ERROR] [launch.py:259:sigkill_handler] ['/venv/bin/python3', '-u', "

@@ -5,9 +5,9 @@ from pathlib import Path
 import pytest
 
 from launch.cli import main
-from pipeline.checkpoint import list_checkpoints, lock, step_name, step_of
+from pipeline.checkpoints.folder import list_checkpoints, lock, step_name, step_of
+from pipeline.checkpoints.retention import Retention
 from pipeline.config import load_config
-from pipeline.retention import Retention
 from tests.pipeline.test_retention import save
 
 LOSSES = {10: 4.0, 20: 3.0, 30: 3.5, 40: None}

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from launch.cli import main
-from launch.cluster import FORWARDED
+from launch.jobs.environment import FORWARDED
 from tests.conftest import ROOT
 
 DOC = ROOT / "docs" / "cluster.md"

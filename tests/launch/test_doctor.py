@@ -5,12 +5,12 @@ from pathlib import Path
 import pytest
 
 from data_prep.errors import UserError
-from launch import doctor
+from launch.preflight import doctor
 from model.modeling_globallocal import GlobalLocalForCausalLM
+from pipeline.checkpoints.space import checkpoint_bytes, readable
 from pipeline.config import load_config
-from pipeline.corpus import open_corpus
-from pipeline.space import checkpoint_bytes, readable
-from pipeline.weights import build_model_config
+from pipeline.data.corpus import open_corpus
+from pipeline.export.load import build_model_config
 
 
 def test_the_room_on_the_disk_is_what_the_run_itself_asks_for(small_dataset: Path, tmp_path: Path) -> None:

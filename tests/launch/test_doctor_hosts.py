@@ -4,8 +4,8 @@ from itertools import combinations, pairwise
 
 import pytest
 
-from launch.bandwidth import PARTNERS, rounds
-from launch.doctor_hosts import skew, slow_hosts, spread
+from launch.preflight.bandwidth import PARTNERS, rounds
+from launch.preflight.hosts import skew, slow_hosts, spread
 
 
 @pytest.mark.parametrize("size", range(2, 40))

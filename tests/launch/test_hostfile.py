@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from data_prep.errors import UserError
-from launch.hostfile import read_hostfile, select
+from launch.hosts.hostfile import read_hostfile, select
 
 
 def write(folder: Path, text: str) -> Path:

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from launch.estimate import Machine, estimate
+from launch.preflight.estimate import Machine, estimate
 from pipeline.config import load_config
 from tests.pipeline.ranks import outputs, start_ranks, wait
 

@@ -29,8 +29,8 @@ time.sleep(0 if mode == "done" else 600)
 CALLER = """
 import os, signal, sys
 from pathlib import Path
-from launch import processes
-from launch.shell import Job
+from launch.jobs import session as processes
+from launch.jobs.command import Job
 folder, mode, grace = Path(sys.argv[1]), sys.argv[2], float(sys.argv[3])
 processes.TRAIN_PROGRAM = folder / "rank.py"
 bin = Path(sys.executable).parent

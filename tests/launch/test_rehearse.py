@@ -6,11 +6,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-import launch.rehearse as room
+import launch.preflight.rehearse as room
 from data_prep.errors import UserError
-from launch.rehearse import Fleet, check_positions, rehearse
+from launch.preflight.rehearse import Fleet, check_positions, rehearse
 from pipeline.config import RunConfig, load_config
-from pipeline.data import BatchLayout
+from pipeline.data.loader import BatchLayout
 
 TINY = ["model.hidden_size=64", "model.num_hidden_layers=2", "model.vocab_size=512", "data.dataset=none"]
 

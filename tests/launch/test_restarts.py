@@ -9,9 +9,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from launch.blame import Blame
-from launch.processes import Ended
-from launch.restarts import Failure, cause_of, fitting_hosts, judge, newest_step, recorded, run_with_restarts
+from launch.jobs.failures import Blame
+from launch.jobs.restarts import Failure, cause_of, fitting_hosts, judge, newest_step, recorded, run_with_restarts
+from launch.jobs.session import Ended
 from pipeline.tracking.restarts import restart_tags
 
 

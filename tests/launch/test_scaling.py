@@ -3,11 +3,11 @@
 import json
 import re
 
-from launch.estimate import TOKENS_PER_PARAMETER, gibibytes
-from launch.memory import ModelSize, measure, rank_memory
+from launch.preflight.estimate import TOKENS_PER_PARAMETER, gibibytes
+from launch.preflight.memory import ModelSize, measure, rank_memory
 from model.configuration_globallocal import GlobalLocalConfig
-from pipeline.data import BatchLayout
-from pipeline.space import checkpoint_bytes
+from pipeline.checkpoints.space import checkpoint_bytes
+from pipeline.data.loader import BatchLayout
 from tests.conftest import ROOT
 
 PAGE = ROOT / "docs" / "scaling.md"

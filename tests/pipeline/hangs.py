@@ -12,7 +12,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from launch.node import free_port
+from launch.hosts.node import free_port
 from tests.pipeline.moments import Moment, happening
 from tests.pipeline.ranks import Run, tiny_overrides
 

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from typing import Any
 from unittest import mock
 
-from pipeline import stop
-from pipeline.metrics import Clock
+from pipeline.distributed import stop
+from pipeline.distributed.clock import Clock
 
 
 @dataclass(frozen=True)

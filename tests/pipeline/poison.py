@@ -11,7 +11,7 @@ from unittest import mock
 
 import numpy as np
 
-from pipeline.guard import Guard
+from pipeline.health.guard import Guard
 
 
 @dataclass(frozen=True)

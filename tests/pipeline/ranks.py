@@ -149,10 +149,10 @@ def run_ranks(runs: list[Run], folder: Path, dataset: Path, processes: int = 2) 
 def main(folder: Path) -> None:
     from data_prep.errors import UserError
     from pipeline.config import load_config
-    from pipeline.distributed import shutdown, start
-    from pipeline.guard import write_decisions
-    from pipeline.health import RollBack
-    from pipeline.stop import StopRequest
+    from pipeline.distributed.stop import StopRequest
+    from pipeline.distributed.world import shutdown, start
+    from pipeline.health.decisions import write_decisions
+    from pipeline.health.state import RollBack
     from pipeline.train import open_log, run
 
     world, results = start(), []

@@ -112,10 +112,10 @@ def drawn(world: Any) -> list[float]:
 
 def one_run(item: dict[str, Any], folder: Path, world: Any) -> dict[str, Any]:
     from pipeline.build import build
+    from pipeline.checkpoints.consolidate import consolidate
     from pipeline.config import load_config
-    from pipeline.consolidate import consolidate
-    from pipeline.metrics import Clock
-    from pipeline.stop import StopRequest
+    from pipeline.distributed.clock import Clock
+    from pipeline.distributed.stop import StopRequest
     from pipeline.train import open_log
 
     config = load_config("launch/runs/quickstart.yaml", item["overrides"])
@@ -152,7 +152,7 @@ def one_run(item: dict[str, Any], folder: Path, world: Any) -> dict[str, Any]:
 
 
 def main(folder: Path, processes: str) -> None:
-    from pipeline.distributed import shutdown, start
+    from pipeline.distributed.world import shutdown, start
 
     world = start()
     for item in json.loads((folder / f"ranks-{processes}" / "plan.json").read_text()):

@@ -22,8 +22,8 @@ WRITES = {0: 5, 1: 2}
 def main(folder: Path) -> None:
     from data_prep.errors import UserError
     from pipeline.config import load_config
-    from pipeline.distributed import shutdown, start
-    from pipeline.stop import StopRequest
+    from pipeline.distributed.stop import StopRequest
+    from pipeline.distributed.world import shutdown, start
     from pipeline.train import open_log, run
 
     world, stop = start(), StopRequest()
@@ -38,7 +38,7 @@ def main(folder: Path) -> None:
 
     def built(name: str, *overrides: str) -> Any:
         from pipeline.build import build
-        from pipeline.metrics import Clock
+        from pipeline.distributed.clock import Clock
 
         config = settings(name, *overrides)
         with world.together():
@@ -110,7 +110,7 @@ def delete_underneath(trainer: Any) -> dict[str, Any]:
 
 def full_disk(trainer: Any, rank: int, number: int) -> dict[str, Any]:
     """The disk is full from this rank's `number`-th write on."""
-    from pipeline import checkpoint_io
+    from pipeline.checkpoints import write as checkpoint_io
 
     original, calls = checkpoint_io.write_durably, 0
 
@@ -151,7 +151,7 @@ def no_room(trainer: Any) -> dict[str, Any]:
 
 
 def outcome(trainer: Any) -> dict[str, Any]:
-    from pipeline.checkpoint import list_checkpoints, newest_verified
+    from pipeline.checkpoints.folder import list_checkpoints, newest_verified
 
     ended = trainer.saver.finish()
     newest, passed_over = newest_verified(list_checkpoints(trainer.saver.root), trainer.world)

@@ -11,8 +11,9 @@ import torch
 from deepspeed.runtime.zero.config import ZeroStageEnum
 
 from data_prep.errors import UserError
-from pipeline import checkpoint, checkpoint_io
-from pipeline.retention import Retention, prune
+from pipeline.checkpoints import folder as checkpoint
+from pipeline.checkpoints import write as checkpoint_io
+from pipeline.checkpoints.retention import Retention, prune
 
 
 @pytest.fixture

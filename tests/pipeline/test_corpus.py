@@ -13,11 +13,11 @@ import pytest
 
 from data_prep.errors import UserError
 from data_prep.manifest import open_dataset
-from launch import doctor
-from launch.estimate import Machine, estimate
+from launch.preflight import doctor
+from launch.preflight.estimate import Machine, estimate
 from pipeline.config import DataSection, load_config, validate
-from pipeline.corpus import open_corpus
-from pipeline.mixture import MixtureSource
+from pipeline.data.corpus import open_corpus
+from pipeline.data.mixture import MixtureSource
 from tests.conftest import globallocal
 from tests.pipeline.dataset_fixture import cut, write_dataset, write_stream
 from tests.pipeline.ranks import Run, run_ranks

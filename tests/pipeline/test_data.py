@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data_prep.errors import UserError
-from pipeline.data import (
+from pipeline.data.loader import (
     BatchLayout,
     BatchLoader,
     SampleSource,

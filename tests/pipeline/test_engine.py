@@ -11,9 +11,9 @@ from deepspeed.accelerator import get_accelerator
 
 from data_prep.errors import UserError
 from pipeline.config import load_config
-from pipeline.data import BatchLayout
-from pipeline.engine import check_machine, deepspeed_config, zero_stage
-from pipeline.knobs import autos, lacks
+from pipeline.data.loader import BatchLayout
+from pipeline.engine.deepspeed_json import autos, lacks
+from pipeline.engine.engine import check_machine, deepspeed_config, zero_stage
 from tests.conftest import ROOT
 
 LAYOUT = BatchLayout(global_batch_size=16, micro_batch_size=4, world_size=2)

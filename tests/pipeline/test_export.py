@@ -11,9 +11,9 @@ import pytest
 import torch
 
 from data_prep.errors import UserError
-from pipeline.checkpoint_io import probe_ids
-from pipeline.export import export
-from pipeline.weights import load_model
+from pipeline.checkpoints.write import probe_ids
+from pipeline.export.hugging_face import export
+from pipeline.export.load import load_model
 from tests.conftest import globallocal
 
 STRANGER = """

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.distributed import HANG_EXIT_CODE
+from pipeline.distributed.watchdog import Beat, explain, suspects
+from pipeline.distributed.world import HANG_EXIT_CODE
 from pipeline.metrics import straggler
-from pipeline.watch import Beat, explain, suspects
 from tests.conftest import ROOT
 from tests.pipeline.hangs import write_plan
 from tests.pipeline.moments import Moment

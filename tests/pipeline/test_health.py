@@ -10,7 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.health import (
+from pipeline.data.samples import SampleSource
+from pipeline.health.state import (
     WINDOW_STEPS,
     HealthState,
     RollBack,
@@ -18,7 +19,6 @@ from pipeline.health import (
     find_spike,
     robust_z_score,
 )
-from pipeline.source import SampleSource
 
 finite = st.floats(-1e6, 1e6)
 
@@ -128,7 +128,7 @@ def test_roll_backs_leave_out_the_spike_and_twice_as_much_each_time_and_end(to: 
 
 def test_decisions_survive_as_they_are(tmp_path) -> None:
     from data_prep.errors import UserError
-    from pipeline.guard import decisions_path, read_decisions, write_decisions
+    from pipeline.health.decisions import decisions_path, read_decisions, write_decisions
 
     assert read_decisions(tmp_path) == ()
     decided = (RollBack(step=37, to_step=30, first_batch=35, last_batch=38),)

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from deepspeed.accelerator import get_accelerator
 
-from pipeline.checkpoint import list_checkpoints, read_state
+from pipeline.checkpoints.folder import list_checkpoints, read_state
 from tests.pipeline.moments import Moment
 from tests.pipeline.poison import Poison
 from tests.pipeline.ranks import Run, run_ranks, start_plan

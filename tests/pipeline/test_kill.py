@@ -10,10 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from launch import node
-from launch.processes import TRAIN_PROGRAM
-from pipeline.checkpoint import JOB_VARIABLE, list_checkpoints, step_of
-from pipeline.distributed import PREEMPTED_EXIT_CODE
+from launch.hosts import node
+from launch.jobs.session import TRAIN_PROGRAM
+from pipeline.checkpoints.folder import JOB_VARIABLE, list_checkpoints, step_of
+from pipeline.distributed.world import PREEMPTED_EXIT_CODE
 from tests.conftest import ROOT
 from tests.pipeline.ranks import Run, environment, outputs, start_ranks, tiny_overrides, wait
 from tests.pipeline.test_stop import living

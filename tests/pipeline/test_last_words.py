@@ -4,8 +4,8 @@ import platform
 
 import pytest
 
-from launch.blame import blame
-from pipeline.metrics import Clock
+from launch.jobs.failures import blame
+from pipeline.distributed.clock import Clock
 from pipeline.train import last_words
 
 

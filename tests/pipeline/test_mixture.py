@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data_prep.errors import UserError
-from pipeline.data import BatchLayout, BatchLoader, SampleSource
-from pipeline.mixture import MixtureSource, mixture_order
+from pipeline.data.loader import BatchLayout, BatchLoader, SampleSource
+from pipeline.data.mixture import MixtureSource, mixture_order
 from tests.pipeline.dataset_fixture import write_stream
 
 

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pipeline.config import OptimizerSection
-from pipeline.optim import build_optimizer, describe_groups, learning_rate, parameter_groups
+from pipeline.engine.optim import build_optimizer, describe_groups, learning_rate, parameter_groups
 
 
 @given(

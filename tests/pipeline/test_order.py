@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.order import MAX_SAMPLES, SampleOrder, WindowedOrder, order_key, permute
+from pipeline.data.order import MAX_SAMPLES, SampleOrder, WindowedOrder, order_key, permute
 
 
 @settings(deadline=None)

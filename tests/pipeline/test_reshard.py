@@ -14,10 +14,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data_prep.errors import UserError
-from pipeline import checkpoint, layout
-from pipeline.consolidate import consolidate
-from pipeline.reshard import MOMENTS, ParameterReader, read_loss_scale, set_loss_scale
-from pipeline.weights import only_weights
+from pipeline.checkpoints import folder as checkpoint
+from pipeline.checkpoints import zero_layout as layout
+from pipeline.checkpoints.consolidate import consolidate
+from pipeline.checkpoints.reshard import MOMENTS, ParameterReader, read_loss_scale, set_loss_scale
+from pipeline.export.load import only_weights
 from tests.pipeline.reshard_ranks import ALL_STEPS, FIRST_STEPS, ONE_FILE, parse, run_pairs
 
 pytestmark = pytest.mark.timeout(1800)  # seven processes start at once

@@ -13,9 +13,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline import checkpoint, checkpoint_io
-from pipeline.checkpoint import SAVING, CheckpointState, step_name
-from pipeline.retention import Entry, Retention, prune, reasons
+from pipeline.checkpoints import folder as checkpoint
+from pipeline.checkpoints import write as checkpoint_io
+from pipeline.checkpoints.folder import SAVING, CheckpointState, step_name
+from pipeline.checkpoints.retention import Entry, Retention, prune, reasons
 
 ENTRIES = st.lists(
     st.builds(Entry, st.integers(1, 40), st.none() | st.floats(0, 10), st.booleans()),

@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 import torch
 
-from pipeline.checkpoint import read_state
-from pipeline.retention import Retention
-from pipeline.space import checkpoint_bytes, retained, size_bytes, start_problems
-from pipeline.weights import only_weights
+from pipeline.checkpoints.folder import read_state
+from pipeline.checkpoints.retention import Retention
+from pipeline.checkpoints.space import checkpoint_bytes, retained, size_bytes, start_problems
+from pipeline.export.load import only_weights
 from tests.conftest import missing
 from tests.pipeline.ranks import outputs, start_ranks, wait
 from tests.pipeline.saving import STAGES, WRITES

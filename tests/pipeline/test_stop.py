@@ -16,10 +16,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from data_prep.errors import UserError
-from pipeline.checkpoint import list_checkpoints, read_state, verify
+from pipeline.checkpoints.folder import list_checkpoints, read_state, verify
 from pipeline.config import load_config
-from pipeline.distributed import PREEMPTED_EXIT_CODE
-from pipeline.stop import plan
+from pipeline.distributed.stop import plan
+from pipeline.distributed.world import PREEMPTED_EXIT_CODE
 from tests.conftest import ROOT
 from tests.pipeline.moments import Moment
 from tests.pipeline.ranks import Run, environment, run_ranks, tiny_overrides

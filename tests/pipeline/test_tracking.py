@@ -11,9 +11,9 @@ import mlflow.data
 import pytest
 from mlflow import MlflowClient
 
-import pipeline.tracking as tracking
+import pipeline.tracking.opening as tracking
 from data_prep.errors import UserError
-from pipeline.tracking import NullTracker, open_tracker, settle_run, tracking_uri
+from pipeline.tracking.opening import NullTracker, open_tracker, settle_run, tracking_uri
 from tests.pipeline.test_tracking_spool import file_size_limit
 from tests.pipeline.tracking_fixtures import (
     DATASET,
@@ -423,7 +423,7 @@ def test_a_second_process_on_the_same_run_is_refused(
     monkeypatch.setattr(tracking, "LOCK_WAIT_SECONDS", 0.3)
     start(store, tmp_path / "run", []).close()
     holder = (
-        "import sys; from pathlib import Path; from pipeline.tracking import _lock\n"
+        "import sys; from pathlib import Path; from pipeline.tracking.opening import _lock\n"
         "lock = _lock(Path(sys.argv[1]), print); print('held', flush=True); sys.stdin.read()"
     )
     command = [sys.executable, "-c", holder, str(tmp_path / "run/tracking/lock")]

@@ -18,7 +18,7 @@ import pytest
 from mlflow import MlflowClient
 
 from data_prep.errors import UserError
-from pipeline.tracking import settle_run
+from pipeline.tracking.opening import settle_run
 from tests.pipeline.tracking_fixtures import Config, empty_store, only_run, points, start, store
 
 __all__ = ["store"]

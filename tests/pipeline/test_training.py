@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from pipeline.weights import only_weights
+from pipeline.export.load import only_weights
 from tests.pipeline.conftest import POLICIES, STAGES
 
 Runs = dict[str, dict[str, Any]]

@@ -7,7 +7,7 @@ import sys
 import time
 from pathlib import Path
 
-from pipeline.tracking import open_tracker
+from pipeline.tracking.opening import open_tracker
 
 
 class Config:

@@ -7,7 +7,7 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
-from pipeline.checkpoint import newest_verified_alone, verify
+from pipeline.checkpoints.folder import newest_verified_alone, verify
 from tests.pipeline.ranks import Run, run_ranks
 from tests.torture.kills import prepare
 

@@ -10,10 +10,10 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from launch.node import free_port
-from launch.processes import TRAIN_PROGRAM
-from pipeline.checkpoint import list_checkpoints, verify
-from pipeline.distributed import HANG_EXIT_CODE, PREEMPTED_EXIT_CODE
+from launch.hosts.node import free_port
+from launch.jobs.session import TRAIN_PROGRAM
+from pipeline.checkpoints.folder import list_checkpoints, verify
+from pipeline.distributed.world import HANG_EXIT_CODE, PREEMPTED_EXIT_CODE
 from tests.conftest import ROOT, globallocal
 from tests.pipeline.hangs import write_plan
 from tests.pipeline.moments import Moment

@@ -15,8 +15,8 @@ import time
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
-from launch.node import free_port
-from pipeline.checkpoint import SAVING, list_checkpoints, step_of, verify
+from launch.hosts.node import free_port
+from pipeline.checkpoints.folder import SAVING, list_checkpoints, step_of, verify
 from tests.conftest import globallocal
 from tests.pipeline.ranks import Run, environment, outputs, tiny_overrides
 from tests.pipeline.test_training import assert_same_state, losses_of

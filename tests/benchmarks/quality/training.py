@@ -15,9 +15,9 @@ import torch
 
 from data_prep.manifest import Dataset
 from pipeline.config import OptimizerSection
-from pipeline.data import BatchLayout, BatchLoader, SampleSource, TokenStream, evaluation_batches
+from pipeline.data.loader import BatchLayout, BatchLoader, SampleSource, TokenStream, evaluation_batches
+from pipeline.engine.optim import build_optimizer, learning_rate, parameter_groups, set_learning_rate
 from pipeline.evaluate import perplexities
-from pipeline.optim import build_optimizer, learning_rate, parameter_groups, set_learning_rate
 from tests.benchmarks.quality.contenders import Contender
 from tests.benchmarks.quality.text import CACHE
 

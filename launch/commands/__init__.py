@@ -1,0 +1,1 @@
+"""The sub-commands of `globallocal`, each a thin layer over another room."""

@@ -1,0 +1,120 @@
+"""`globallocal evaluate | generate | export`: what is done with a trained model."""
+
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+ModelPath = Annotated[
+    Path,
+    typer.Argument(help="A run folder (its newest verified checkpoint is taken), a checkpoint, or an exported folder."),
+]
+
+
+class Dtype(StrEnum):
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+
+
+def register(app: typer.Typer) -> None:
+    app.command()(evaluate)
+    app.command()(generate)
+    app.command()(export)
+
+
+def evaluate(
+    path: ModelPath,
+    dataset: Annotated[
+        str | None, typer.Option(help="Folder or URL of a prepared dataset; what was trained on when absent.")
+    ] = None,
+    split: Annotated[str, typer.Option(help="Which of its splits.")] = "valid",
+    sequence_length: Annotated[int | None, typer.Option(help="Tokens a sample; that of training when absent.")] = None,
+    batch_size: Annotated[int, typer.Option(help="Samples at once.")] = 8,
+    max_samples: Annotated[int | None, typer.Option(help="Only the first so many samples.")] = None,
+) -> None:
+    """Measure held-out loss, token and word perplexity and bits per byte.
+
+    Examples:
+
+        globallocal evaluate runs/quickstart
+
+        globallocal evaluate runs/quickstart/export --dataset data/quickstart --split test
+    """
+    from data_prep.errors import UserError
+    from data_prep.manifest import hash_file
+    from pipeline.config import DataSection, validate
+    from pipeline.data.corpus import open_corpus
+    from pipeline.evaluate import held_out
+    from pipeline.export.load import best_device, load_model
+
+    loaded = load_model(path)
+    if dataset is not None:
+        data = DataSection(dataset=dataset)
+    elif loaded.state is not None:
+        data = validate(loaded.state.config, "the checkpoint's state.json").data
+    else:
+        raise UserError(f"{path}: an exported model does not name its dataset; give --dataset")
+    corpus = open_corpus(data)
+    own_model = loaded.tokenizer_folder / "tokenizer.model"
+    own = hash_file(own_model) if own_model.is_file() else "unknown"
+    if corpus.tokenizer.sha256 != own:
+        raise UserError(
+            f"{dataset}: its tokenizer is {corpus.tokenizer.sha256[:16]}…, the model's is {own[:16]}…; "
+            "evaluate on a dataset of the model's tokenizer"
+        )
+    length = sequence_length or loaded.model.config.max_position_embeddings
+    device = best_device()
+    result = held_out(loaded.model.to(device), corpus, split, length, batch_size, max_samples, device)
+    for part in corpus.parts:
+        info = part.dataset.manifest.splits[split]
+        typer.echo(
+            f"{part.location}, split {split}: {info.words + info.lines:,} words and line ends, "
+            f"{info.source_bytes:,} bytes in the split"
+        )
+        if len(corpus.parts) > 1:
+            typer.echo(f"  its own loss {result[f'{part.name}/loss']:.4f}, a share of {float(part.share):.4g}")
+    typer.echo(f"{result['tokens']:,.0f} target tokens, sequence length {length}")
+    typer.echo(f"loss              {result['loss']:.4f} nats per token")
+    typer.echo(f"token perplexity  {result['token_perplexity']:.2f}")
+    typer.echo(f"word perplexity   {result['word_perplexity']:.2f}")
+    typer.echo(f"bits per byte     {result['bits_per_byte']:.4f}")
+
+
+def generate(
+    path: ModelPath,
+    prompt: Annotated[list[str], typer.Option(help="Text to continue; may be given several times.")],
+    max_new_tokens: Annotated[int, typer.Option(help="Tokens added to each prompt.")] = 64,
+    seed: Annotated[int, typer.Option(help="Same seed, same text.")] = 0,
+) -> None:
+    """Continue prompts by sampling (temperature 0.8, the 50 likeliest tokens).
+
+    Example:
+
+        globallocal generate runs/quickstart/export --prompt "The history of"
+    """
+    from pipeline.evaluate import continuations
+    from pipeline.export.load import best_device, load_model
+
+    loaded, device = load_model(path), best_device()
+    for text in continuations(loaded.model.to(device), loaded.tokenizer, prompt, max_new_tokens, device, seed):
+        typer.echo(text)
+
+
+def export(
+    path: ModelPath,
+    output: Annotated[Path, typer.Option(help="The folder to make; it must not exist.")],
+    dtype: Annotated[Dtype, typer.Option(help="Type of the weights written.")] = Dtype.float32,
+) -> None:
+    """Write a Hugging Face folder, reload it in a fresh process, and publish it only if it is the same model.
+
+    Example:
+
+        globallocal export runs/quickstart --output runs/quickstart/export
+    """
+    import torch
+
+    from pipeline.export.hugging_face import export as write_export
+
+    loaded = write_export(path, output, getattr(torch, dtype.value))
+    typer.echo(f"{output}: step {loaded.state.step:,} of {path}, reloaded and verified")  # type: ignore[union-attr]

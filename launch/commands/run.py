@@ -1,0 +1,294 @@
+"""`globallocal estimate | rehearse | doctor | train | launch`: what runs before and around a training job."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from pipeline.config import RunConfig
+
+ConfigOption = Annotated[Path, typer.Option(help="Run file, such as launch/runs/quickstart.yaml.")]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="[section.key=value]...", help="Settings that replace those of the run file."),
+]
+
+
+def register(app: typer.Typer) -> None:
+    app.command()(estimate)
+    app.command()(rehearse)
+    app.command()(doctor)
+    app.command()(train)
+    app.command()(launch)
+
+
+def estimate(
+    config: Annotated[Path | None, typer.Option(help="Run file.")] = None,
+    preset: Annotated[
+        str | None, typer.Option(help="Or a model preset: quickstart, seed, small, base, large, xl.")
+    ] = None,
+    overrides: Overrides = None,
+    ranks: Annotated[int, typer.Option(min=1, help="Devices, over all nodes.")] = 1,
+    teraflops: Annotated[
+        float | None,
+        typer.Option(min=0.001, help="Peak rate of one device in 10^12 operations a second: H100 bf16 989, A100 312."),
+    ] = None,
+    utilisation: Annotated[
+        float, typer.Option(min=0.001, max=1, help="Part of the peak rate that training reaches (MFU).")
+    ] = 0.4,
+    price_per_hour: Annotated[float | None, typer.Option(min=0, help="Of one device, in any currency.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Say what a run needs before it is paid for: parameters, memory a rank, time, price.
+
+    Memory is given for every ZeRO stage; the arrow marks the run's own. Activations are those of the micro-batch,
+    found by running the model on a device without memory. Nothing is downloaded, started or written.
+
+    Examples:
+
+        globallocal estimate --preset base --ranks 8 --teraflops 989 --price-per-hour 2.5
+
+        globallocal estimate --config launch/runs/wikitext103-small.yaml --teraflops 312 training.micro_batch_size=32
+    """
+    from rich.console import Console
+
+    from data_prep.errors import UserError
+    from launch.jobs.local import choose_accelerator
+
+    choose_accelerator()
+    from launch.preflight import estimate as room  # imports DeepSpeed, which looks for an accelerator
+
+    if (config is None) == (preset is None):
+        raise UserError("give --config RUN.yaml or --preset NAME")
+    machine = room.Machine(ranks, teraflops, utilisation, price_per_hour)
+    if config is not None:
+        settings = checked_config(config, overrides)
+    else:
+        settings = room.preset_config(str(preset), overrides or [])
+    result = room.estimate(settings, machine)
+    if as_json:
+        typer.echo(result.to_json())
+    else:
+        room.show(result, machine, Console())
+
+
+def rehearse(
+    config: ConfigOption,
+    overrides: Overrides = None,
+    ranks: Annotated[int, typer.Option(min=1, help="Devices, over all nodes.")] = 1024,
+    gpus_per_node: Annotated[int, typer.Option(min=1, help="Devices of a node.")] = 8,
+    device_memory_gib: Annotated[float, typer.Option(min=0.1, help="Memory of one device.")] = 80.0,
+    steps: Annotated[int, typer.Option(min=1, help="Steps whose data every rank's loader goes through.")] = 1000,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Go through a job of any size on this machine: every rank's settings, place, data and memory; nothing is started.
+
+    All that does not fit together is said at once: the batch, DeepSpeed's reading of the settings on each rank, hpZ
+    groups against nodes, memory. Then each rank's loader runs over the steps, and every global batch must be shared out
+    exactly.
+
+    Example:
+
+        globallocal rehearse --config launch/runs/wikitext103-base.yaml --ranks 1024 training.global_batch_size=4096
+    """
+    from launch.jobs.local import choose_accelerator
+
+    choose_accelerator()
+    from launch.preflight import rehearse as room  # imports DeepSpeed, which looks for an accelerator
+
+    fleet = room.Fleet(ranks, gpus_per_node, device_memory_gib)
+    result = room.rehearse(checked_config(config, overrides), fleet, steps, lambda line: typer.echo(line, err=True))
+    typer.echo(result.to_json() if as_json else "\n".join(result.lines()))
+
+
+def doctor(
+    config: Annotated[Path | None, typer.Option(help="Run file; without one only this machine is looked at.")] = None,
+    overrides: Overrides = None,
+    processes: Annotated[
+        int | None, typer.Option(min=1, help="Ranks on this machine; as `train` chooses when absent.")
+    ] = None,
+    hostfile: Annotated[Path | None, typer.Option(help="Look at the hosts of this file too, over ssh.")] = None,
+    ssh: Annotated[str, typer.Option(help="hostfile: options for ssh, such as '-p 2222 -i ~/.ssh/cluster'.")] = "",
+    local: Annotated[bool, typer.Option("--local", help="This machine and nothing else.")] = False,
+    skip_step: Annotated[bool, typer.Option("--skip-step", help="Take no real step (it needs a minute).")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Find every problem of a run before it starts, each with its remedy.
+
+    Versions, devices, compiled operators; settings, batch, dataset, vocabulary, DeepSpeed JSON; memory, disk, MLflow;
+    one real step. With --hostfile also the hosts: ssh there and back, the same code and versions, clocks, a folder
+    that is truly shared, bandwidth between them. Exit codes: 0 all is well, 1 warnings, 2 problems.
+
+    Examples:
+
+        globallocal doctor --local
+
+        globallocal doctor --config launch/runs/wikitext103-base.yaml --hostfile hosts
+
+        globallocal doctor --config launch/runs/quickstart.yaml
+
+        globallocal doctor --config launch/runs/wikitext103-small.yaml --processes 8 --json
+    """
+    from rich.console import Console
+
+    from data_prep.errors import UserError
+    from launch.jobs.local import choose_accelerator, default_ranks
+
+    choose_accelerator()
+    from launch.preflight import doctor as room  # imports DeepSpeed, which looks for an accelerator
+    from launch.preflight.hosts import host_findings
+
+    if config is None and overrides:
+        raise UserError(f"{' '.join(overrides)}: overrides need --config")
+    if local and (config or hostfile):
+        raise UserError("--local looks at this machine alone; leave out --config and --hostfile")
+    findings = list(room.local_findings())
+    if hostfile is not None:
+        run_folder = checked_config(config, overrides).run_folder if config is not None else None
+        findings += host_findings(hostfile, ssh, run_folder)
+    if config is not None:
+        ranks = processes or (room.slots(hostfile) if hostfile else 0) or default_ranks()
+        findings += room.run_findings(config, overrides or [], ranks)
+        if not skip_step and room.exit_code(findings) < 2:
+            findings.append(room.step(config, overrides or [], processes))
+    if as_json:
+        typer.echo(room.to_json(findings))
+    else:
+        room.show(findings, Console())
+    raise typer.Exit(room.exit_code(findings))
+
+
+def train(
+    config: ConfigOption,
+    overrides: Overrides = None,
+    processes: Annotated[
+        int | None,
+        typer.Option(min=1, help="Ranks; one a device when absent, 2 where there are only CPU cores."),
+    ] = None,
+) -> None:
+    """Train on all devices of this machine; start it again to go on where it stopped.
+
+    It runs `deepspeed pipeline/train.py`. Ctrl-C or SIGTERM saves a checkpoint and stops (exit code 75); a second
+    one kills. Exit codes: 0 done, 2 something to fix, 75 stopped with all saved, else a rank failed.
+
+    Examples:
+
+        globallocal train --config launch/runs/quickstart.yaml
+
+        globallocal train --config launch/runs/quickstart.yaml training.max_steps=500 run.name=longer
+    """
+    from launch.jobs.local import LocalRun, run
+
+    settings = checked_config(config, overrides)
+    raise typer.Exit(run(LocalRun(config, tuple(overrides or ()), settings, processes), max_restarts=0))
+
+
+def launch(
+    config: ConfigOption,
+    overrides: Overrides = None,
+    local: Annotated[int | None, typer.Option(min=1, help="On this machine, so many ranks.")] = None,
+    hostfile: Annotated[
+        Path | None, typer.Option(help="On the hosts of this file (HOST slots=N a line), over pdsh and ssh.")
+    ] = None,
+    include: Annotated[str, typer.Option(help="hostfile: only these hosts, joined by commas.")] = "",
+    exclude: Annotated[str, typer.Option(help="hostfile: all but these hosts.")] = "",
+    ssh: Annotated[str, typer.Option(help="hostfile: options for ssh, such as '-p 2222 -i ~/.ssh/cluster'.")] = "",
+    master_addr: Annotated[
+        str, typer.Option(help="hostfile, slurm: address of the first host; asked of it when absent.")
+    ] = "",
+    master_port: Annotated[int, typer.Option(help="Port of the first host; another where it is taken.")] = 29500,
+    interface: Annotated[
+        str, typer.Option(help="hostfile, slurm: network interface; found on each node when absent.")
+    ] = "",
+    env: Annotated[
+        list[str] | None, typer.Option(help="hostfile, slurm: variable of this shell to hand to every rank, by name.")
+    ] = None,
+    slurm: Annotated[bool, typer.Option("--slurm", help="As a job of Slurm; returns when it is queued.")] = False,
+    nodes: Annotated[str, typer.Option(help="slurm: nodes, a number or MIN-MAX.")] = "1",
+    ranks_per_node: Annotated[int, typer.Option(min=1, help="slurm: ranks of each node, one a device.")] = 1,
+    time: Annotated[str, typer.Option(help="slurm: time limit of one start, such as 24:00:00.")] = "",
+    partition: Annotated[str, typer.Option(help="slurm: partition.")] = "",
+    sbatch: Annotated[
+        list[str] | None, typer.Option(help="slurm: any option of sbatch, such as --sbatch=--gpus-per-node=8.")
+    ] = None,
+    turns: Annotated[
+        int, typer.Option(min=0, help="slurm: so many jobs in turn, for queues that forbid requeue; 0: requeue.")
+    ] = 0,
+    wait: Annotated[bool, typer.Option("--wait", help="slurm: print the log until the job has ended.")] = False,
+    max_restarts: Annotated[int, typer.Option(min=0, help="Restarts after failures, from the newest checkpoint.")] = 3,
+    min_nodes: Annotated[
+        int | None, typer.Option(min=1, help="hostfile: go on with so few hosts when others are gone; all when absent.")
+    ] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print what would run, contact no host.")] = False,
+) -> None:
+    """Run a training job here, over a hostfile or on Slurm, and start it again when it fails.
+
+    DeepSpeed's launcher starts the ranks, on Slurm srun does. What every rank must get goes through a file that only
+    you can read, in the run folder, which all nodes share: NCCL_*, GLOO_*, MLFLOW_*, HF_*, AWS_*, TORCH_* of this
+    shell, and --env.
+
+    Examples:
+
+        globallocal launch --config launch/runs/wikitext103-small.yaml --local 8
+
+        globallocal launch --config launch/runs/wikitext103-base.yaml --hostfile hosts --min-nodes 2 --env WANDB_MODE
+
+        globallocal launch --config launch/runs/wikitext103-base.yaml --slurm --nodes 4 --ranks-per-node 8 \\
+        --time 24:00:00 --sbatch=--gpus-per-node=8 --dry-run
+    """
+    from data_prep.errors import UserError
+    from launch.jobs.local import LocalRun, Run, run
+    from launch.jobs.over_hosts import HostfileRun
+
+    if sum((local is not None, hostfile is not None, slurm)) != 1:
+        raise UserError("give one of --local N, --hostfile FILE and --slurm")
+    settings = checked_config(config, overrides)
+    job: Run
+    if slurm:
+        from launch.jobs.slurm import Allocation, SlurmRun
+
+        queued = SlurmRun.from_options(
+            config,
+            tuple(overrides or ()),
+            settings,
+            Allocation(nodes, ranks_per_node, time, partition, turns, tuple(sbatch or ())),
+            max_restarts=max_restarts,
+            master_address=master_addr,
+            interface=interface,
+            names=tuple(env or ()),
+        )
+        if dry_run:
+            typer.echo(queued.describe())
+            return
+        raise typer.Exit(queued.submit(wait))
+    if hostfile is not None:
+        job = HostfileRun.from_options(
+            config,
+            tuple(overrides or ()),
+            settings,
+            hostfile=hostfile,
+            include=include,
+            exclude=exclude,
+            ssh=ssh,
+            master_address=master_addr,
+            master_port=master_port,
+            interface=interface,
+            names=tuple(env or ()),
+            min_nodes=min_nodes,
+        )
+    else:
+        job = LocalRun(config, tuple(overrides or ()), settings, local, master_port)
+    if dry_run:
+        typer.echo(job.describe())
+    else:
+        raise typer.Exit(run(job, max_restarts))
+
+
+def checked_config(config: Path, overrides: list[str] | None) -> RunConfig:
+    """The run's settings; what is wrong with them is said here, before any rank has started."""
+    from pipeline.config import load_config
+
+    return load_config(config, overrides or [])

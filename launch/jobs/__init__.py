@@ -1,0 +1,1 @@
+"""Jobs: rendered as commands, run as sessions, started again."""

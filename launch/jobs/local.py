@@ -1,0 +1,110 @@
+"""A run file becomes the exact command that DeepSpeed's launcher is started with on this machine."""
+
+import os
+import secrets
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Protocol
+
+from data_prep.errors import UserError
+from launch.hosts import node
+from launch.jobs import environment as cluster
+from launch.jobs.close_tracking import failed_for_good, settle
+from launch.jobs.command import Job, cpu_environment, deepspeed_program
+from launch.jobs.restarts import Failure, run_with_restarts
+from launch.jobs.session import TRAIN_PROGRAM, Ended, Launch, grace_seconds, run_session
+
+if TYPE_CHECKING:
+    from pipeline.config import RunConfig
+
+CPU_RANKS = 2
+"""Ranks started on a machine without accelerators, where it has the cores."""
+
+
+class Run(Protocol):
+    """A way to run a job."""
+
+    settings: "RunConfig"
+
+    def describe(self) -> str:
+        """What would run, as a shell would take it; nothing is started, written or asked of another host."""
+
+    def start(self, failures: list[Failure]) -> Ended:
+        """Run it once, to its end."""
+
+
+def run(job: Run, max_restarts: int) -> int:
+    """Run a job and start it again as `restarts.judge` allows; returns the exit code."""
+    settings, folder = job.settings, job.settings.run_folder
+    (folder / "logs").mkdir(parents=True, exist_ok=True)
+    code = run_with_restarts(job.start, folder, max_restarts)
+    if failed_for_good(code):
+        settle(settings, folder)
+    return code
+
+
+@dataclass
+class LocalRun:
+    """`deepspeed` on this machine: a rank for each device, or `processes` of them; on CPU cores without any."""
+
+    config: Path
+    overrides: tuple[str, ...]
+    settings: "RunConfig"
+    processes: int | None = None
+    port: int | None = None
+    job_id: str = field(default_factory=lambda: secrets.token_hex(8))
+
+    def describe(self) -> str:
+        return str(self.job(self.port or cluster.DEFAULT_PORT))
+
+    def start(self, failures: list[Failure]) -> Ended:
+        job = self.job(self.port if self.port and node.port_is_free(self.port) else node.free_port())
+        environment = {**job.whole_environment(), node.JOB_VARIABLE: self.job_id}
+        return run_session(Launch(job.command, environment, launch_log(self.settings), grace_seconds(self.settings)))
+
+    def job(self, port: int) -> Job:
+        """
+        Raises:
+            UserError: more processes than devices.
+        """
+        devices = local_devices()
+        if self.processes and devices and self.processes > devices:
+            raise UserError(f"{self.processes} processes, but this machine has {devices} devices; ask for fewer")
+        ranks = self.processes or default_ranks()
+        command = [
+            str(deepspeed_program()),
+            "--log_level=error",  # the log gets which rank failed, and how
+            "--hostfile=none",  # DeepSpeed takes /job/hostfile, should there be one
+            f"--num_accelerators={ranks}",
+            f"--master_port={port}",
+            str(TRAIN_PROGRAM),
+            "--config",
+            str(self.config),
+            *self.overrides,
+        ]
+        return Job(command, {} if devices else cpu_environment(ranks))
+
+
+def local_devices() -> int:
+    """Accelerators that torch sees on this machine; 0 where DeepSpeed is to use the CPU."""
+    if os.environ.get("DS_ACCELERATOR") == "cpu":
+        return 0
+    import torch
+
+    return torch.accelerator.device_count() if torch.accelerator.is_available() else 0
+
+
+def choose_accelerator() -> None:
+    """Spare DeepSpeed its search, and the person its warning, where there are only CPU cores."""
+    if local_devices() == 0:
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+
+
+def default_ranks() -> int:
+    """A rank for each device; where there is none, two on the CPU's cores."""
+    return local_devices() or min(CPU_RANKS, os.cpu_count() or 1)
+
+
+def launch_log(settings: "RunConfig") -> Path:
+    """The file that keeps everything the launcher and the ranks print."""
+    return settings.run_folder / "logs" / "launch.log"

@@ -1,0 +1,140 @@
+"""A run file becomes `deepspeed` over the hosts of a hostfile, on as many of them as answer."""
+
+import secrets
+import signal
+import socket
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from data_prep.errors import UserError
+from launch.hosts.hostfile import read_hostfile, select
+from launch.hosts.ssh import Elsewhere, differences, gather_facts
+from launch.jobs import environment as cluster
+from launch.jobs.local import launch_log, local_devices
+from launch.jobs.restarts import Failure, fitting_hosts
+from launch.jobs.session import Ended, Launch, grace_seconds, run_session
+
+if TYPE_CHECKING:
+    from pipeline.config import RunConfig
+
+HOST_WAIT_SECONDS = 600.0
+"""After a failure, hosts that do not answer have so long to come back."""
+HOST_POLL_SECONDS = 2.0
+
+
+@dataclass
+class HostfileRun:
+    """`deepspeed` over the hosts of a hostfile, on as many of them as answer at each start."""
+
+    settings: "RunConfig"
+    job: cluster.ClusterJob
+    hosts: dict[str, int]
+    master_address: str
+    master_port: int
+    min_nodes: int
+
+    @classmethod
+    def from_options(
+        cls,
+        config: Path,
+        overrides: tuple[str, ...],
+        settings: "RunConfig",
+        *,
+        hostfile: Path,
+        include: str,
+        exclude: str,
+        ssh: str,
+        master_address: str,
+        master_port: int,
+        interface: str,
+        names: tuple[str, ...],
+        min_nodes: int | None,
+    ) -> "HostfileRun":
+        hosts = select(read_hostfile(hostfile), include, exclude)
+        if min_nodes and min_nodes > len(hosts):
+            raise UserError(f"--min-nodes {min_nodes} is more than the {len(hosts)} hosts of {hostfile}")
+        job = cluster.ClusterJob(config, overrides, settings.run_folder, secrets.token_hex(8), ssh, interface, names)
+        return cls(settings, job, hosts, master_address, master_port, min_nodes or len(hosts))
+
+    def describe(self) -> str:
+        address = self.master_address or next(iter(self.hosts))
+        job, files = cluster.hostfile_job(self.job, self.hosts, address, self.master_port, local_devices() == 0)
+        return f"{cluster.shown(files)}\n{job}"
+
+    def start(self, failures: list[Failure]) -> Ended:
+        cluster.require_pdsh()
+        facts = self.ready_hosts(HOST_WAIT_SECONDS if failures else 0)
+        hosts = {host: self.hosts[host] for host in facts}
+        first = facts[next(iter(hosts))]
+        address = self.master_address or master_address(next(iter(hosts)), first["addresses"])
+        port = self.master_port if first["port_free"] else int(first["free_port"])
+        if port != self.master_port:
+            print(f"port {self.master_port} of {next(iter(hosts))} is taken; {port} is used", flush=True)
+        cpu = not any(item["devices"] for item in facts.values())
+        job, files = cluster.hostfile_job(self.job, hosts, address, port, cpu)
+        cluster.write_files(files)
+        elsewhere = Elsewhere(tuple(hosts), self.job.job_id, self.job.ssh)
+        if failures:
+            elsewhere.stop(signal.SIGKILL)  # a host that was cut off may still hold ranks of the start before
+        print(f"hosts: {', '.join(f'{host} × {slots}' for host, slots in hosts.items())}", flush=True)
+        return run_session(
+            Launch(
+                job.command,
+                cluster.runner_environment(job.whole_environment()),
+                launch_log(self.settings),
+                grace_seconds(self.settings),
+                elsewhere=elsewhere,
+            )
+        )
+
+    def ready_hosts(self, wait_seconds: float) -> dict[str, dict]:
+        """The facts of the hosts that this start uses; hosts that are away are waited for.
+
+        Raises:
+            UserError: too few hosts answer, they do not run the same, or no number of them fits the batch.
+        """
+        deadline = time.monotonic() + wait_seconds
+        facts, unreachable = gather_facts(list(self.hosts), self.master_port, self.job.ssh)
+        while len(facts) < self.min_nodes and time.monotonic() < deadline:
+            print(f"waiting for {', '.join(unreachable)} (at most {wait_seconds:.0f} s)", flush=True)
+            time.sleep(HOST_POLL_SECONDS)
+            facts, unreachable = gather_facts(list(self.hosts), self.master_port, self.job.ssh)
+        if len(facts) < self.min_nodes:
+            too_few = f"{len(facts)} of {len(self.hosts)} hosts answer, {self.min_nodes} are needed (--min-nodes)"
+            raise UserError([*unreachable.values(), too_few])
+        for line in unreachable.values():
+            print(f"left out: {line}", flush=True)
+        slots = {host: self.hosts[host] for host in facts}
+        training = self.settings.training
+        chosen = fitting_hosts(slots, training.global_batch_size, training.micro_batch_size, self.min_nodes)
+        problems = differences(facts, self.hosts)
+        if not chosen:
+            problems.append(
+                f"training.global_batch_size ({training.global_batch_size}) is not divisible by "
+                f"training.micro_batch_size ({training.micro_batch_size}) × {sum(slots.values())} ranks, nor with "
+                f"fewer hosts down to {self.min_nodes}; change one of the three"
+            )
+        if problems:
+            raise UserError(problems)
+        return {host: facts[host] for host in chosen}
+
+
+def master_address(host: str, addresses: Mapping[str, str]) -> str:
+    """The first host's address as the others see it: what its name resolves to, if it has that; else its first.
+
+    Raises:
+        UserError: it has no address but the loopback.
+    """
+    try:
+        resolved = socket.gethostbyname(host)
+    except OSError:
+        resolved = ""
+    if resolved in addresses and not resolved.startswith("127."):
+        return resolved
+    for address, interface in addresses.items():
+        if not address.startswith("127.") and not interface.startswith(("docker", "virbr")):
+            return address
+    raise UserError(f"{host} has no address that other hosts could reach; give --master-addr")

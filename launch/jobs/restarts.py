@@ -1,0 +1,143 @@
+"""When a job that has failed is started again, and on which hosts."""
+
+import json
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+
+from launch.jobs.failures import HANG, PREEMPTED, first_cause
+from launch.jobs.session import Ended
+from pipeline.tracking.restarts import RESTARTS_FILE
+
+USER_ERROR_EXIT_CODE = 2
+SAME_STEP_FAILURES = 3
+"""As many failures without a new checkpoint in between are a crash loop."""
+
+
+@dataclass(frozen=True)
+class Failure:
+    """One end of a job that was no success.
+
+    Attributes:
+        cause: one line, for the log, for MLflow and for the person.
+        step: of the newest checkpoint at that time, −1 without one.
+        node: where it began, if that is known.
+    """
+
+    cause: str
+    step: int
+    code: int
+    node: str = ""
+
+
+@dataclass(frozen=True)
+class Verdict:
+    restart: bool
+    reason: str
+
+
+def judge(failures: list[Failure], max_restarts: int, stopped: bool) -> Verdict:
+    """Whether the job is started again after its latest failure; the reason is one line.
+
+    Preemptions (all was saved) are no failures of the job: they do not count against `max_restarts`, but a job that
+    makes no progress between them is a crash loop like any other.
+    """
+    last = failures[-1]
+    if stopped:
+        return Verdict(False, f"stopped on request (exit code {last.code}); start it again to go on")
+    if last.code == USER_ERROR_EXIT_CODE:
+        return Verdict(False, "a mistake to fix, said above; a restart would meet it again")
+    latest = failures[-SAME_STEP_FAILURES:]
+    if len(latest) == SAME_STEP_FAILURES and all(failure.step == last.step for failure in latest):
+        return Verdict(False, f"crash loop: {SAME_STEP_FAILURES} failures in a row {_at(last.step)}; not started again")
+    spent = sum(failure.code != PREEMPTED for failure in failures)
+    if spent > max_restarts:
+        return Verdict(False, f"the budget of {max_restarts} restarts is spent (--max-restarts)")
+    if last.code == PREEMPTED:
+        return Verdict(True, f"started again {_at(last.step)}")
+    return Verdict(True, f"restart {spent} of at most {max_restarts}, {_at(last.step)}")
+
+
+def _at(step: int) -> str:
+    return "before the first checkpoint" if step < 0 else f"from the checkpoint of step {step:,}"
+
+
+def newest_step(run_folder: Path) -> int:
+    """Step of the newest checkpoint that was published whole; −1 without one. The ranks verify it at the start."""
+    steps = [
+        int(path.parent.name.removeprefix("step-"))
+        for path in (run_folder / "checkpoints").glob("step-*/integrity.json")
+        if path.parent.name.removeprefix("step-").isdigit()
+    ]
+    return max(steps, default=-1)
+
+
+def cause_of(ended: Ended) -> str:
+    """One line that says how a job ended."""
+    if ended.code == PREEMPTED:
+        return "preempted: the ranks were told to stop, and left in order"
+    if ended.code == USER_ERROR_EXIT_CODE:
+        return f"refused by the ranks (exit code {USER_ERROR_EXIT_CODE})"
+    cause = first_cause(ended.blames)
+    if cause:
+        return cause.what
+    if ended.code == HANG:
+        return f"a rank hung (exit code {HANG})"
+    if ended.code > 128:
+        return f"ended by signal {ended.code - 128}"
+    return f"a rank failed (exit code {ended.code})"
+
+
+def run_with_restarts(
+    start: Callable[[list[Failure]], Ended],
+    run_folder: Path,
+    max_restarts: int,
+    pause_seconds: float = 2.0,
+    say: Callable[[str], None] = print,
+) -> int:
+    """Start a job until it is done or `judge` says no; returns its exit code. `start` gets all failures so far."""
+    failures: list[Failure] = []
+    while True:
+        ended = start(failures)
+        if ended.code == 0:
+            return 0
+        failures.append(failure_of(ended, run_folder))
+        verdict = judge(failures, max_restarts, ended.stopped_by is not None)
+        record(run_folder, failures[-1], verdict)
+        say(f"globallocal: {failures[-1].cause}; {verdict.reason}")
+        if not verdict.restart:
+            return ended.code
+        time.sleep(pause_seconds)
+
+
+def failure_of(ended: Ended, run_folder: Path) -> Failure:
+    cause = first_cause(ended.blames)
+    return Failure(cause_of(ended), newest_step(run_folder), ended.code, cause.node if cause else "")
+
+
+def record(run_folder: Path, failure: Failure, verdict: Verdict, job: str = "") -> None:
+    """A line of `restarts.jsonl` in the run folder, which the ranks hand on to MLflow at their next start."""
+    entry = {"time": time.time(), "job": job, **asdict(failure), **asdict(verdict)}
+    with open(run_folder / RESTARTS_FILE, "a") as file:
+        file.write(json.dumps(entry) + "\n")
+
+
+def recorded(run_folder: Path, job: str) -> list[Failure]:
+    """The failures of a job that were recorded so far."""
+    path = run_folder / RESTARTS_FILE
+    lines = path.read_text().splitlines() if path.exists() else []
+    entries = [entry for entry in map(json.loads, lines) if entry["job"] == job]
+    names = [item.name for item in fields(Failure)]
+    return [Failure(**{name: entry[name] for name in names}) for entry in entries]
+
+
+def fitting_hosts(
+    hosts: Mapping[str, int], global_batch_size: int, micro_batch_size: int, min_nodes: int
+) -> dict[str, int]:
+    """The most hosts, in their order, whose ranks share the global batch evenly; empty where no number of them does."""
+    for count in range(len(hosts), max(min_nodes, 1) - 1, -1):
+        chosen = dict(list(hosts.items())[:count])
+        if global_batch_size % (micro_batch_size * sum(chosen.values())) == 0:
+            return chosen
+    return {}

@@ -1,0 +1,249 @@
+"""What a run will need, before it is paid for: parameters, memory a rank, operations, time, money."""
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from data_prep.errors import UserError
+from launch.preflight.memory import ModelSize, RankMemory, measure, rank_memory
+from model.configuration_globallocal import PRESETS, GlobalLocalConfig
+from pipeline.config import RunConfig, validate
+from pipeline.data.corpus import Corpus, open_corpus
+from pipeline.data.loader import BatchLayout
+from pipeline.metrics import duration
+
+TOKENS_PER_PARAMETER = 20
+"""Training tokens that pay best for a given amount of computing, for transformers (arXiv:2203.15556)."""
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What the run is to run on.
+
+    Attributes:
+        ranks: devices, over all nodes.
+        teraflops: peak rate of one device in 10^12 operations a second, in the precision of the run.
+        utilisation: part of that rate that training reaches (MFU).
+        price_per_hour: of one device, in whatever currency.
+        cpu: ranks on CPU cores.
+    """
+
+    ranks: int = 1
+    teraflops: float | None = None
+    utilisation: float = 0.4
+    price_per_hour: float | None = None
+    cpu: bool = False
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """All figures of one run on one machine; bytes, tokens, operations, seconds."""
+
+    name: str
+    notes: list[str]
+    parameters: dict[str, int]
+    pool_elements: int
+    receptive_field_tokens: int
+    sequence_length_tokens: int
+    flops_per_token: float
+    precision: str
+    zero_stage: int
+    memory: dict[int, RankMemory]
+    ranks: int
+    micro_batch_size: int
+    gradient_accumulation_steps: int
+    tokens_per_step: int
+    steps: int
+    tokens: int
+    epochs: float | None
+    tokens_per_second: float | None
+    seconds: float | None
+    price: float | None
+
+    def to_json(self) -> str:
+        values = asdict(self)
+        values["memory"] = {stage: {**asdict(item), "total": item.total} for stage, item in self.memory.items()}
+        return json.dumps(values, indent=2)
+
+
+def preset_config(preset: str, overrides: Sequence[str] = ()) -> RunConfig:
+    """A run of the preset alone: its own sequence length, as many tokens as pay best."""
+    if preset not in PRESETS:
+        raise UserError(f"--preset {preset}: no such preset; known: {', '.join(PRESETS)}")
+    model = GlobalLocalConfig.from_preset(preset)
+    length = model.max_position_embeddings
+    batch = 16
+    tokens = TOKENS_PER_PARAMETER * sum(model.parameter_counts().values())
+    values: dict[str, Any] = {
+        "run": {"name": preset},
+        "model": {"preset": preset},
+        "data": {"dataset": "none", "sequence_length": length},
+        "training": {
+            "max_steps": max(1, round(tokens / (batch * length))),
+            "global_batch_size": batch,
+            "micro_batch_size": 1,
+        },
+    }
+    return validate(_with_overrides(values, overrides), f"--preset {preset}")
+
+
+def _with_overrides(values: dict[str, Any], overrides: Sequence[str]) -> Mapping[str, Any]:
+    from omegaconf import OmegaConf
+
+    merged = OmegaConf.merge(OmegaConf.create(values), OmegaConf.from_dotlist(list(overrides)))
+    return OmegaConf.to_container(merged, resolve=True)  # type: ignore[return-value]
+
+
+def estimate(config: RunConfig, machine: Machine) -> Estimate:
+    """All figures of a run.
+
+    Raises:
+        UserError: a model, a batch or a DeepSpeed JSON that cannot work.
+    """
+    notes: list[str] = []
+    corpus = _corpus(config, notes)
+    model = _model(config, corpus)
+    layout = BatchLayout(config.training.global_batch_size, config.training.micro_batch_size, machine.ranks)
+    zero = _zero(config)
+    precision = config.training.precision
+    if precision == "auto":
+        precision = "bf16"
+        notes.append("precision auto: taken as bf16; a CPU without bf16 units trains in fp32, at twice the memory")
+    size = measure(model, config.training.micro_batch_size, config.data.sequence_length, precision)
+    accumulates = layout.gradient_accumulation_steps > 1
+    tokens_per_step = config.training.global_batch_size * config.data.sequence_length
+    samples = _samples(config, corpus)
+    steps = _steps(config, samples, notes)
+    flops = model.flops_per_token(config.data.sequence_length)
+    rate = machine.teraflops and machine.ranks * machine.teraflops * 1e12 * machine.utilisation / flops
+    seconds = rate and steps * tokens_per_step / rate
+    return Estimate(
+        name=config.run.name,
+        notes=notes,
+        parameters=model.parameter_counts(),
+        pool_elements=size.frozen,
+        receptive_field_tokens=model.receptive_field,
+        sequence_length_tokens=config.data.sequence_length,
+        flops_per_token=flops,
+        precision=precision,
+        zero_stage=int(zero.get("stage", 0)),
+        memory={stage: _stage_memory(size, stage, machine, precision, zero, accumulates) for stage in range(4)},
+        ranks=machine.ranks,
+        micro_batch_size=layout.micro_batch_size,
+        gradient_accumulation_steps=layout.gradient_accumulation_steps,
+        tokens_per_step=tokens_per_step,
+        steps=steps,
+        tokens=steps * tokens_per_step,
+        epochs=steps * config.training.global_batch_size / samples if samples else None,
+        tokens_per_second=rate,
+        seconds=seconds,
+        price=seconds and machine.price_per_hour and seconds / 3600 * machine.ranks * machine.price_per_hour,
+    )
+
+
+def _stage_memory(
+    size: ModelSize, stage: int, machine: Machine, precision: str, zero: Mapping[str, Any], accumulates: bool
+) -> RankMemory:
+    """The run's own stage with its offloading; the other stages as the plain alternatives."""
+    own = stage == int(zero.get("stage", 0))
+    plain = {key: value for key, value in zero.items() if not key.startswith("offload_")}
+    knobs = zero if own else plain
+    return rank_memory(size, stage, machine.ranks, precision, knobs, cpu=machine.cpu, accumulates=accumulates)
+
+
+def _corpus(config: RunConfig, notes: list[str]) -> Corpus | None:
+    try:
+        return open_corpus(config.data)
+    except UserError as error:
+        if config.data.dataset != "none":
+            notes.append(f"dataset not read ({error.problems[0]}): the preset's vocabulary is assumed")
+        return None
+
+
+def _model(config: RunConfig, corpus: Corpus | None) -> GlobalLocalConfig:
+    fixed: dict[str, Any] = {"max_position_embeddings": config.data.sequence_length}
+    if corpus is not None:
+        fixed["vocab_size"] = corpus.tokenizer.vocab_size
+    return config.model.build(**fixed)
+
+
+def _zero(config: RunConfig) -> Mapping[str, Any]:
+    from pipeline.engine.deepspeed_json import read_deepspeed_json
+
+    return read_deepspeed_json(config.deepspeed.config).get("zero_optimization", {})
+
+
+def _samples(config: RunConfig, corpus: Corpus | None) -> int | None:
+    if corpus is None:
+        return None
+    splits = [part.dataset.split(config.data.train_split) for part in corpus.parts]
+    return sum((split.tokens - 1) // config.data.sequence_length for split in splits)
+
+
+def _steps(config: RunConfig, samples: int | None, notes: list[str]) -> int:
+    if config.training.max_steps is not None:
+        return config.training.max_steps
+    assert config.training.max_epochs is not None
+    if samples is None:
+        notes.append("training.max_epochs needs the dataset; one step is assumed")
+        return 1
+    return math.ceil(config.training.max_epochs * samples / config.training.global_batch_size)
+
+
+def show(result: Estimate, machine: Machine, console: Console) -> None:
+    """The estimate as tables for a person."""
+    total = sum(result.parameters.values())
+    parts = Table(title=f"{result.name}: {total:,} parameters, and a frozen pool of {result.pool_elements:,}")
+    parts.add_column("part")
+    parts.add_column("parameters", justify="right")
+    parts.add_column("share", justify="right")
+    for part, count in result.parameters.items():
+        parts.add_row(part, f"{count:,}", f"{count / total:.1%}")
+    console.print(parts)
+
+    memory = Table(title=f"GiB a rank, {result.ranks} ranks, {result.precision}, AdamW")
+    offloads = any(item.offloaded for item in result.memory.values())
+    columns = ("ZeRO", "weights", "grads", "optimizer", "buffers", "activations", "total")
+    for column in (*columns, *(["offloaded"] if offloads else [])):
+        memory.add_column(column, justify="right", no_wrap=True)
+    for stage, item in result.memory.items():
+        mark = " ←" if stage == result.zero_stage else ""
+        cells = (item.weights, item.gradients, item.optimizer, item.buffers, item.activations, item.total)
+        shown = [*cells, item.offloaded] if offloads else cells
+        memory.add_row(f"{stage}{mark}", *(gibibytes(cell) for cell in shown))
+    console.print(memory)
+    for line in _sentences(result, machine):
+        console.print(line, highlight=False)
+
+
+def gibibytes(count: int) -> str:
+    return f"{count / 2**30:,.2f}"
+
+
+def _sentences(result: Estimate, machine: Machine) -> list[str]:
+    samples = result.tokens_per_step // result.sequence_length_tokens
+    covered = "covers" if result.receptive_field_tokens >= result.sequence_length_tokens else "does not cover"
+    lines = [
+        f"receptive field: {result.receptive_field_tokens:,} tokens; it {covered} "
+        f"the sequence of {result.sequence_length_tokens:,}",
+        f"step: {samples:,} samples = {result.micro_batch_size} micro-batch × {result.ranks} ranks × "
+        f"{result.gradient_accumulation_steps} accumulation steps = {result.tokens_per_step:,} tokens",
+        f"run: {result.steps:,} steps, {result.tokens:,} tokens"
+        + (f", {result.epochs:.2f} epochs" if result.epochs else "")
+        + f", {result.tokens / sum(result.parameters.values()):.1f} tokens a parameter",
+        f"operations: {result.flops_per_token:.3g} a token, {result.flops_per_token * result.tokens:.3g} in all",
+    ]
+    if result.seconds and result.tokens_per_second:
+        lines.append(
+            f"time: {duration(result.seconds)} at {result.tokens_per_second:,.0f} tokens a second "
+            f"({result.ranks} × {machine.teraflops:g} TFLOP/s × {machine.utilisation:.0%})"
+            + (f"; price {result.price:,.2f}" if result.price else "")
+        )
+    else:
+        lines.append("time: give --teraflops, the peak rate of one device in the run's precision")
+    return lines + [f"note: {note}" for note in result.notes]

@@ -1,0 +1,1 @@
+"""Checkpoints: writing, verifying, keeping, resuming and resharding them."""

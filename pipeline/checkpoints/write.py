@@ -1,0 +1,297 @@
+"""What is in a checkpoint folder: writing its files durably, and reading them back into the engine.
+
+DeepSpeed hands its files to `DeferringCheckpointEngine`, its own extension point; `saver.py` has them written.
+"""
+
+import hashlib
+import json
+import os
+import random
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from enum import Enum
+from functools import partial
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+import torch
+from deepspeed.accelerator import get_accelerator
+from deepspeed.runtime.checkpoint_engine.checkpoint_engine import CheckpointEngine
+from torch.serialization import get_crc32_options, set_crc32_options
+
+from pipeline.checkpoints import zero_layout as layout
+from pipeline.checkpoints.folder import (
+    FORMAT_VERSION,
+    INTEGRITY,
+    STATE,
+    CheckpointState,
+    first_line,
+    listing_digest,
+    put_in_place,
+    sync_folder,
+)
+from pipeline.checkpoints.snapshot import HostBuffers
+from pipeline.distributed.world import World
+from pipeline.redact import redact
+
+
+class _HashingFile:
+    """A write-only binary file that knows the sha256 of what passed through it."""
+
+    def __init__(self, raw: BinaryIO, hasher: ThreadPoolExecutor) -> None:
+        self.raw, self.hasher, self.digest, self.size = raw, hasher, hashlib.sha256(), 0
+        self.error: OSError | None = None
+
+    def write(self, data: bytes | memoryview) -> int:
+        self.size += len(data)
+        _written[0] += len(data)
+        # Neither hashing nor writing holds the interpreter: large pieces do both at once.
+        hashed = self.hasher.submit(self.digest.update, data) if len(data) >= _LARGE_BYTES else None
+        try:
+            if hashed is None:
+                self.digest.update(data)
+            return self.raw.write(data)
+        except OSError as error:
+            self.error = error
+            raise
+        finally:
+            if hashed is not None:
+                hashed.result()  # `data` is the caller's again when this returns
+
+    def flush(self) -> None:
+        self.raw.flush()
+
+
+_LARGE_BYTES = 1 << 16
+_written = [0]
+
+
+def written_bytes() -> int:
+    """What this process has written of checkpoints so far."""
+    return _written[0]
+
+
+@dataclass(frozen=True)
+class Written:
+    size_bytes: int
+    sha256: str
+
+
+class DeferringCheckpointEngine(CheckpointEngine):
+    """What DeepSpeed would write, kept in `files` for `write_files`: `save_checkpoint` touches no disk.
+
+    Nothing is raised while it does: a rank that left `save_checkpoint` early would leave the others in its
+    barriers. What went wrong is in `errors`.
+
+    Attributes:
+        buffers: where tensors are copied to; None: `files` refers to the live ones.
+    """
+
+    def __init__(self, buffers: HostBuffers | None = None) -> None:
+        super().__init__()
+        self.name = "DeferringCheckpointEngine"
+        self.buffers = buffers
+        self.files: dict[str, Any] = {}
+        self.errors: list[str] = []
+
+    def create(self, info: Any) -> None:
+        self.files, self.errors = {}, []
+        if self.buffers is not None:
+            self.buffers.begin()
+
+    def makedirs(self, path: str, exist_ok: bool = False) -> None:
+        pass
+
+    def save(self, state_dict: Any, path: str) -> None:
+        state_dict = _without_enums(state_dict)
+        if "ds_config" in state_dict:
+            state_dict = {**state_dict, "ds_config": redact(state_dict["ds_config"])}
+        try:
+            self.files[Path(path).name] = state_dict if self.buffers is None else self.buffers.copy(state_dict)
+        except (MemoryError, RuntimeError) as error:  # torch says RuntimeError where memory is short
+            self.errors.append(
+                f"{Path(path).name}: no room in host memory for its copy ({first_line(error)}); "
+                "set checkpoint.background=false to write without one"
+            )
+
+    def load(self, path: str, map_location: Any = None) -> Any:
+        with torch.serialization.safe_globals(safe_globals()):
+            return torch.load(path, map_location=map_location, weights_only=True)
+
+    def commit(self, info: Any) -> bool:
+        return True
+
+
+def safe_globals() -> list[Any]:
+    """The classes, besides tensors, that DeepSpeed's own files hold."""
+    from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
+    from deepspeed.utils.tensor_fragment import fragment_address
+
+    return [LossScaler, DynamicLossScaler, fragment_address]
+
+
+def _without_enums(value: Any) -> Any:
+    """Members of enumerations by their values: Python 3.11.0 to 3.11.3 pickles them as calls of `getattr`."""
+    if isinstance(value, Enum):
+        return value.value
+    if type(value) is dict:
+        return {key: _without_enums(item) for key, item in value.items()}
+    if type(value) in (list, tuple):
+        return type(value)(map(_without_enums, value))
+    return value
+
+
+def collect(engine: Any, building: Path, name: str, rank: int) -> tuple[dict[str, Any], list[str]]:
+    """This rank's files of a checkpoint as objects for `torch.save`, and problems. A collective."""
+    deferring: DeferringCheckpointEngine = engine.checkpoint_engine
+    engine._copy_recovery_script = lambda folder: None  # a script of DeepSpeed's, copied past the checkpoint engine
+    engine.save_checkpoint(str(building), tag=name, save_latest=False)
+    own = {_rng_name(rank): random_state(), layout.file_name(rank): layout.to_plain(layout.layout(engine))}
+    files = {**deferring.files, **own}
+    deferring.files = {}
+    return files, deferring.errors
+
+
+def write_files(folder: Path, files: dict[str, Any]) -> tuple[dict[str, Written], list[str]]:
+    """Write one rank's files; what was written, and the problem that ended it early."""
+    written: dict[str, Written] = {}
+    for name, content in files.items():
+        try:
+            folder.mkdir(exist_ok=True)
+            written[name] = write_durably(folder / name, partial(_save, content))
+        except Exception as error:  # torch.save turns a full disk into a RuntimeError; a thread's error must be said
+            return written, [f"{folder / name}: {first_line(error)}"]
+    return written, []
+
+
+def _save(content: Any, file: Any) -> None:
+    """`torch.save` without the CRC32 of its zip format, which takes as long as the sha256 that we keep instead."""
+    before = get_crc32_options()
+    set_crc32_options(False)
+    try:
+        torch.save(content, file)
+    finally:
+        set_crc32_options(before)
+
+
+def write_durably(path: Path, write: Callable[[Any], Any]) -> Written:
+    """Call `write(file)`, hash what it wrote and fsync it. Raises OSError."""
+    with open(path, "wb") as raw, ThreadPoolExecutor(1, "checkpoint-hash") as hasher:
+        file = _HashingFile(raw, hasher)
+        try:
+            write(file)
+        except RuntimeError as error:  # torch.save's, where the disk's own error says more
+            raise (file.error or error) from None
+        raw.flush()
+        os.fsync(raw.fileno())
+    return Written(file.size, file.digest.hexdigest())
+
+
+def commit(folder: Path, final: Path, state: CheckpointState, files: dict[str, Written]) -> list[str]:
+    """state.json, integrity.json, then the rename that makes `folder` a checkpoint; by one rank.
+
+    Returns:
+        What kept it from being one; empty when it stands.
+    """
+    try:
+        text = state.model_dump_json(indent=2).encode()
+        files = {**files, STATE: write_durably(folder / STATE, lambda file: file.write(text))}
+        problems = _strays(folder, files)
+        if problems:
+            return problems
+        table = {name: {"bytes": item.size_bytes, "sha256": item.sha256} for name, item in sorted(files.items())}
+        whole = {"format_version": FORMAT_VERSION, "sha256": listing_digest(table), "files": table}
+        listing = json.dumps(whole, indent=2).encode()
+        write_durably(folder / INTEGRITY, lambda file: file.write(listing))
+        sync_folder(folder)
+        put_in_place(folder, final)
+    except OSError as error:
+        return [f"{error.filename or folder}: {error.strerror}"]
+    return []
+
+
+def _strays(folder: Path, files: dict[str, Written]) -> list[str]:
+    """Files beside the list, and files that are no longer as they were written."""
+    sizes = {item.name: item.stat().st_size for item in folder.iterdir()}
+    problems = [f"{folder / name}: was written past the integrity list" for name in sorted(sizes.keys() - files.keys())]
+    for name, item in files.items():
+        if sizes.get(name) != item.size_bytes:
+            now = f"has {sizes[name]:,} bytes" if name in sizes else "is gone"
+            problems.append(f"{folder / name}: {now}, {item.size_bytes:,} bytes were written a moment ago")
+    return problems
+
+
+def load(engine: Any, folder: Path, world: World) -> None:
+    """Model and optimizer of a verified checkpoint into an engine of the same ranks, stage and precision, bitwise.
+
+    Raises:
+        UserError: DeepSpeed could not load it.
+    """
+    path, _ = engine.load_checkpoint(str(folder.parent), tag=folder.name)
+    world.raise_together([] if path else [f"{folder}: DeepSpeed loaded nothing from it"])
+
+
+def load_random_state(folder: Path, world: World) -> None:
+    """Restore this rank's generators; raises UserError where its file is absent."""
+    path, problems = folder / _rng_name(world.rank), []
+    try:
+        set_random_state(torch.load(path, weights_only=True))
+    except OSError as error:
+        problems.append(f"{path}: {error.strerror}")
+    world.raise_together(problems)
+
+
+def random_state() -> dict[str, Any]:
+    """Every generator that training may draw from, in types that `weights_only` reads back."""
+    version, words, gauss = random.getstate()
+    name, keys, position, has_gauss, cached = np.random.get_state()
+    state: dict[str, Any] = {
+        "torch": torch.get_rng_state(),
+        "python": [version, list(words), gauss],
+        "numpy": [name, torch.from_numpy(np.asarray(keys).astype(np.int64)), position, has_gauss, cached],
+    }
+    if get_accelerator().device_name() != "cpu":
+        state["device"] = get_accelerator().get_rng_state()
+    return state
+
+
+def set_random_state(state: dict[str, Any]) -> None:
+    torch.set_rng_state(state["torch"])
+    version, words, gauss = state["python"]
+    random.setstate((version, tuple(words), gauss))
+    name, keys, position, has_gauss, cached = state["numpy"]
+    np.random.set_state((name, keys.numpy().astype(np.uint32), position, has_gauss, cached))
+    if "device" in state:
+        get_accelerator().set_rng_state(state["device"])
+
+
+def _rng_name(rank: int) -> str:
+    return f"rng-rank-{rank:05d}.pt"
+
+
+def probe_ids(vocab_size: int) -> torch.Tensor:
+    """The fixed probe whose logits are a model's fingerprint: int64 [1, 16]."""
+    return (torch.arange(16) * 7919 % vocab_size).unsqueeze(0)
+
+
+@torch.no_grad()
+def logit_fingerprint(engine: Any, vocab_size: int) -> dict[str, Any]:
+    """Logits on the probe: their sha256, and the last token's first 64 in fp32 for a distance."""
+    training = engine.training
+    engine.eval()
+    logits = engine(input_ids=probe_ids(vocab_size).to(engine.device)).logits.float().cpu().contiguous()
+    engine.train(training)
+    return {
+        "sha256": hashlib.sha256(logits.numpy().tobytes()).hexdigest(),
+        "values": logits[0, -1, :64].tolist(),
+    }
+
+
+def compare_fingerprints(saved: dict[str, Any], now: dict[str, Any]) -> float:
+    """0.0 where the probe's logits are bitwise those that were saved, else their largest distance."""
+    if saved["sha256"] == now["sha256"]:
+        return 0.0
+    distance = max(abs(a - b) for a, b in zip(saved["values"], now["values"], strict=True))
+    return max(distance, float(np.finfo(np.float32).tiny))

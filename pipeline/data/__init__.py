@@ -1,0 +1,1 @@
+"""What a rank reads: the dataset, the order of its samples, batches."""

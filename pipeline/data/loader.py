@@ -1,0 +1,277 @@
+"""From a dataset to batches: the only state is a count of consumed samples.
+
+Legend: T tokens of the split; S sequence_length; N = (T - 1) // S samples an epoch; G global_batch_size;
+M micro_batch_size; W world_size. Sample i is stream[i·S : i·S + S + 1]: inputs and, shifted by one, targets.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import weakref
+from collections import deque
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from queue import Empty, SimpleQueue
+from threading import Thread
+from typing import TypeVar
+
+import numpy as np
+
+from data_prep.errors import UserError
+from pipeline.data.order import SampleOrder, WindowedOrder, permute
+from pipeline.data.samples import SampleSource, Source
+from pipeline.data.token_stream import TokenStream
+
+__all__ = [
+    "BatchLayout",
+    "BatchLoader",
+    "SampleOrder",
+    "SampleSource",
+    "Source",
+    "TokenStream",
+    "WindowedOrder",
+    "batch_hash",
+    "data_step",
+    "evaluation_batches",
+    "merge_ranges",
+    "permute",
+]
+
+Ranges = tuple[tuple[int, int], ...]
+"""Global batches left out: half-open [first, last) ranges, sorted, apart from each other; see `merge_ranges`."""
+
+Whole = TypeVar("Whole", int, np.ndarray)
+
+_PLANNED_SAMPLES = 4096  # indices computed at once: numpy's cost per call disappears in so many
+_HANDED_OVER = 4  # batches at once: waking the other thread for each costs as much as reading one
+_CLOSE_SECONDS = 5.0
+
+
+@dataclass(frozen=True)
+class BatchLayout:
+    """How the G samples of a step are shared out: G = M × W × gradient_accumulation_steps.
+
+    Position p = step·G + micro_step·(M·W) + rank·M + sample, so every W that divides reads the same global
+    batches. Raises UserError, with the world sizes and micro-batches that fit, if one does not.
+    """
+
+    global_batch_size: int
+    micro_batch_size: int
+    world_size: int
+
+    def __post_init__(self) -> None:
+        sizes = vars(self)
+        if problems := [f"{name} ({size}) must be at least 1" for name, size in sizes.items() if size < 1]:
+            raise UserError(problems)
+        if self.global_batch_size % (self.micro_batch_size * self.world_size):
+            raise UserError(self._does_not_divide())
+
+    @property
+    def gradient_accumulation_steps(self) -> int:
+        return self.global_batch_size // (self.micro_batch_size * self.world_size)
+
+    def position(self, step: Whole, micro_step: Whole, rank: int, sample: int) -> Whole:
+        """Position in the order of all samples of one sample of a rank's micro-batch; `step` counts global batches."""
+        micro_step_samples = self.micro_batch_size * self.world_size
+        return step * self.global_batch_size + micro_step * micro_step_samples + rank * self.micro_batch_size + sample
+
+    def first_step(self, consumed_samples: int) -> int:
+        """The step after `consumed_samples`. Raises UserError if that is not a whole number of steps."""
+        step, rest = divmod(consumed_samples, self.global_batch_size)
+        if rest or consumed_samples < 0:
+            fitting = ", ".join(map(str, _divisors(abs(consumed_samples))[-12:]))
+            raise UserError(
+                f"consumed_samples ({consumed_samples}) must be a multiple of global_batch_size "
+                f"({self.global_batch_size}): samples would be skipped or repeated; "
+                f"go on with a global_batch_size that divides it: {fitting}"
+            )
+        return step
+
+    def _does_not_divide(self) -> str:
+        total, micro, world = self.global_batch_size, self.micro_batch_size, self.world_size
+        worlds = ", ".join(map(str, _divisors(total // micro))) if total % micro == 0 else "none"
+        micros = ", ".join(map(str, _divisors(total // world))) if total % world == 0 else "none"
+        return (
+            f"global_batch_size ({total}) must be divisible by micro_batch_size ({micro}) × "
+            f"world_size ({world}); valid world sizes for this micro-batch: {worlds}; "
+            f"valid micro-batches for this world size: {micros}"
+        )
+
+
+def _divisors(number: int) -> list[int]:
+    low = [d for d in range(1, int(number**0.5) + 1) if number % d == 0]
+    return sorted({*low, *(number // d for d in low)})
+
+
+def merge_ranges(ranges: Iterable[tuple[int, int]]) -> Ranges:
+    """Half-open ranges in any order → the fewest that cover the same numbers, sorted."""
+    merged: list[tuple[int, int]] = []
+    for first, last in sorted((first, last) for first, last in ranges if first < last):
+        if merged and first <= merged[-1][1]:
+            merged[-1] = (merged[-1][0], max(last, merged[-1][1]))
+        else:
+            merged.append((first, last))
+    return tuple(merged)
+
+
+def data_step(step: int, skipped: Ranges) -> int:
+    """Which global batch optimizer step `step` reads: the step-th, from 0, that is not left out.
+
+    Args:
+        skipped: as `merge_ranges` returns them.
+    """
+    return int(_data_steps(np.array([step]), skipped)[0])
+
+
+def _data_steps(steps: np.ndarray, skipped: Ranges) -> np.ndarray:
+    """`data_step` of int64 [n]: each range, from the lowest on, moves what has not come before it."""
+    for first, last in skipped:
+        steps = np.where(steps >= first, steps + (last - first), steps)
+    return steps
+
+
+class BatchLoader:
+    """The micro-batches of one rank, from any whole step on, without end: iterates int64 [M, S + 1].
+
+    One thread reads a few batches ahead, two lots of `_HANDED_OVER`. What it raises is raised by `next`.
+    `close`, leaving a `with`, or letting go of the loader ends the thread.
+
+    Args:
+        source: samples in order.
+        layout: how a step is shared out.
+        rank: of this process.
+        consumed_samples: the position in the data to go on from; a multiple of G, else UserError.
+        skipped: global batches that are left out.
+    """
+
+    def __init__(
+        self, source: Source, layout: BatchLayout, rank: int, consumed_samples: int, skipped: Ranges = ()
+    ) -> None:
+        if not 0 <= rank < layout.world_size:
+            raise ValueError(f"rank ({rank}) must be in [0, world_size = {layout.world_size})")
+        batches = micro_batches(source, layout, rank, layout.first_step(consumed_samples), skipped)
+        self._requests: SimpleQueue[int] = SimpleQueue()
+        self._results: SimpleQueue[list[np.ndarray | BaseException]] = SimpleQueue()
+        self._ready: deque[np.ndarray | BaseException] = deque()
+        self._closed = False
+        # The thread must not hold the loader, or a loader that is let go of would never end it.
+        self._thread = Thread(
+            target=_answer, args=(batches, self._requests, self._results), name="batch-loader", daemon=True
+        )
+        self._stop = weakref.finalize(self, self._requests.put, 0)
+        self._thread.start()
+        self._requests.put(1)  # the first batch does not wait for others
+        self._requests.put(_HANDED_OVER)
+
+    def __iter__(self) -> BatchLoader:
+        return self
+
+    def __next__(self) -> np.ndarray:
+        if self._closed:
+            raise RuntimeError("the batch loader is closed")
+        if not self._ready:
+            self._ready.extend(self._results.get())
+            self._requests.put(_HANDED_OVER)
+        batch = self._ready.popleft()
+        if isinstance(batch, BaseException):
+            self.close()
+            raise batch
+        return batch
+
+    def close(self) -> None:
+        """Ends the thread after the read it is in; waits for it, but not long for a slow network."""
+        self._closed = True
+        while not self._requests.empty():  # forget what was asked for, so that the stop comes next
+            with contextlib.suppress(Empty):
+                self._requests.get_nowait()
+        self._stop()
+        self._thread.join(timeout=_CLOSE_SECONDS)
+
+    def __enter__(self) -> BatchLoader:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def _answer(
+    batches: Iterator[np.ndarray],
+    requests: SimpleQueue[int],
+    results: SimpleQueue[list[np.ndarray | BaseException]],
+) -> None:
+    """The reading thread: as many batches as each request says, the end at 0 or the first exception."""
+    ready: list[np.ndarray | BaseException] = []
+    try:
+        while count := requests.get():
+            for _ in range(count):
+                ready.append(next(batches))
+            results.put(ready)
+            ready = []
+    except BaseException as error:
+        results.put([*ready, error])
+
+
+def micro_batches(source: Source, layout: BatchLayout, rank: int, first: int, skipped: Ranges) -> Iterator[np.ndarray]:
+    """Every micro-batch of a rank from global batch `first` on; indices are computed for many of them at once."""
+    size, accumulation = layout.micro_batch_size, layout.gradient_accumulation_steps
+    planned = max(1, _PLANNED_SAMPLES // size)
+    ahead = tuple((max(first, begin), end) for begin, end in skipped if end > first)
+    done = 0
+    while True:
+        step, micro_step = np.divmod(np.arange(done, done + planned, dtype=np.int64), accumulation)
+        starts = layout.position(_data_steps(first + step, ahead), micro_step, rank, 0)
+        indices = source.sample_indices((starts[:, None] + np.arange(size)).ravel()).reshape(planned, size)
+        for start, batch in zip(starts.tolist(), indices, strict=True):
+            source.ahead(start)
+            yield source.read(batch)
+        done += planned
+
+
+def batch_hash(source: Source, layout: BatchLayout, batch: int) -> str:
+    """Hex sha256 of the tokens (little-endian int64) of global batch `batch` (see `data_step`), in order of position.
+
+    The same for every micro-batch and world size: it names what the next step trains on.
+    """
+    digest = hashlib.sha256()
+    first, last = batch * layout.global_batch_size, (batch + 1) * layout.global_batch_size
+    for start in range(first, last, 256):
+        indices = source.sample_indices(np.arange(start, min(start + 256, last)))
+        digest.update(source.read(indices).astype("<i8").tobytes())
+    return digest.hexdigest()
+
+
+def evaluation_batches(
+    stream: TokenStream,
+    sequence_length: int,
+    batch_size: int,
+    rank: int,
+    world_size: int,
+    max_samples: int | None = None,
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """The split in its own order, every target once over all ranks, the same number of batches on each rank.
+
+    A stream of T tokens has T - 1 targets; the last sample is shorter than S where S does not divide that,
+    and the batches at the end may hold rows of padding. Nothing is dropped, and no rank runs dry first.
+
+    Args:
+        max_samples: only the first so many samples.
+
+    Yields:
+        tokens int64 [B, S + 1], zero where padded, and valid bool [B, S]: which targets tokens[:, 1:] count.
+    """
+    targets = max(0, stream.tokens - 1)
+    num_samples = -(-targets // sequence_length)
+    if max_samples is not None:
+        num_samples = min(num_samples, max_samples)
+    stride = batch_size * world_size
+    for start_of_stride in range(0, num_samples, stride):
+        first = start_of_stride + rank * batch_size
+        tokens = np.zeros((batch_size, sequence_length + 1), np.int64)
+        valid = np.zeros((batch_size, sequence_length), bool)
+        for row, sample in enumerate(range(first, min(first + batch_size, num_samples))):
+            start = sample * sequence_length
+            count = min(sequence_length, targets - start)
+            tokens[row, : count + 1] = stream.read(start, count + 1)
+            valid[row, :count] = True
+        yield tokens, valid

@@ -1,0 +1,1 @@
+"""The ranks together: their start and end, agreement, stopping, and the watch over hangs."""

@@ -1,0 +1,1 @@
+"""The DeepSpeed engine: its configuration, the optimizer and all that touches DeepSpeed's inside."""

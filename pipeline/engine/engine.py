@@ -1,0 +1,179 @@
+"""Run settings and a DeepSpeed JSON become one DeepSpeed configuration and one engine."""
+
+from typing import Any
+
+import deepspeed
+import torch
+from deepspeed.accelerator import get_accelerator
+from deepspeed.utils import logger as deepspeed_logger
+from torch import nn
+
+from data_prep.errors import UserError
+from pipeline.config import OptimizerSection, RunConfig
+from pipeline.data.loader import BatchLayout
+from pipeline.distributed.world import World, load_operator
+from pipeline.engine.deepspeed_json import autos, device, faults, fill_autos, lacks, operators, read_deepspeed_json
+from pipeline.engine.optim import build_optimizer, parameter_groups
+
+
+def resolve_precision(wanted: str, world: World) -> str:
+    """`auto` → bf16 where every rank's hardware multiplies it, else fp32."""
+    if wanted != "auto":
+        return wanted
+    return "bf16" if all(world.gather(has_bf16(world.device))) else "fp32"
+
+
+def has_bf16(device: torch.device) -> bool:
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+
+
+def deepspeed_config(config: RunConfig, layout: BatchLayout, precision: str) -> dict[str, Any]:
+    """Merge the run's settings with DeepSpeed's own knobs.
+
+    The run owns batch sizes, precision, optimizer, schedule and clipping. The JSON may repeat one of them as
+    "auto" or with the same value.
+
+    Raises:
+        UserError: every contradiction, naming both sides; every knob that DeepSpeed would refuse or ignore.
+    """
+    path = config.deepspeed.config
+    knobs = read_deepspeed_json(path)
+    if isinstance(knobs.get("zero_optimization"), dict):
+        knobs["zero_optimization"] = fill_autos(knobs["zero_optimization"])
+    problems = _batch_clash(knobs, layout) + _optimizer_clashes(knobs, config.optimizer)
+    owned: dict[str, Any] = {
+        "train_batch_size": layout.global_batch_size,
+        "train_micro_batch_size_per_gpu": layout.micro_batch_size,
+        "gradient_accumulation_steps": layout.gradient_accumulation_steps,
+        "gradient_clipping": config.optimizer.max_gradient_norm,
+    }
+    clipping = knobs.pop("gradient_clipping", "auto")
+    if clipping not in ("auto", owned["gradient_clipping"]):
+        problems.append(
+            _clash("gradient_clipping", clipping, "optimizer.max_gradient_norm", owned["gradient_clipping"])
+        )
+    for key in ("bf16", "fp16"):
+        wanted, given = precision == key, knobs.pop(key, "auto")
+        given = {} if given == "auto" else given if isinstance(given, dict) else {"enabled": given}
+        owned[key] = {**given, "enabled": wanted}
+        if given.get("enabled", wanted) not in ("auto", wanted):
+            problems.append(_clash(f"{key}.enabled", given["enabled"], "training.precision", wanted))
+    left = autos({**knobs, **owned})
+    problems += [f'{key} = "auto" cannot be filled in by the run; give a value' for key in left]
+    problems += (faults(knobs) + _unchecked({**knobs, **owned})) if not left else []
+    if problems:
+        raise UserError([f"{path}: {problem}" for problem in problems])
+    settings = {"steps_per_print": 2**31, **knobs, **owned}
+    if precision != "fp32":
+        # The tensor pool, a buffer, is multiplied with 16-bit weights. Gradients are summed in fp32, but for stage 0,
+        # where DeepSpeed keeps them in the weights' own type.
+        defaults = {"buffer_dtype": precision} | ({"grad_accum_dtype": "fp32"} if zero_stage(settings) else {})
+        settings["data_types"] = {**defaults, **knobs.get("data_types", {})}
+    return settings
+
+
+def _clash(key: str, given: Any, setting: str, value: Any) -> str:
+    return f'{key} = {given}, but {setting} gives {value}; remove it from the JSON, or write "auto"'
+
+
+def _batch_clash(knobs: dict[str, Any], layout: BatchLayout) -> list[str]:
+    """Takes the batch sizes out of `knobs`; one line with all four numbers where one contradicts the run."""
+    values = {
+        "train_batch_size": layout.global_batch_size,
+        "train_micro_batch_size_per_gpu": layout.micro_batch_size,
+        "gradient_accumulation_steps": layout.gradient_accumulation_steps,
+    }
+    given = {key: knobs.pop(key, "auto") for key in values}
+    wrong = [f"{key} = {given[key]}" for key, value in values.items() if given[key] not in ("auto", value)]
+    if not wrong:
+        return []
+    return [
+        f"{', '.join(wrong)}, but the run gives training.global_batch_size {layout.global_batch_size} = "
+        f"training.micro_batch_size {layout.micro_batch_size} × {layout.world_size} ranks × "
+        f'{layout.gradient_accumulation_steps} accumulation steps; remove it from the JSON, or write "auto"'
+    ]
+
+
+def _optimizer_clashes(knobs: dict[str, Any], section: OptimizerSection) -> list[str]:
+    """Takes `optimizer` and `scheduler` out of `knobs`: AdamW may be repeated there, another one not."""
+    problems = []
+    if knobs.pop("scheduler", "auto") != "auto":
+        problems.append(
+            "scheduler is set there, and by optimizer.warmup_steps and optimizer.min_learning_rate_ratio in the run "
+            "file (linear warm-up, cosine decay); remove it from the JSON"
+        )
+    given = knobs.pop("optimizer", "auto")
+    if given == "auto":
+        return problems
+    name = given.get("type") if isinstance(given, dict) else given
+    if name != "AdamW":
+        return [
+            *problems,
+            f"optimizer.type = {name}, but `optimizer` in the run file is AdamW; remove it from the JSON",
+        ]
+    owned = {
+        "lr": ("learning_rate", section.learning_rate),
+        "betas": ("betas", list(section.betas)),
+        "eps": ("epsilon", section.epsilon),
+        "weight_decay": ("weight_decay", section.weight_decay),
+    }
+    for key, value in given.get("params", {}).items():
+        if key not in owned:
+            problems.append(f"optimizer.params.{key} = {value}: the run file has no such setting; remove it")
+        elif value not in ("auto", owned[key][1]):
+            setting, ours = owned[key]
+            problems.append(_clash(f"optimizer.params.{key}", value, f"optimizer.{setting}", ours))
+    return problems
+
+
+def _unchecked(knobs: dict[str, Any]) -> list[str]:
+    """Knobs that would let a step be taken with gradients that are not finite."""
+    return [
+        f"{section}.{key} = false would let inf and NaN into the weights; remove it from the JSON"
+        for section, key in (("bf16", "check_grad_overflow"), ("zero_optimization", "compute_grad_norm"))
+        if isinstance(knobs.get(section), dict) and not knobs[section].get(key, True)
+    ]
+
+
+def check_machine(config: RunConfig, settings: dict[str, Any], ranks: int, cuda: bool) -> None:
+    """Raises UserError with everything that keeps this machine from training with the DeepSpeed JSON."""
+    problems = [f"{config.deepspeed.config}: {problem}" for problem in lacks(settings, ranks, cuda)]
+    if settings["fp16"]["enabled"] and not get_accelerator().is_fp16_supported():
+        problems.append(
+            "training.precision = fp16, which DeepSpeed does not train in here: it takes a GPU, or a CPU with "
+            "AVX512-FP16 or AMX-FP16; set training.precision to auto, bf16 or fp32"
+        )
+    if problems:
+        raise UserError(problems)
+
+
+def zero_stage(settings: dict[str, Any]) -> int:
+    return int(settings.get("zero_optimization", {}).get("stage", 0))
+
+
+def initialize(model: nn.Module, config: RunConfig, settings: dict[str, Any]) -> Any:
+    """The DeepSpeed engine around `model`, with AdamW over its decay and no-decay groups."""
+    deepspeed_logger.setLevel("WARNING")
+    zero = settings.get("zero_optimization", {})
+    for operator in operators(zero):
+        load_operator(operator)  # compiled under our lock, which a killed process does not leave behind
+    offload = device(zero, "offload_optimizer")
+    groups = parameter_groups(model, config.optimizer.weight_decay)
+    optimizer = build_optimizer(groups, config.optimizer, offload != "none")
+    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=settings)
+    deepspeed.checkpointing.configure(None, deepspeed_config=settings)  # its activation_checkpointing section
+
+    def clip() -> None:
+        norm = torch.nn.utils.clip_grad_norm_(engine.module.parameters(), engine.gradient_clipping())
+        engine._global_grad_norm = norm
+        engine.optimizer.overflow = not bool(torch.isfinite(norm))  # what its other optimizers tell the engine
+        if engine.optimizer.overflow:
+            engine.zero_grad()  # AdamW moves nothing that has no gradient
+
+    # Used at stage 0 in fp32, where DeepSpeed's own forgets the norm and would take a step with NaN.
+    engine.clip_fp32_gradients = clip
+    if hasattr(getattr(engine.optimizer, "loss_scaler", None), "raise_error_at_min_scale"):
+        engine.optimizer.loss_scaler.raise_error_at_min_scale = False  # the guard bounds overflows, and says why
+    return engine

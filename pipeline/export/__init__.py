@@ -1,0 +1,1 @@
+"""A trained model: loaded into memory, and exported for other people's tools."""

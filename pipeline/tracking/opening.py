@@ -1,0 +1,222 @@
+"""MLflow tracking that training cannot feel: one run across kills and resumes, nothing lost on the way.
+
+Every record goes to `RUN/tracking/spool.jsonl` first; a thread delivers it (`pipeline.tracking.shipping`). What a
+store has not received when the process ends is delivered at the next start of the run. The spool is the
+whole history: a store that lost the run, or another one, is given all of it again.
+
+Steps are never doubled: a metric's point is recorded only when its step is above the highest recorded one,
+so what a resumed run computes a second time is not logged a second time, and the first values stand.
+
+Rank 0 holds a `Tracker`, the other ranks a `NullTracker`.
+"""
+
+import contextlib
+import errno
+import fcntl
+import os
+import time
+import uuid
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, Any
+
+from data_prep.errors import UserError
+from pipeline.redact import redact, redact_text
+from pipeline.tracking.history import History
+from pipeline.tracking.mlflow_run import MlflowRun, needs_a_person
+from pipeline.tracking.provenance import provenance_tags
+from pipeline.tracking.shipping import Delivery, Say, Shipper, first_line
+from pipeline.tracking.spool import Spool
+from pipeline.tracking.tracker import NullTracker, Tracker, now_ms
+
+if TYPE_CHECKING:
+    from pipeline.config import TrackingSection
+
+__all__ = [
+    "NullTracker",
+    "Tracker",
+    "open_tracker",
+    "redact",
+    "settle_run",
+    "tracking_uri",
+]
+
+START_WAIT_SECONDS = 60.0  # a new SQLite store takes 5 to 10 s to lay out its tables
+LOCK_WAIT_SECONDS = 10.0
+
+
+def tracking_uri(uri: str | None) -> str:
+    """The store: `uri`, else MLFLOW_TRACKING_URI, else `sqlite:///<cwd>/mlflow.db`; SQLite paths absolute."""
+    uri = uri or os.environ.get("MLFLOW_TRACKING_URI") or "sqlite:///mlflow.db"
+    path = uri.removeprefix("sqlite:///")
+    return uri if path == uri else f"sqlite:///{Path(path).absolute()}"
+
+
+def open_tracker(
+    config: "TrackingSection",
+    run_folder: Path,
+    run_name: str,
+    run_id: str | None,
+    params: Mapping[str, Any],
+    tags: Mapping[str, Any],
+    datasets: Sequence[Mapping[str, str]],
+    say: Say = print,
+) -> NullTracker:
+    """Creates the MLflow run of a run folder, or goes on with it.
+
+    A store that cannot be reached does not keep training from starting: the run is then created when the
+    store comes back. What only a person can put right (a wrong password, an unsupported URI) is refused
+    at the first start of a run, and at a resume is said while training goes on.
+
+    Args:
+        config: `enabled`, `experiment`, `uri` (see `tracking_uri`).
+        run_folder: the run's folder; its `tracking/` is ours.
+        run_name: MLflow's display name.
+        run_id: the run a checkpoint belongs to; used when `tracking/` knows of no run in this store.
+        params: flattened configuration; secrets are redacted here.
+        tags: further tags; git commit, command, host and versions are added here.
+        datasets: `source`, `name`, `dataset_id` (sha256) and `weight` of each.
+        say: receives one line at a time.
+
+    Returns:
+        A Tracker, or a NullTracker when `config.enabled` is false.
+
+    Raises:
+        UserError: another process writes this run; the folder cannot be written; refused by the store.
+    """
+    if not config.enabled:
+        return NullTracker()
+    tracker = _open(config, Path(run_folder), run_name, run_id, _careful(say))
+    tracker._begin_attempt(params, provenance_tags() | dict(tags), datasets)
+    return tracker
+
+
+def settle_run(
+    config: "TrackingSection",
+    run_folder: Path,
+    status: str = "KILLED",
+    reason: str = "lost",
+    deadline_seconds: float = 60.0,
+    say: Say = print,
+) -> bool:
+    """Closes and delivers a run whose process is gone (SIGKILL, a lost host), from outside.
+
+    A run that was closed keeps its status; only what it could not deliver is delivered.
+
+    Returns:
+        Whether everything arrived.
+
+    Raises:
+        UserError: a process still writes this run.
+    """
+    folder = Path(run_folder)
+    if not (folder / "tracking" / "spool.jsonl").exists():
+        return True
+    return _open(config, folder, folder.name, None, _careful(say))._settle(status, deadline_seconds, reason)
+
+
+def _open(config: "TrackingSection", run_folder: Path, run_name: str, run_id: str | None, say: Say) -> Tracker:
+    """Lock, spool, thread; waits for the thread's first try at the store."""
+    folder = run_folder / "tracking"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = _lock(folder / "lock", say)
+        spool = Spool(folder / "spool.jsonl")
+        _ask_again(folder / "rejected.jsonl", spool)
+    except OSError as error:
+        raise UserError(f"{folder}: cannot be written ({error.strerror}): free space or rights") from error
+    history = History.read(spool)
+    if history.damaged_lines:
+        say(f"tracking: {history.damaged_lines} damaged lines in {spool.path} are passed over")
+    first_start = not history.run_key
+    if first_start:
+        header = {"kind": "run", "run_key": uuid.uuid4().hex, "name": run_name, "time": now_ms()}
+        spool.append(header)
+        history.apply(header)
+    uri = tracking_uri(config.uri)
+    delivery = _delivery(folder, redact_text(uri), config.experiment, run_id, say)
+    run = MlflowRun(uri, config.experiment, history.run_key, history.run_name)
+    shipper = Shipper(spool, run, delivery, say)
+    if history.attempts and shipper.undelivered_bytes:
+        say(f"tracking: {shipper.undelivered_bytes:,} bytes that had not reached MLflow are sent first")
+    shipper.start()
+    if not shipper.first_attempt.wait(START_WAIT_SECONDS):
+        say(f"tracking: MLflow at {delivery.store} takes its time; training goes on, all is kept in {spool.path}")
+    if first_start and shipper.first_error and needs_a_person(shipper.first_error):
+        shipper.finish(0.0)
+        spool.path.unlink(missing_ok=True)
+        lock.close()
+        raise UserError(
+            f"tracking.uri {delivery.store}: {first_line(shipper.first_error)}: correct tracking.uri, "
+            "tracking.experiment or MLFLOW_TRACKING_*, or set tracking.enabled=false"
+        )
+    if shipper.run_id:
+        say(
+            f"tracking: MLflow run {shipper.run_id} ({history.run_name}) in experiment "
+            f"{config.experiment!r} at {delivery.store}"
+        )
+    return Tracker(spool, history, shipper, lock, say)
+
+
+def _delivery(folder: Path, store: str, experiment: str, run_id: str | None, say: Say) -> Delivery:
+    """What this store has received; another store starts from nothing."""
+    delivery = Delivery.load(folder / "delivery.json")
+    if delivery and (delivery.store, delivery.experiment) == (store, experiment):
+        if delivery.run_id and run_id and delivery.run_id != run_id:
+            say(f"tracking: the checkpoint names run {run_id}; {delivery.run_id} of this folder goes on")
+        elif not delivery.run_id:
+            delivery.adopt = run_id
+        return delivery
+    if delivery:
+        say(
+            f"tracking: before, this run went to {delivery.store}, experiment {delivery.experiment!r}; its "
+            f"whole history is sent to {store}, experiment {experiment!r}"
+        )
+    return Delivery(store, experiment, adopt=None if delivery else run_id)
+
+
+def _ask_again(path: Path, spool: Spool) -> None:
+    """Artifacts that could not be stored last time are tried once more."""
+    if not path.exists():
+        return
+    rejected = Spool(path)
+    for record, _ in rejected.read(0):
+        if record and record["record"]["kind"] == "text":
+            spool.append(record["record"])
+    rejected.close()
+    path.unlink()
+
+
+def _lock(path: Path, say: Say) -> IO[str]:
+    """The run's lock, freed with the process. POSIX locks: children do not inherit them, NFS keeps them."""
+    file = path.open("a+")
+    deadline = time.monotonic() + LOCK_WAIT_SECONDS
+    while True:
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            break
+        except OSError as error:
+            if error.errno not in (errno.EACCES, errno.EAGAIN):
+                say(f"tracking: {path} cannot be locked ({error.strerror}); see that only one process writes")
+                return file
+            if time.monotonic() > deadline:
+                file.seek(0)
+                raise UserError(
+                    f"{path.parent.parent}: {file.read().strip() or 'another process'} is writing this run: "
+                    "stop it first, or set another run.name"
+                ) from error
+            time.sleep(0.2)
+    file.truncate(0)
+    file.write(f"process {os.getpid()} on {os.uname().nodename}\n")
+    file.flush()
+    return file
+
+
+def _careful(say: Say) -> Say:
+    """A closed terminal must not end the delivery."""
+
+    def say_if_possible(line: str) -> None:
+        with contextlib.suppress(OSError, ValueError):
+            say(line)
+
+    return say_if_possible
