@@ -54,13 +54,13 @@ class CausalConvolution(nn.Module):
         if mask is not None:
             x = x * mask
         history = cache.history[self.layer] if cache is not None else None
-        padded = F.pad(x, (0, 0, self.reach, 0)) if history is None else torch.cat([history, x], dim=1)
         if cache is not None:
+            padded = F.pad(x, (0, 0, self.reach, 0)) if history is None else torch.cat([history, x], dim=1)
             kept = padded[:, padded.shape[1] - self.reach :]
             # A view of a single token's step is of nearly the same size; a view of a long prompt would keep it all.
             cache.history[self.layer] = kept if x.shape[1] == 1 else kept.clone()
         bias = self.branch_bias.view(len(self.dilations), -1)
-        branches = causal_convolutions(padded, self.branch_weight, bias, x.shape[1], self.dilations)
+        branches = causal_convolutions(x, self.branch_weight, bias, self.dilations, history)
         return self.projection(F.gelu(branches))
 
 

@@ -12,6 +12,15 @@ from torch import Tensor
 from torch.autograd import Function
 
 from .configuration_globallocal import SUMMARY_CHUNK
+from .library_globallocal import opaque
+
+try:
+    from .kernels_convolution_globallocal import convolve, input_gradient, suits_kernels, weight_gradient
+except ImportError:  # without Triton
+
+    def suits_kernels(x: Tensor, *others: Tensor) -> bool:
+        return False
+
 
 try:
     from .kernels_summary_globallocal import fits, summary_attention
@@ -186,50 +195,84 @@ def _taps(padded: Tensor, length: int, kernel_size: int, dilation: int) -> list[
     return [padded[:, start + j * dilation :][:, :length] for j in range(kernel_size)]
 
 
+def _convolve(padded: Tensor, weight: Tensor, bias: Tensor, length: int, dilations: list[int]) -> Tensor:
+    """[B, P + S, h], S positions behind P ≥ (K − 1) · max dilation earlier ones → [B, S, n·h]."""
+    kernel_size = weight.shape[2] // padded.shape[2]
+    outputs = [
+        F.linear(torch.cat(_taps(padded, length, kernel_size, dilation), dim=-1), matrix, offset)
+        for matrix, offset, dilation in zip(weight, bias, dilations, strict=True)
+    ]
+    return torch.cat(outputs, dim=-1)
+
+
+def _pad(x: Tensor, weight: Tensor, dilations: list[int]) -> Tensor:
+    """Zeros in front of a sequence, as far as its convolutions reach."""
+    return F.pad(x, (0, 0, (weight.shape[2] // x.shape[2] - 1) * max(dilations), 0))
+
+
+@opaque(lambda x, weight, bias, dilations: x.new_empty(*x.shape[:2], weight.shape[0] * weight.shape[1]))
+def convolution_forward(x: Tensor, weight: Tensor, bias: Tensor, dilations: list[int]) -> Tensor:
+    """Output [B, S, n·h] of `causal_convolutions` without history."""
+    if suits_kernels(x, weight, bias):
+        return convolve(x, weight, bias, dilations)
+    return _convolve(_pad(x, weight, dilations), weight, bias, x.shape[1], dilations)
+
+
+@opaque(lambda grad, x, weight, dilations: (x.new_empty(x.shape), weight.new_empty(weight.shape)))
+def convolution_backward(grad: Tensor, x: Tensor, weight: Tensor, dilations: list[int]) -> tuple[Tensor, Tensor]:
+    """Gradients of x [B, S, h] and weight [n, h, K·h] from that of the output [B, S, n·h]."""
+    length, kernel_size = x.shape[1], weight.shape[2] // x.shape[2]
+    if suits_kernels(x, weight, grad):
+        return input_gradient(grad, weight, dilations), weight_gradient(grad, x, kernel_size, dilations)
+    padded = _pad(x, weight, dilations)
+    grad_padded, grad_weight = torch.zeros_like(padded), weight.new_empty(weight.shape)
+    for i, (part, dilation) in enumerate(zip(grad.chunk(len(weight), dim=-1), dilations, strict=True)):
+        rows = part.flatten(0, 1)
+        taps = torch.cat(_taps(padded, length, kernel_size, dilation), dim=-1)
+        torch.mm(rows.T, taps.flatten(0, 1), out=grad_weight[i])
+        grad_taps = (rows @ weight[i]).view_as(taps).chunk(kernel_size, dim=-1)
+        for target, source in zip(_taps(grad_padded, length, kernel_size, dilation), grad_taps, strict=True):
+            target += source
+    return grad_padded[:, -length:].clone(), grad_weight
+
+
 class _CausalConvolutions(Function):
-    """Keeps the input alone for the backward pass; the taps side by side, K times as large, are rebuilt."""
+    """Keeps the input alone for the backward pass; the taps side by side, K times as large, are not kept."""
 
     @staticmethod
-    def forward(ctx, padded, weight, bias, length, dilations):
-        ctx.save_for_backward(padded, weight)
-        ctx.length, ctx.dilations = length, dilations
-        kernel_size = weight.shape[2] // padded.shape[2]
-        outputs = [
-            F.linear(torch.cat(_taps(padded, length, kernel_size, dilation), dim=-1), matrix, offset)
-            for matrix, offset, dilation in zip(weight, bias, dilations, strict=True)
-        ]
-        return torch.cat(outputs, dim=-1)
+    def forward(ctx, x, weight, bias, dilations):
+        ctx.save_for_backward(x, weight)
+        ctx.dilations = dilations
+        return convolution_forward(x, weight, bias, dilations)
 
     @staticmethod
     def backward(ctx, grad):
-        padded, weight = ctx.saved_tensors
-        kernel_size = weight.shape[2] // padded.shape[2]
-        grad_padded, grad_weight = torch.zeros_like(padded), torch.empty_like(weight)
-        for i, (part, dilation) in enumerate(zip(grad.chunk(len(weight), dim=-1), ctx.dilations, strict=True)):
-            rows = part.flatten(0, 1)
-            taps = torch.cat(_taps(padded, ctx.length, kernel_size, dilation), dim=-1)
-            torch.mm(rows.T, taps.flatten(0, 1), out=grad_weight[i])
-            grad_taps = (rows @ weight[i]).view_as(taps).chunk(kernel_size, dim=-1)
-            for target, source in zip(_taps(grad_padded, ctx.length, kernel_size, dilation), grad_taps, strict=True):
-                target += source
-        return grad_padded, grad_weight, grad.sum(dim=(0, 1)).view(len(weight), -1), None, None
+        x, weight = ctx.saved_tensors
+        grad_x, grad_weight = convolution_backward(grad.contiguous(), x, weight, ctx.dilations)
+        return grad_x, grad_weight, grad.sum(dim=(0, 1)).view(len(weight), -1), None
 
 
-def causal_convolutions(padded: Tensor, weight: Tensor, bias: Tensor, length: int, dilations: list[int]) -> Tensor:
-    """Parallel dilated causal convolutions, each as one matrix product over shifted inputs.
+def causal_convolutions(
+    x: Tensor, weight: Tensor, bias: Tensor, dilations: list[int], history: Tensor | None = None
+) -> Tensor:
+    """Parallel dilated causal convolutions, each a matrix product over shifted inputs.
+
+    On a GPU without history, kernels that copy nothing; elsewhere products over the shifted inputs side by side.
 
     Args:
-        padded: [B, P + S, h], the sequence behind P ≥ (K − 1) · max dilation earlier positions.
+        x: [B, S, h].
         weight: [n, h, K·h], one matrix a dilation; tap K − 1 is the current position, tap j lies
             (K − 1 − j) · dilation before it.
         bias: [n, h].
-        length: S.
         dilations: n of them.
+        history: [B, P, h], P ≥ (K − 1) · max dilation positions before x; None for zeros.
 
     Returns:
         [B, S, n·h], the outputs side by side.
     """
-    return _CausalConvolutions.apply(padded, weight, bias, length, dilations)
+    if history is not None:
+        return _convolve(torch.cat([history, x], dim=1), weight, bias, x.shape[1], dilations)
+    return _CausalConvolutions.apply(x, weight, bias, dilations)
 
 
 def _scan(decay: Tensor, update: Tensor, reverse: bool = False) -> Tensor:

@@ -1,0 +1,27 @@
+"""The convolutions' kernels in Triton's interpreter, which is chosen for a whole process: so in one of their own."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+from tests.conftest import ROOT
+
+
+def test_kernels_in_the_interpreter():
+    pytest.importorskip("triton", reason="Triton is missing; install it with `pip install 'triton>=3.5'` (Linux)")
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-n0",
+        "-q",
+        "-p",
+        "no:cacheprovider",
+        "tests/model/interpreted_convolution.py",
+    ]
+    result = subprocess.run(
+        command, cwd=ROOT, env=os.environ | {"TRITON_INTERPRET": "1"}, capture_output=True, text=True
+    )
+    assert result.returncode == 0, result.stdout[-5000:] + result.stderr[-2000:]
