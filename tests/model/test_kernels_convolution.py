@@ -11,17 +11,7 @@ from tests.conftest import ROOT
 
 def test_kernels_in_the_interpreter():
     pytest.importorskip("triton", reason="Triton is missing; install it with `pip install 'triton>=3.5'` (Linux)")
-    command = [
-        sys.executable,
-        "-m",
-        "pytest",
-        "-n0",
-        "-q",
-        "-p",
-        "no:cacheprovider",
-        "tests/model/interpreted_convolution.py",
-    ]
-    result = subprocess.run(
-        command, cwd=ROOT, env=os.environ | {"TRITON_INTERPRET": "1"}, capture_output=True, text=True
-    )
+    command = [sys.executable, "-m", "pytest", "-n0", "-pno:cacheprovider", "tests/model/interpreted_convolution.py"]
+    environment = os.environ | {"TRITON_INTERPRET": "1"}
+    result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert result.returncode == 0, result.stdout[-5000:] + result.stderr[-2000:]
