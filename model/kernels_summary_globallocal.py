@@ -30,9 +30,9 @@ from .library_globallocal import opaque
 ROW_UNIT = tl.constexpr(8)  # numbers; all rows begin at a multiple, so that loads are as wide as the hardware's
 PRECISION = tl.constexpr("tf32x3")  # of float32 products: three on the tensor cores, as exact as one elsewhere
 STATE_COLUMNS = 32  # of one state, per program: enough programs to fill a GPU with few sequences
-WIDTHS = (16, 32, 64, 128)
+WIDEST = 128  # key, and head
+STATE_BYTES = 2**14  # of one head's state: with more, the tiles do not fit into every GPU's shared memory
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-FLOAT32_LARGEST = 64 * 64  # d · p: beyond it float32 tiles do not fit into shared memory
 
 
 def fits(query: Tensor, key: Tensor, value: Tensor, log_keep: Tensor) -> bool:
@@ -42,16 +42,17 @@ def fits(query: Tensor, key: Tensor, value: Tensor, log_keep: Tensor) -> bool:
         query.dtype == key.dtype == value.dtype
         and value.dtype in DTYPES
         and log_keep.dtype == torch.float32
-        and d in WIDTHS
-        and p in WIDTHS
-        and (value.dtype != torch.float32 or d * p <= FLOAT32_LARGEST)
+        and all(size <= WIDEST and size % ROW_UNIT.value == 0 for size in (d, p))
+        and d * p * value.element_size() <= STATE_BYTES
     )
 
 
 @triton.jit
-def _tile(first, position, row_step, WIDTH: tl.constexpr):
-    """Addresses [C, WIDTH] of the rows at these positions."""
-    return first + (position * row_step * ROW_UNIT)[:, None] + tl.arange(0, WIDTH)[None, :]
+def _rows(first, position, length, row_step, size, BLOCK: tl.constexpr):
+    """Tile [C, BLOCK] of the rows at these positions; zeros behind the sequence and beyond `size` columns."""
+    column = tl.arange(0, BLOCK)
+    known = (position < length)[:, None] & (column < size)[None, :]
+    return tl.load(first + (position * row_step * ROW_UNIT)[:, None] + column[None, :], mask=known, other=0.0)
 
 
 @triton.jit
@@ -72,95 +73,99 @@ def _decay(passed, C: tl.constexpr):
 @triton.jit
 def _states_kernel(
     key, value, log_keep, edge, states, length, heads, key_batch, key_row, value_batch, value_row, value_head,
-    C: tl.constexpr, D: tl.constexpr, P: tl.constexpr, COLUMNS: tl.constexpr, REVERSE: tl.constexpr,
+    C: tl.constexpr, D: tl.constexpr, P: tl.constexpr, D_BLOCK: tl.constexpr, P_BLOCK: tl.constexpr,
+    REVERSE: tl.constexpr,
 ):  # fmt: skip
     """States before each chunk, from zeros to `edge`; reversed, their gradients behind each chunk, from `edge`.
 
     Going back, queries and gradients of the answers stand for keys and values.
     """
     head, batch = tl.program_id(1), tl.program_id(2).to(tl.int64)
-    first_column = tl.program_id(0) * COLUMNS
-    rows, columns = tl.arange(0, D), first_column + tl.arange(0, COLUMNS)
+    first_column = tl.program_id(0) * P_BLOCK
+    rows, columns = tl.arange(0, D_BLOCK)[:, None], first_column + tl.arange(0, P_BLOCK)[None, :]
+    known = (rows < D) & (columns < P)
     key += batch * key_batch * ROW_UNIT
     value += (batch * value_batch + head * value_head) * ROW_UNIT + first_column
     chunks = tl.cdiv(length, C)
-    states += (batch * chunks * heads + head) * D * P + rows[:, None] * P + columns[None, :]
-    edge += ((batch * D + rows[:, None]) * heads + head) * P + columns[None, :]
+    states += (batch * chunks * heads + head) * D * P + rows * P + columns
+    edge += ((batch * D + rows) * heads + head) * P + columns
     dtype = value.dtype.element_ty
-    state = tl.zeros([D, COLUMNS], tl.float32)
+    state = tl.zeros([D_BLOCK, P_BLOCK], tl.float32)
     if REVERSE:
-        state += tl.load(edge)
+        state += tl.load(edge, mask=known, other=0.0)
     for i in range(chunks):
         chunk = tl.cast(i, tl.int64)
         if REVERSE:
             chunk = chunks - 1 - chunk
-        tl.store(states + chunk * heads * D * P, state.to(dtype))
+        tl.store(states + chunk * heads * D * P, state.to(dtype), mask=known)
         position = chunk * C + tl.arange(0, C)
-        inside = (position < length)[:, None]
         passed, end = _kept(log_keep, batch, position, length, head, heads, C)
         share = tl.exp(end - passed)
         if REVERSE:
             share = tl.exp(passed)
-        k = tl.load(_tile(key, position, key_row, D), mask=inside, other=0.0)
-        v = tl.load(_tile(value, position, value_row, COLUMNS), mask=inside, other=0.0)
+        k = _rows(key, position, length, key_row, D, D_BLOCK)
+        v = _rows(value, position, length, value_row, P - first_column, P_BLOCK)
         shared = (v * share[:, None]).to(dtype)
         state = tl.dot(tl.trans(k), shared, state * tl.exp(end), input_precision=PRECISION)
     if not REVERSE:
-        tl.store(edge, state)
+        tl.store(edge, state, mask=known)
 
 
 @triton.jit
 def _answers_kernel(
     query, key, value, log_keep, before, answers, length, heads,
     query_batch, query_row, key_batch, key_row, value_batch, value_row, value_head,
-    C: tl.constexpr, D: tl.constexpr, P: tl.constexpr,
+    C: tl.constexpr, D: tl.constexpr, P: tl.constexpr, D_BLOCK: tl.constexpr, P_BLOCK: tl.constexpr,
 ):  # fmt: skip
     head, chunk, batch = tl.program_id(0), tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
     position = chunk * C + tl.arange(0, C)
-    inside = (position < length)[:, None]
+    row, column = tl.arange(0, D_BLOCK), tl.arange(0, P_BLOCK)
+    written = (position < length)[:, None] & (column < P)[None, :]
+    state_offset, known = row[:, None] * P + column[None, :], (row < D)[:, None] & (column < P)[None, :]
     query += batch * query_batch * ROW_UNIT
     key += batch * key_batch * ROW_UNIT
     value += (batch * value_batch + head * value_head) * ROW_UNIT
     before += ((batch * tl.cdiv(length, C) + chunk) * heads + head) * D * P
     answers += (batch * length * heads + head) * P
-    q = tl.load(_tile(query, position, query_row, D), mask=inside, other=0.0)
-    k = tl.load(_tile(key, position, key_row, D), mask=inside, other=0.0)
-    v = tl.load(_tile(value, position, value_row, P), mask=inside, other=0.0)
-    state = tl.load(before + tl.arange(0, D)[:, None] * P + tl.arange(0, P)[None, :])
+    q = _rows(query, position, length, query_row, D, D_BLOCK)
+    k = _rows(key, position, length, key_row, D, D_BLOCK)
+    v = _rows(value, position, length, value_row, P, P_BLOCK)
+    state = tl.load(before + state_offset, mask=known, other=0.0)
     passed, _end = _kept(log_keep, batch, position, length, head, heads, C)
     scores = tl.dot(q, tl.trans(k), input_precision=PRECISION) * _decay(passed, C)
     answer = tl.dot(q, state, input_precision=PRECISION) * tl.exp(passed)[:, None]
     answer = tl.dot(scores.to(v.dtype), v, answer, input_precision=PRECISION)
-    address = answers + (position * heads * P)[:, None] + tl.arange(0, P)[None, :]
-    tl.store(address, answer.to(v.dtype), mask=inside)
+    address = answers + (position * heads * P)[:, None] + column[None, :]
+    tl.store(address, answer.to(v.dtype), mask=written)
 
 
 @triton.jit
 def _gradients_kernel(
     query, key, value, log_keep, before, behind, grad, grad_query, grad_key, grad_value, grad_log_keep, length, heads,
     query_batch, query_row, key_batch, key_row, value_batch, value_row, value_head, grad_batch, grad_row, grad_head,
-    C: tl.constexpr, D: tl.constexpr, P: tl.constexpr,
+    C: tl.constexpr, D: tl.constexpr, P: tl.constexpr, D_BLOCK: tl.constexpr, P_BLOCK: tl.constexpr,
 ):  # fmt: skip
     """All gradients of one chunk, head after head: sums over the heads stay in registers."""
     chunk, batch = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
     position = chunk * C + tl.arange(0, C)
-    inside = (position < length)[:, None]
+    row, column = tl.arange(0, D_BLOCK), tl.arange(0, P_BLOCK)
+    written = (position < length)[:, None] & (column < P)[None, :]
+    state_offset, known = row[:, None] * P + column[None, :], (row < D)[:, None] & (column < P)[None, :]
     query += batch * query_batch * ROW_UNIT
     key += batch * key_batch * ROW_UNIT
     value += batch * value_batch * ROW_UNIT
     grad += batch * grad_batch * ROW_UNIT
-    q = tl.load(_tile(query, position, query_row, D), mask=inside, other=0.0)
-    k = tl.load(_tile(key, position, key_row, D), mask=inside, other=0.0)
+    q = _rows(query, position, length, query_row, D, D_BLOCK)
+    k = _rows(key, position, length, key_row, D, D_BLOCK)
     dtype = q.dtype
     scores = tl.dot(q, tl.trans(k), input_precision=PRECISION)
     grad_scores = tl.zeros([C, C], tl.float32)
-    grad_q = tl.zeros([C, D], tl.float32)
-    grad_k = tl.zeros([C, D], tl.float32)
-    state_offset = tl.arange(0, D)[:, None] * P + tl.arange(0, P)[None, :]
+    grad_q = tl.zeros([C, D_BLOCK], tl.float32)
+    grad_k = tl.zeros([C, D_BLOCK], tl.float32)
     for head in range(heads):
         offset = ((batch * tl.cdiv(length, C) + chunk) * heads + head) * D * P + state_offset
-        v = tl.load(_tile(value + head * value_head * ROW_UNIT, position, value_row, P), mask=inside, other=0.0)
-        g = tl.load(_tile(grad + head * grad_head * ROW_UNIT, position, grad_row, P), mask=inside, other=0.0)
+        v = _rows(value + head * value_head * ROW_UNIT, position, length, value_row, P, P_BLOCK)
+        g = _rows(grad + head * grad_head * ROW_UNIT, position, length, grad_row, P, P_BLOCK)
         passed, end = _kept(log_keep, batch, position, length, head, heads, C)
         since_start, until_end = tl.exp(passed)[:, None], tl.exp(end - passed)[:, None]
         decay = _decay(passed, C)
@@ -170,12 +175,12 @@ def _gradients_kernel(
         grad_decay = grad_decayed * scores  # gradient of the decay's logarithm
         grad_passed = tl.sum(grad_decay, axis=1) - tl.sum(grad_decay, axis=0)
 
-        states = tl.load(before + offset)
+        states = tl.load(before + offset, mask=known, other=0.0)
         asked = tl.dot(g, tl.trans(states), input_precision=PRECISION) * since_start
         grad_q += asked
         grad_passed += tl.sum(asked * q, axis=1)
 
-        grad_states = tl.load(behind + offset)
+        grad_states = tl.load(behind + offset, mask=known, other=0.0)
         held = tl.dot(v, tl.trans(grad_states), input_precision=PRECISION) * until_end
         grad_k += held
         grad_held = tl.sum(held * k, axis=1)
@@ -187,13 +192,14 @@ def _gradients_kernel(
 
         grad_v = tl.dot(k, grad_states, input_precision=PRECISION) * until_end
         grad_v = tl.dot(tl.trans((scores * decay).to(dtype)), g, grad_v, input_precision=PRECISION)
-        tl.store(grad_value + (address * P)[:, None] + tl.arange(0, P)[None, :], grad_v.to(dtype), mask=inside)
+        tl.store(grad_value + (address * P)[:, None] + column[None, :], grad_v.to(dtype), mask=written)
     grad_scores = grad_scores.to(dtype)
     grad_q = tl.dot(grad_scores, k, grad_q, input_precision=PRECISION)
     grad_k = tl.dot(tl.trans(grad_scores), q, grad_k, input_precision=PRECISION)
-    address = ((batch * length + position) * D)[:, None] + tl.arange(0, D)[None, :]
-    tl.store(grad_query + address, grad_q.to(dtype), mask=inside)
-    tl.store(grad_key + address, grad_k.to(dtype), mask=inside)
+    address = ((batch * length + position) * D)[:, None] + row[None, :]
+    written = (position < length)[:, None] & (row < D)[None, :]
+    tl.store(grad_query + address, grad_q.to(dtype), mask=written)
+    tl.store(grad_key + address, grad_k.to(dtype), mask=written)
 
 
 def _in_rows(x: Tensor) -> tuple[Tensor, list[int]]:
@@ -204,8 +210,11 @@ def _in_rows(x: Tensor) -> tuple[Tensor, list[int]]:
     return x, [step // unit for step in x.stride()[:-1]]
 
 
-def _chunks(length: int) -> int:
-    return triton.cdiv(length, SUMMARY_CHUNK)
+def _sizes(query: Tensor, value: Tensor) -> dict[str, int]:
+    """The kernels' sizes; blocks are powers of two, at least the 16 of a matrix product."""
+    d, p = query.shape[-1], value.shape[-1]
+    blocks = [max(16, triton.next_power_of_2(size)) for size in (d, p)]
+    return {"C": SUMMARY_CHUNK, "D": d, "P": p, "D_BLOCK": blocks[0], "P_BLOCK": blocks[1]}
 
 
 def _forward_shapes(query: Tensor, key: Tensor, value: Tensor, log_keep: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -224,12 +233,12 @@ def summary_forward(query: Tensor, key: Tensor, value: Tensor, log_keep: Tensor)
     (query, query_steps), (key, key_steps), (value, value_steps) = map(_in_rows, (query, key, value))
     batch, length, heads, p = value.shape
     log_keep = log_keep.contiguous()
-    sizes = {"C": SUMMARY_CHUNK, "D": query.shape[-1], "P": p}
-    columns = min(p, STATE_COLUMNS)
+    sizes = _sizes(query, value)
+    columns = min(sizes["P_BLOCK"], STATE_COLUMNS)
     with torch.cuda.device_of(value):
-        _states_kernel[(p // columns, heads, batch)](
+        _states_kernel[(triton.cdiv(p, columns), heads, batch)](
             key, value, log_keep, last, before, length, heads, *key_steps, *value_steps,
-            **sizes, COLUMNS=columns, REVERSE=False, num_warps=4, num_stages=2,
+            **(sizes | {"P_BLOCK": columns}), REVERSE=False, num_warps=4, num_stages=2,
         )  # fmt: skip
         _answers_kernel[(heads, before.shape[1], batch)](
             query, key, value, log_keep, before, answers, length, heads, *query_steps, *key_steps, *value_steps,
@@ -257,12 +266,12 @@ def summary_backward(
     )
     batch, length, heads, p = value.shape
     log_keep = log_keep.contiguous()
-    sizes = {"C": SUMMARY_CHUNK, "D": query.shape[-1], "P": p}
-    columns = min(p, STATE_COLUMNS)
+    sizes = _sizes(query, value)
+    columns = min(sizes["P_BLOCK"], STATE_COLUMNS)
     with torch.cuda.device_of(value):
-        _states_kernel[(p // columns, heads, batch)](
+        _states_kernel[(triton.cdiv(p, columns), heads, batch)](
             query, grad, log_keep, grad_last.contiguous(), behind, length, heads, *query_steps, *grad_steps,
-            **sizes, COLUMNS=columns, REVERSE=True, num_warps=4, num_stages=2,
+            **(sizes | {"P_BLOCK": columns}), REVERSE=True, num_warps=4, num_stages=2,
         )  # fmt: skip
         _gradients_kernel[(before.shape[1], batch)](
             query, key, value, log_keep, before, behind, grad, *results, length, heads,

@@ -24,7 +24,14 @@ from model import kernels_summary_globallocal as kernels
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cuda" if torch.cuda.is_available() and not INTERPRETED else "cpu"
 # batch, length, heads, key size, head width; chunks are 64 long
-SHAPES = [(1, 2, 1, 16, 16), (2, 64, 2, 16, 32), (1, 65, 8, 32, 16), (1, 150, 2, 64, 16), (2, 192, 1, 16, 64)]
+SHAPES = [
+    (1, 2, 1, 16, 16),
+    (2, 64, 2, 16, 32),
+    (1, 65, 8, 32, 24),
+    (1, 150, 2, 64, 8),
+    (1, 130, 1, 40, 96),
+    (2, 192, 1, 16, 64),
+]
 
 
 def gates(kind: str, *shape: int) -> Tensor:
