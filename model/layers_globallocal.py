@@ -5,35 +5,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .configuration_globallocal import GlobalLocalConfig
+from .decoding_globallocal import GlobalLocalCache
 from .ops_globallocal import causal_convolutions, decayed_attention
-from .router_globallocal import FoldedRouter, TensorRouter, at_least_float32
-
-
-class GlobalLocalCache:
-    """Decoding state of constant size.
-
-    Attributes:
-        history: per layer [B, (K − 1) · max dilation, h], zeros in front of the first token.
-        summary: per layer [B, key size, heads, head width], the state of the running summary.
-        folds: per router, filled at the first call; valid as long as the weights do not change.
-    """
-
-    is_compileable = False
-
-    def __init__(self, num_layers: int) -> None:
-        self.history: list[Tensor | None] = [None] * num_layers
-        self.summary: list[Tensor | None] = [None] * num_layers
-        self.folds: dict[nn.Module, FoldedRouter] = {}
-        self.seen_tokens = 0
-
-    def get_seq_length(self, layer_idx: int = 0) -> int:
-        """Tokens seen so far."""
-        return self.seen_tokens
-
-    def reorder_cache(self, beam_idx: Tensor) -> None:
-        """Beam search: row i continues what was row beam_idx[i]."""
-        for states in (self.history, self.summary):
-            states[:] = [s if s is None else s.index_select(0, beam_idx.to(s.device)) for s in states]
+from .router_globallocal import TensorRouter, at_least_float32
 
 
 class CausalConvolution(nn.Module):
@@ -53,12 +27,10 @@ class CausalConvolution(nn.Module):
         """x [B, S, h], mask [B, S, 1] or None → [B, S, h]."""
         if mask is not None:
             x = x * mask
-        history = cache.history[self.layer] if cache is not None else None
+        history = cache.past(self.layer) if cache is not None else None
         if cache is not None:
             padded = F.pad(x, (0, 0, self.reach, 0)) if history is None else torch.cat([history, x], dim=1)
-            kept = padded[:, padded.shape[1] - self.reach :]
-            # A view of a single token's step is of nearly the same size; a view of a long prompt would keep it all.
-            cache.history[self.layer] = kept if x.shape[1] == 1 else kept.clone()
+            cache.history[self.layer] = padded[:, -self.reach - 1 :].clone()  # a view would keep a long prompt whole
         bias = self.branch_bias.view(len(self.dilations), -1)
         branches = causal_convolutions(x, self.branch_weight, bias, self.dilations, history)
         return self.projection(F.gelu(branches))

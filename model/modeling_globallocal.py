@@ -18,13 +18,8 @@ from transformers import initialization as init
 from transformers.utils import ModelOutput
 
 from .configuration_globallocal import ROUTERS_PER_LAYER, GlobalLocalConfig, checkpointed_blocks
-from .layers_globallocal import (
-    CausalConvolution,
-    FeedForward,
-    GlobalLocalBlock,
-    GlobalLocalCache,
-    RunningSummary,
-)
+from .decoding_globallocal import GlobalLocalCache, StepGraphs, has_plain_weights, step, step_weights
+from .layers_globallocal import CausalConvolution, FeedForward, GlobalLocalBlock, RunningSummary
 from .ops_globallocal import vocabulary_loss
 from .router_globallocal import RouterScores, TensorRouter
 
@@ -191,7 +186,7 @@ class GlobalLocalModel(GlobalLocalPreTrainedModel):
             statistics.append(numbers)
             all_states.append(x)
         if cache is not None:
-            cache.seen_tokens += x.shape[1]
+            cache.passed(x.shape[1], x.device)
         return GlobalLocalModelOutput(
             last_hidden_state=self.norm(x),
             diversity_loss=torch.stack(diversity_losses).sum() * DIVERSITY_LOSS_TOTAL_SCALE,
@@ -254,6 +249,7 @@ class GlobalLocalForCausalLM(GlobalLocalPreTrainedModel, GenerationMixin):
         super().__init__(config)
         self.model = GlobalLocalModel(config)
         self.lm_head = LanguageModelHead(config.hidden_size, config.vocab_size)
+        self._step_graphs = StepGraphs()
         self.post_init()
 
     def forward(
@@ -282,6 +278,9 @@ class GlobalLocalForCausalLM(GlobalLocalPreTrainedModel, GenerationMixin):
             use_cache: return a cache. The default is the config's in evaluation, and no in training.
             logits_to_keep: logits of that many last positions only; 0 keeps all.
 
+        One token with a cache, without a mask and gradients is a step: it changes the cache's tensors in place, on a
+        GPU as a CUDA graph, and returns logits and cache alone.
+
         Raises:
             ValueError: if both kinds of labels are given, or neither or both of ids and embeddings.
         """
@@ -289,6 +288,17 @@ class GlobalLocalForCausalLM(GlobalLocalPreTrainedModel, GenerationMixin):
             raise ValueError("give labels (shifted inside) or shift_labels (already shifted), not both")
         cache = cache if cache is not None else past_key_values
         has_labels = labels is not None or shift_labels is not None
+        if (
+            cache is not None
+            and input_ids is not None
+            and input_ids.shape[1] == 1
+            and attention_mask is None
+            and use_cache is not False
+            and not (has_labels or output_hidden_states)
+            and self._can_step(cache)
+        ):
+            output = GlobalLocalCausalLMOutput(logits=self._step(input_ids[:, 0], cache), cache=cache)
+            return output if return_dict else output.to_tuple()
         base = self.model(
             input_ids,
             attention_mask,
@@ -316,6 +326,62 @@ class GlobalLocalForCausalLM(GlobalLocalPreTrainedModel, GenerationMixin):
             hidden_states=base.hidden_states,
         )
         return output if return_dict else output.to_tuple()
+
+    def _can_step(self, cache: GlobalLocalCache) -> bool:
+        if self.training or torch.is_grad_enabled() or cache.position is None:
+            return False
+        if torch.is_autocast_enabled(cache.position.device.type):
+            return False
+        if cache.position.is_inference() and not torch.is_inference_mode_enabled():
+            return False  # not to be changed in place here
+        if cache.weights is None and has_plain_weights(self):
+            cache.weights = step_weights(self, cache)
+        return cache.weights is not None
+
+    def _step(self, ids: Tensor, cache: GlobalLocalCache) -> Tensor:
+        logits = self._step_graphs.run(self, ids, cache) if ids.is_cuda else step(self, ids, cache)
+        cache.stepped()
+        return logits
+
+    def train(self, mode: bool = True) -> "GlobalLocalForCausalLM":
+        """As ever; training needs the memory of captured steps."""
+        if mode:
+            self._step_graphs.clear()
+        return super().train(mode)
+
+    def prepare_inputs_for_generation(
+        self,
+        input_ids: Tensor,
+        next_sequence_length: int | None = None,
+        cache: GlobalLocalCache | None = None,
+        past_key_values: GlobalLocalCache | None = None,
+        attention_mask: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        is_first_iteration: bool = False,
+        **kwargs: Any,
+    ) -> dict[str, Any]:
+        """What `generate` gives to `forward`; a new token needs no mask, since only prompts hold padding."""
+        cache = cache if cache is not None else past_key_values
+        if cache is not None and next_sequence_length == 1 and not is_first_iteration:
+            return {"input_ids": input_ids[:, -1:], "cache": cache} | kwargs
+        return super().prepare_inputs_for_generation(
+            input_ids,
+            next_sequence_length=next_sequence_length,
+            attention_mask=attention_mask,
+            inputs_embeds=inputs_embeds,
+            is_first_iteration=is_first_iteration,
+            cache=cache,
+            **kwargs,
+        )
+
+    def _update_model_kwargs_for_generation(
+        self, outputs: ModelOutput, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
+    ) -> dict[str, Any]:
+        """With a cache the mask need not grow. transformers before 5.20 reorders the cache by its older name."""
+        if outputs.cache is None:
+            return super()._update_model_kwargs_for_generation(outputs, model_kwargs, *args, **kwargs)
+        model_kwargs["cache"] = model_kwargs["past_key_values"] = outputs.cache
+        return model_kwargs
 
     @classmethod
     def _supports_default_dynamic_cache(cls) -> bool:

@@ -1,8 +1,11 @@
 """Decoding with the constant-size cache equals decoding without."""
 
+import copy
+
 import pytest
 import torch
 
+from model.decoding_globallocal import StepGraphs, has_plain_weights
 from tests.model.helpers import make_model, random_ids, tiny_config
 
 CONFIG = {"eos_token_id": 30, "pad_token_id": 0, "bos_token_id": 1}
@@ -73,7 +76,129 @@ def test_cache_does_not_grow(model):
     size = cache_bytes(first)
     later = model(prompt_ids(model.config, 1, 200), cache=first, use_cache=True).cache
     assert cache_bytes(later) == size
-    assert [t.shape[1] for t in later.history] == [4, 8]  # (K − 1) · the largest dilation of each layer
+    assert [t.shape[1] for t in later.history] == [5, 9]  # 1 + (K − 1) · the largest dilation of each layer
+
+
+LAYOUTS = {
+    "token": {"router_context": "token"},
+    "summary": {"router_context": "summary"},
+    "post-norm": {"router_context": "summary", "norm_placement": "post"},
+    "product keys": {"router_scores": "product_key", "pool_size": 20, "router_hidden_size": 10, "router_top_k": 5},
+    "wide pool": {"pool_dim": 16},
+    "one tap": {"conv_kernel_size": 1},
+}
+
+
+def decoded(model, ids, pieces, cache=None):
+    """Logits of all pieces, one call each, and the cache."""
+    parts = []
+    for piece in ids.split(pieces, dim=1):
+        output = model(piece, cache=cache, use_cache=True)
+        cache = output.cache
+        parts.append(output.logits)
+    return torch.cat(parts, dim=1), cache
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@torch.no_grad()
+def test_steps_in_place_give_the_logits_of_the_whole_sequence(layout):
+    model = make_model(tiny_config(**LAYOUTS[layout]), noise=0.3)
+    ids = random_ids(model.config, 3, 40)
+    logits, cache = decoded(model, ids, [5] + [1] * 20 + [3] + [1] * 12)
+    assert (logits - model(ids, use_cache=False).logits).abs().max() < 1e-12
+    states = [cache.position, *cache.history, *cache.summary]
+    later = model(ids[:, :1], cache=cache).cache
+    assert all(a is b for a, b in zip(states, [later.position, *later.history, *later.summary], strict=True))
+
+
+@torch.no_grad()
+def test_a_step_does_no_more_than_needed(model):
+    """Steps reach the module's parameters themselves: not where somebody gathers or replaces them on the way."""
+    ids = random_ids(model.config, 2, 4)
+    _, cache = decoded(model, ids, [3, 1])
+    assert model(ids[:, :1], cache=cache).router_statistics is None
+    hooked = copy.deepcopy(model)
+    hooked.model.layers[0].feed_forward.register_forward_pre_hook(lambda module, inputs: None)
+    assert has_plain_weights(model)
+    assert not has_plain_weights(hooked)
+    expected, _ = decoded(model, ids, [3, 1])
+    assert (decoded(hooked, ids, [3, 1])[0] - expected).abs().max() < 1e-12
+    with torch.enable_grad():
+        logits, _ = decoded(model, ids, [1, 1, 1, 1])
+        assert torch.autograd.grad(logits.sum(), model.model.embed_tokens.weight)[0].abs().sum() > 0
+
+
+@torch.no_grad()
+def test_beams_are_reordered_between_steps(model):
+    ids = random_ids(model.config, 3, 12)
+    _, cache = decoded(model, ids[:, :8], [5, 1, 1, 1])
+    order = torch.tensor([2, 0, 2])
+    cache.reorder_cache(order)
+    rest = ids[:, 8:]
+    whole = torch.cat([ids[order, :8], rest], dim=1)
+    logits, _ = decoded(model, rest, [1, 1, 1, 1], cache)
+    assert (logits - model(whole, use_cache=False).logits[:, 8:]).abs().max() < 1e-12
+
+
+def test_a_cache_goes_on_where_generate_ended(model):
+    ids = prompt_ids(model.config, 2, 6)
+    options = {"do_sample": False, "min_new_tokens": 4, "max_new_tokens": 4}
+    first = model.generate(ids, return_dict_in_generate=True, **options)
+    cache = first.cache if hasattr(first, "cache") else first.past_key_values
+    assert cache.get_seq_length() == ids.shape[1] + 3  # the last token was not run
+    question = torch.cat([first.sequences, prompt_ids(model.config, 2, 3, seed=5)], dim=1)
+    again = model.generate(question, cache=cache, **options)
+    assert torch.equal(again, model.generate(question, **options))
+
+
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need a GPU")
+
+
+@needs_gpu
+@pytest.mark.parametrize("layout", LAYOUTS)
+@torch.no_grad()
+def test_replayed_steps_give_the_logits_of_the_whole_sequence(layout):
+    """Rows are rounded up, graphs are shared: two caches take turns, one of them with more rows than a graph's."""
+    model = make_model(tiny_config(**LAYOUTS[layout]), noise=0.3).cuda()
+    caches = dict.fromkeys((3, 4, 6))
+    ids = {rows: random_ids(model.config, rows, 30).cuda() for rows in caches}
+    at = 0
+    for pieces in ([5, 1, 1, 1], [1, 1], [4, 1, 1], [1] * 15):
+        for rows in caches:
+            part = ids[rows][:, at : at + sum(pieces)]
+            logits, caches[rows] = decoded(model, part, pieces, caches[rows])
+            whole = model(ids[rows], use_cache=False).logits[:, at : at + sum(pieces)]
+            assert (logits - whole).abs().max() < 1e-10
+        at += sum(pieces)
+    assert sorted(model._step_graphs._graphs) == [4, 8]
+    assert not model._step_graphs._failed
+
+
+@needs_gpu
+@torch.no_grad()
+def test_graphs_are_kept_between_calls_and_follow_the_weights(model):
+    model = copy.deepcopy(model).cuda()
+    ids = prompt_ids(model.config, 2, 6).cuda()
+    options = {"do_sample": False, "max_new_tokens": 12, "min_new_tokens": 12}
+    outcomes, memory = [], []
+    for _ in range(3):
+        outcomes.append(model.generate(ids, **options).cpu())
+        memory.append(torch.cuda.memory_allocated())
+    graph = model._step_graphs._graphs[2]
+    assert torch.equal(outcomes[0], outcomes[2])
+    assert memory[1] == memory[2]
+    assert torch.equal(outcomes[0], model.generate(ids, use_cache=False, **options).cpu())
+    for parameter in model.parameters():
+        parameter.mul_(-0.7)  # where they lie
+    assert torch.equal(model.generate(ids, **options), model.generate(ids, use_cache=False, **options))
+    assert model._step_graphs._graphs[2] is graph
+    model.float()  # elsewhere
+    assert torch.equal(model.generate(ids, **options), model.generate(ids, use_cache=False, **options))
+    assert model._step_graphs._graphs[2] is not graph
+    assert model.generate(ids, num_beams=3, **options).shape == (2, 18)
+    assert isinstance(copy.deepcopy(model)._step_graphs, StepGraphs)
+    model.train()
+    assert not model._step_graphs._graphs
 
 
 def test_training_does_not_build_a_cache(model):

@@ -1,0 +1,348 @@
+"""Decoding token by token: a state of constant size, one step on it in place, and that step as a CUDA graph.
+
+The step says what the modules' forward passes say, for one position without padding, with few and fixed operations:
+nothing is read by the host, no shape depends on data. Shapes and symbols as in `configuration_globallocal.py`.
+"""
+
+import logging
+import weakref
+from collections.abc import Callable, Iterator
+from itertools import chain
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .router_globallocal import FoldedRouter, ProductKeyScores, RouterScores, TensorRouter, at_least_float32
+
+if TYPE_CHECKING:
+    from .layers_globallocal import CausalConvolution, GlobalLocalBlock
+    from .modeling_globallocal import GlobalLocalForCausalLM
+
+logger = logging.getLogger(__name__)
+
+
+class GlobalLocalCache:
+    """Decoding state of constant size.
+
+    A call with several tokens puts new tensors here; a step with one token changes them in place.
+
+    Attributes:
+        history: per layer [B, 1 + (K − 1) · max dilation, h], a ring of the convolution's last inputs; zeros in front
+            of the first token.
+        summary: per layer [B, key size, heads, head width], the state of the running summary.
+        position: int64 [1] on the device, the place in every ring that the next token takes, modulo its length.
+        steps: the same number, for the host; the rings begin at their oldest entry when it is 0.
+        folds: per router, filled at the first call; valid as long as the weights do not change.
+        weights: per block what a step reads instead of folds, filled at the first step and as long valid.
+    """
+
+    is_compileable = False
+    is_linear = (False,)  # to `generate`: what was seen already is not to be given again
+
+    def __init__(self, num_layers: int) -> None:
+        self.history: list[Tensor | None] = [None] * num_layers
+        self.summary: list[Tensor | None] = [None] * num_layers
+        self.position: Tensor | None = None
+        self.steps = 0
+        self.folds: dict[nn.Module, FoldedRouter] = {}
+        self.weights: list[BlockWeights] | None = None
+        self.seen_tokens = 0
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """Tokens seen so far."""
+        return self.seen_tokens
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Beam search: row i continues what was row beam_idx[i]."""
+        for states in (self.history, self.summary):
+            states[:] = [s if s is None else s.index_select(0, beam_idx.to(s.device)) for s in states]
+
+    def past(self, layer: int) -> Tensor | None:
+        """The history, oldest first."""
+        ring = self.history[layer]
+        return ring if ring is None or self.steps == 0 else ring.roll(-self.steps % ring.shape[1], dims=1)
+
+    def passed(self, tokens: int, device: torch.device) -> None:
+        """All layers have put new tensors here, the rings from their oldest entry."""
+        self.seen_tokens += tokens
+        self.steps, self.position = 0, torch.zeros(1, dtype=torch.int64, device=device)
+
+    def stepped(self) -> None:
+        """One token has gone through all layers."""
+        self.seen_tokens += 1
+        self.steps += 1
+
+
+class RouterWeights(NamedTuple):
+    """A router's weights as a step reads them: scores are divided by the temperature once, here."""
+
+    folded: FoldedRouter
+    hidden_weight: Tensor
+    hidden_bias: Tensor
+    key_biases: tuple[Tensor, ...]
+
+
+class BlockWeights(NamedTuple):
+    """A block's weights as a step reads them, where they are not the parameters themselves."""
+
+    input_weight: Tensor  # the summary's query, key and negative keep gates | value and output gate | the block's gate
+    input_bias: Tensor
+    attention: RouterWeights
+    router: RouterWeights
+    lags: Tensor  # int64 [n · K], how far back each tap of each convolution lies
+    length: Tensor  # int64 scalar, of the ring
+
+
+def has_plain_weights(model: nn.Module) -> bool:
+    """Whether all tensors are there at any time: no module below gathers or moves them while it runs (ZeRO-3)."""
+    below = (module for module in model.modules() if module is not model)
+    return not any(module._forward_pre_hooks or module._forward_hooks for module in below)
+
+
+def step(model: "GlobalLocalForCausalLM", ids: Tensor, cache: GlobalLocalCache) -> Tensor:
+    """ids [B] → logits [B, 1, V]; the cache's tensors are brought forward in place, its counts are not."""
+    base, position = model.model, cache.position
+    assert position is not None
+    assert cache.weights is not None
+    x = base.embed_tokens(ids)
+    for block, weights, ring, state in zip(base.layers, cache.weights, cache.history, cache.summary, strict=True):
+        x = _block(block, x, base.pool, weights, ring, state, position)
+    position.add_(1)
+    return model.lm_head(base.norm(x)).unsqueeze(1)
+
+
+def _block(
+    block: "GlobalLocalBlock",
+    x: Tensor,
+    pool: Tensor,
+    weights: BlockWeights,
+    ring: Tensor,
+    state: Tensor | None,
+    position: Tensor,
+) -> Tensor:
+    attention, first = block.attention, block.norm_first
+    before = block.attention_norm(x) if first else x
+    projected = F.linear(before, weights.input_weight, weights.input_bias)
+    local = _convolve(attention.local, before, weights, ring, position)
+    if state is None:
+        routed = _route(attention.router, before, pool, weights.attention)
+    else:
+        answer = _summarise(attention.summary, projected, state)
+        routed = _route(attention.router, before + answer, pool, weights.attention).add_(answer)
+    x = x + torch.lerp(routed, local, torch.sigmoid(projected[:, -1:]))
+    x = x if first else block.attention_norm(x)
+    x = x + _route(block.router, block.router_norm(x) if first else x, pool, weights.router)
+    x = x if first else block.router_norm(x)
+    if first:
+        return x + block.feed_forward(block.feed_forward_norm(x))
+    return block.feed_forward_norm(x + block.feed_forward(x))
+
+
+def _convolve(local: "CausalConvolution", x: Tensor, weights: BlockWeights, ring: Tensor, position: Tensor) -> Tensor:
+    """x [B, h] → [B, h]; the ring [B, P, h] holds x afterwards."""
+    branches = len(local.dilations)
+    places = (position - weights.lags) % weights.length
+    ring.index_copy_(1, places[-1:], x.unsqueeze(1))  # the last tap lies 0 back
+    taps = ring.index_select(1, places).view(len(x), branches, -1).transpose(0, 1)
+    bias = local.branch_bias.view(branches, 1, -1)
+    outputs = torch.baddbmm(bias, taps, local.branch_weight.transpose(1, 2))  # [n, B, h]
+    return local.projection(F.gelu(outputs).transpose(0, 1).flatten(1))
+
+
+def _summarise(summary: Any, projected: Tensor, state: Tensor) -> Tensor:
+    """projected as in `BlockWeights` → the answer [B, h]; the state [B, d, H, p] is brought forward."""
+    key_size, hidden_size, heads = *summary.parts[1:3], summary.num_heads
+    small = at_least_float32(projected[:, : 2 * key_size + heads])
+    query, key, forget = small.split([key_size, key_size, heads], dim=-1)
+    value, gate = projected[:, 2 * key_size + heads : -1].split(hidden_size, dim=-1)
+    new = key[:, :, None, None] * value.unflatten(-1, (heads, -1)).unsqueeze(1)
+    state.lerp_(new, torch.sigmoid(forget)[:, None, :, None])
+    answer = (query.unsqueeze(1) @ state.flatten(2)).view(len(state), heads, -1)
+    answer = F.rms_norm(answer, answer.shape[-1:], eps=summary.eps).flatten(1)
+    return summary.output((answer * F.silu(gate)).to(projected.dtype))
+
+
+def _route(router: TensorRouter, x: Tensor, pool: Tensor, weights: RouterWeights) -> Tensor:
+    """x [B, h] → [B, h], a tensor of its own."""
+    hidden = F.relu(F.linear(x, weights.hidden_weight, weights.hidden_bias))
+    scores, rows = _best_rows(router.scores, hidden, weights.key_biases)
+    shares = scores.clamp(-10.0, 10.0).softmax(dim=-1)
+    mixture = torch.bmm(shares.unsqueeze(1), F.embedding(rows, pool)).squeeze(1)
+    return router._from_input(x, weights.folded).addmm_(mixture, weights.folded.mixture_weight.T)
+
+
+def _best_rows(scores: RouterScores, hidden: Tensor, key_biases: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
+    """The k best scores of hidden [B, R] and their pool rows, [B, k] each, in no order."""
+    if not isinstance(scores, ProductKeyScores):
+        best = F.linear(hidden, scores.keys_weight, *key_biases).topk(scores.top_k, dim=-1, sorted=False)
+        return best.values, best.indices
+    sides = zip(hidden.chunk(2, dim=-1), (scores.left_weight, scores.right_weight), key_biases, strict=True)
+    left, right = (
+        F.linear(half, keys, bias).topk(min(scores.top_k, len(keys)), dim=-1, sorted=False)
+        for half, keys, bias in sides
+    )
+    pairs = (left.values.unsqueeze(2) + right.values.unsqueeze(1)).flatten(1)
+    best = pairs.topk(scores.top_k, dim=-1, sorted=False)
+    rows = left.indices.unsqueeze(2) * len(scores.right_weight) + right.indices.unsqueeze(1)
+    return best.values, rows.flatten(1).gather(1, best.indices)
+
+
+def step_weights(model: "GlobalLocalForCausalLM", cache: GlobalLocalCache) -> list[BlockWeights]:
+    """What a step reads, from the model's weights as they are now."""
+    return [_block_weights(block, cache.folds) for block in model.model.layers]
+
+
+def _block_weights(block: "GlobalLocalBlock", folds: dict[nn.Module, FoldedRouter]) -> BlockWeights:
+    attention, local = block.attention, block.attention.local
+    weight, bias, summary = attention.gate.weight, attention.gate.bias, attention.summary
+    if summary is not None:
+        query, key, value, gate, keep = summary.input.weight.split(summary.parts)
+        weight = torch.cat([query, key, -keep, value, gate, weight])
+        query, key, value, gate, keep = summary.input.bias.split(summary.parts)
+        bias = torch.cat([query, key, -keep, value, gate, bias])
+    lags = [(local.kernel_size - 1 - j) * dilation for dilation in local.dilations for j in range(local.kernel_size)]
+    return BlockWeights(
+        input_weight=weight,
+        input_bias=bias,
+        attention=_router_weights(attention.router, folds),
+        router=_router_weights(block.router, folds),
+        lags=torch.tensor(lags, device=weight.device),
+        length=torch.tensor(local.reach + 1, device=weight.device),
+    )
+
+
+def _router_weights(router: TensorRouter, folds: dict[nn.Module, FoldedRouter]) -> RouterWeights:
+    scores, temperature = router.scores, at_least_float32(router.temperature).clamp(0.1, 5.0)
+    names = ("left_bias", "right_bias") if isinstance(scores, ProductKeyScores) else ("keys_bias",)
+    # relu(x) / T = relu(x / T), as T > 0.
+    hidden_weight, hidden_bias, *key_biases = (
+        (tensor / temperature).to(tensor.dtype)
+        for tensor in (scores.hidden_weight, scores.hidden_bias, *(getattr(scores, name) for name in names))
+    )
+    return RouterWeights(router._folded(folds), hidden_weight, hidden_bias, tuple(key_biases))
+
+
+class StepGraphs:
+    """A model's steps as CUDA graphs, one for each power of two of rows."""
+
+    def __init__(self) -> None:
+        self.clear()
+
+    def clear(self) -> None:
+        """The weights are about to change, or have moved."""
+        self._graphs: dict[int, _StepGraph] = {}
+        self._parameters: list[tuple[Any, ...]] = []  # where the weights lie that the graphs read
+        self._failed = False
+
+    def __reduce__(self) -> tuple[type["StepGraphs"], tuple[()]]:
+        return StepGraphs, ()  # a copy of a model, or a pickled one, captures its own
+
+    def run(self, model: "GlobalLocalForCausalLM", ids: Tensor, cache: GlobalLocalCache) -> Tensor:
+        """`step`, by replaying it; as it is where capturing has failed."""
+        rows = 1 << (len(ids) - 1).bit_length()
+        graph = self._graphs.get(rows)
+        if not self._failed and (graph is None or graph.holder() is not cache):
+            graph = self._graph(model, rows, cache)
+        return step(model, ids, cache) if graph is None else graph.run(ids, cache)
+
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    def _graph(self, model: "GlobalLocalForCausalLM", rows: int, cache: GlobalLocalCache) -> "_StepGraph | None":
+        """A graph of the weights where they lie now."""
+        parameters = [(t.data_ptr(), t.dtype, t.shape) for t in chain(model.parameters(), model.buffers())]
+        if parameters != self._parameters:
+            self.clear()
+            self._parameters = parameters
+        if rows not in self._graphs:
+            try:
+                self._graphs[rows] = _StepGraph(model, rows, cache)
+            except RuntimeError as error:
+                self._failed = True
+                logger.warning("decoding goes on without a CUDA graph: %s", str(error).partition("\n")[0])
+        return self._graphs.get(rows)
+
+
+class _StepGraph:
+    """One captured step. It reads and writes tensors of its own, which are lent to one cache at a time."""
+
+    def __init__(self, model: "GlobalLocalForCausalLM", rows: int, cache: GlobalLocalCache) -> None:
+        own = GlobalLocalCache(len(cache.history))
+        for target, source in ((own.history, cache.history), (own.summary, cache.summary)):
+            target[:] = [s if s is None else s.new_zeros(rows, *s.shape[1:]) for s in source]
+        own.position = torch.zeros_like(cache.position)  # type: ignore[arg-type]
+        own.weights = _map(torch.clone, cache.weights)
+        self.own = own
+        self.holder: Callable[[], GlobalLocalCache | None] = lambda: None
+        self._lent: list[Tensor | None] = []
+        device = own.position.device
+        self.ids = torch.zeros(rows, dtype=torch.int64, device=device)
+        with torch.cuda.device(device):
+            side = torch.cuda.Stream()
+            side.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(side):
+                for _ in range(3):  # libraries choose and allocate what they need
+                    step(model, self.ids, own)
+            torch.cuda.current_stream().wait_stream(side)
+            self.graph = torch.cuda.CUDAGraph()
+            # Other threads, NCCL's or a data loader's, may go on calling CUDA.
+            with torch.cuda.graph(self.graph, capture_error_mode="thread_local"):
+                self.logits = step(model, self.ids, own)
+
+    def run(self, ids: Tensor, cache: GlobalLocalCache) -> Tensor:
+        """ids [B] → logits [B, 1, V], a tensor of its own."""
+        self._lend(cache)
+        self.ids[: len(ids)].copy_(ids)
+        self.graph.replay()
+        return self.logits[: len(ids)].clone()
+
+    def _lend(self, cache: GlobalLocalCache) -> None:
+        """The cache's tensors become rows of the graph's own; a cache that had these before gets copies."""
+        holder = self.holder()
+        if holder is not cache:
+            if holder is not None:
+                self._take_back(holder)
+            self.holder, self._lent = weakref.ref(cache), []
+            for target, source in zip(_tensors(self.own.weights), _tensors(cache.weights), strict=True):
+                target.copy_(source)
+        states = _states(cache)
+        if self._lent and all(a is b for a, b in zip(states, self._lent, strict=True)):
+            return
+        rows = len(cache.history[0])  # type: ignore[arg-type]
+        lent = [own if own is None or own.dim() == 1 else own[:rows] for own in _states(self.own)]
+        for target, source, before in zip(lent, states, self._lent or [None] * len(lent), strict=True):
+            if target is not None and source is not before:
+                target.copy_(source)
+        self._lent = lent
+        _put(cache, lent)
+
+    def _take_back(self, holder: GlobalLocalCache) -> None:
+        lent = {id(tensor) for tensor in self._lent}
+        _put(holder, [s if s is None or id(s) not in lent else s.clone() for s in _states(holder)])
+
+
+def _states(cache: GlobalLocalCache) -> list[Tensor | None]:
+    return [cache.position, *cache.history, *cache.summary]
+
+
+def _put(cache: GlobalLocalCache, states: list[Tensor | None]) -> None:
+    cache.position, layers = states[0], len(cache.history)
+    cache.history[:], cache.summary[:] = states[1 : 1 + layers], states[1 + layers :]
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    """All tensors of nested tuples and lists."""
+    if isinstance(value, Tensor):
+        yield value
+    elif value is not None:
+        for part in value:
+            yield from _tensors(part)
+
+
+def _map(function: Any, value: Any) -> Any:
+    """The same nested tuples and lists, of what `function` makes of their tensors."""
+    if value is None or isinstance(value, Tensor):
+        return value if value is None else function(value)
+    parts = [_map(function, part) for part in value]
+    return type(value)(*parts) if hasattr(value, "_fields") else type(value)(parts)
