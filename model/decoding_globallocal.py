@@ -7,6 +7,7 @@ nothing is read by the host, no shape depends on data. Shapes and symbols as in 
 import logging
 import weakref
 from collections.abc import Callable, Iterator
+from functools import partial
 from itertools import chain
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -224,6 +225,26 @@ def _router_weights(router: TensorRouter, folds: dict[nn.Module, FoldedRouter]) 
     return RouterWeights(router._folded(folds), hidden_weight, hidden_bias, tuple(key_biases))
 
 
+def captured(run: Callable[[], Tensor], device: torch.device) -> tuple[Callable[[], Any], Tensor]:
+    """`run` as a CUDA graph: what replays it, and the tensor that then holds its result."""
+    with torch.cuda.device(device):
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            for _ in range(3):  # libraries choose and allocate what they need
+                run()
+        torch.cuda.current_stream().wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        # Other threads, NCCL's or a data loader's, may go on calling CUDA.
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+            result = run()
+    return graph.replay, result
+
+
+# By kind of device: how a step becomes one that is replayed. Elsewhere it runs as it is.
+CAPTURES = {"cuda": captured}
+
+
 class StepGraphs:
     """A model's steps as CUDA graphs, one for each power of two of rows."""
 
@@ -240,10 +261,12 @@ class StepGraphs:
         return StepGraphs, ()  # a copy of a model, or a pickled one, captures its own
 
     def run(self, model: "GlobalLocalForCausalLM", ids: Tensor, cache: GlobalLocalCache) -> Tensor:
-        """`step`, by replaying it; as it is where capturing has failed."""
+        """`step`, by replaying it; as it is where nothing can be captured, or capturing has failed."""
+        if self._failed or ids.device.type not in CAPTURES:
+            return step(model, ids, cache)
         rows = 1 << (len(ids) - 1).bit_length()
         graph = self._graphs.get(rows)
-        if not self._failed and (graph is None or graph.holder() is not cache):
+        if graph is None or graph.holder() is not cache:
             graph = self._graph(model, rows, cache)
         return step(model, ids, cache) if graph is None else graph.run(ids, cache)
 
@@ -276,26 +299,16 @@ class _StepGraph:
         self.own = own
         self.holder: Callable[[], GlobalLocalCache | None] = lambda: None
         self._lent: list[Tensor | None] = []
-        device = own.position.device
-        self.ids = torch.zeros(rows, dtype=torch.int64, device=device)
-        with torch.cuda.device(device):
-            side = torch.cuda.Stream()
-            side.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(side):
-                for _ in range(3):  # libraries choose and allocate what they need
-                    step(model, self.ids, own)
-            torch.cuda.current_stream().wait_stream(side)
-            self.graph = torch.cuda.CUDAGraph()
-            # Other threads, NCCL's or a data loader's, may go on calling CUDA.
-            with torch.cuda.graph(self.graph, capture_error_mode="thread_local"):
-                self.logits = step(model, self.ids, own)
+        self.ids = torch.zeros(rows, dtype=torch.int64, device=own.position.device)
+        capture = CAPTURES[own.position.device.type]
+        self._replay, self._logits = capture(partial(step, model, self.ids, own), own.position.device)
 
     def run(self, ids: Tensor, cache: GlobalLocalCache) -> Tensor:
         """ids [B] → logits [B, 1, V], a tensor of its own."""
         self._lend(cache)
         self.ids[: len(ids)].copy_(ids)
-        self.graph.replay()
-        return self.logits[: len(ids)].clone()
+        self._replay()
+        return self._logits[: len(ids)].clone()
 
     def _lend(self, cache: GlobalLocalCache) -> None:
         """The cache's tensors become rows of the graph's own; a cache that had these before gets copies."""

@@ -18,7 +18,7 @@ from transformers import initialization as init
 from transformers.utils import ModelOutput
 
 from .configuration_globallocal import ROUTERS_PER_LAYER, GlobalLocalConfig, checkpointed_blocks
-from .decoding_globallocal import GlobalLocalCache, StepGraphs, has_plain_weights, step, step_weights
+from .decoding_globallocal import GlobalLocalCache, StepGraphs, has_plain_weights, step_weights
 from .layers_globallocal import CausalConvolution, FeedForward, GlobalLocalBlock, RunningSummary
 from .ops_globallocal import vocabulary_loss
 from .router_globallocal import RouterScores, TensorRouter
@@ -297,7 +297,9 @@ class GlobalLocalForCausalLM(GlobalLocalPreTrainedModel, GenerationMixin):
             and not (has_labels or output_hidden_states)
             and self._can_step(cache)
         ):
-            output = GlobalLocalCausalLMOutput(logits=self._step(input_ids[:, 0], cache), cache=cache)
+            logits = self._step_graphs.run(self, input_ids[:, 0], cache)
+            cache.stepped()
+            output = GlobalLocalCausalLMOutput(logits=logits, cache=cache)
             return output if return_dict else output.to_tuple()
         base = self.model(
             input_ids,
@@ -337,11 +339,6 @@ class GlobalLocalForCausalLM(GlobalLocalPreTrainedModel, GenerationMixin):
         if cache.weights is None and has_plain_weights(self):
             cache.weights = step_weights(self, cache)
         return cache.weights is not None
-
-    def _step(self, ids: Tensor, cache: GlobalLocalCache) -> Tensor:
-        logits = self._step_graphs.run(self, ids, cache) if ids.is_cuda else step(self, ids, cache)
-        cache.stepped()
-        return logits
 
     def train(self, mode: bool = True) -> "GlobalLocalForCausalLM":
         """As ever; training needs the memory of captured steps."""

@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 
-from model.decoding_globallocal import StepGraphs, has_plain_weights
+from model import decoding_globallocal as decoding
 from tests.model.helpers import make_model, random_ids, tiny_config
 
 CONFIG = {"eos_token_id": 30, "pad_token_id": 0, "bos_token_id": 1}
@@ -119,8 +119,8 @@ def test_a_step_does_no_more_than_needed(model):
     assert model(ids[:, :1], cache=cache).router_statistics is None
     hooked = copy.deepcopy(model)
     hooked.model.layers[0].feed_forward.register_forward_pre_hook(lambda module, inputs: None)
-    assert has_plain_weights(model)
-    assert not has_plain_weights(hooked)
+    assert decoding.has_plain_weights(model)
+    assert not decoding.has_plain_weights(hooked)
     expected, _ = decoded(model, ids, [3, 1])
     assert (decoded(hooked, ids, [3, 1])[0] - expected).abs().max() < 1e-12
     with torch.enable_grad():
@@ -151,54 +151,82 @@ def test_a_cache_goes_on_where_generate_ended(model):
     assert torch.equal(again, model.generate(question, **options))
 
 
-needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need a GPU")
+def repeated(run, device):
+    """What `captured` gives, without a graph: the same step again, its result in the same tensor."""
+    result = run()
+    return lambda: result.copy_(run()), result
 
 
-@needs_gpu
+@pytest.fixture(
+    params=["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU"))]
+)
+def replaying(request, monkeypatch):
+    """A device on which steps are replayed: from a CUDA graph, or on the CPU by running them anew."""
+    monkeypatch.setitem(decoding.CAPTURES, "cpu", repeated)
+    return request.param
+
+
 @pytest.mark.parametrize("layout", LAYOUTS)
 @torch.no_grad()
-def test_replayed_steps_give_the_logits_of_the_whole_sequence(layout):
-    """Rows are rounded up, graphs are shared: two caches take turns, one of them with more rows than a graph's."""
-    model = make_model(tiny_config(**LAYOUTS[layout]), noise=0.3).cuda()
+def test_replayed_steps_give_the_logits_of_the_whole_sequence(layout, replaying):
+    """Rows are rounded up; caches take turns on a graph, and several tokens come between steps."""
+    model = make_model(tiny_config(**LAYOUTS[layout]), noise=0.3).to(replaying)
     caches = dict.fromkeys((3, 4, 6))
-    ids = {rows: random_ids(model.config, rows, 30).cuda() for rows in caches}
+    ids = {rows: random_ids(model.config, rows, 30).to(replaying) for rows in caches}
+    whole = {rows: model(ids[rows], use_cache=False).logits for rows in caches}
     at = 0
-    for pieces in ([5, 1, 1, 1], [1, 1], [4, 1, 1], [1] * 15):
+    for pieces in ([5, 1, 1, 1], [1, 1], [4, 1, 1], [1] * 14):
+        end = at + sum(pieces)
         for rows in caches:
-            part = ids[rows][:, at : at + sum(pieces)]
-            logits, caches[rows] = decoded(model, part, pieces, caches[rows])
-            whole = model(ids[rows], use_cache=False).logits[:, at : at + sum(pieces)]
-            assert (logits - whole).abs().max() < 1e-10
-        at += sum(pieces)
+            logits, caches[rows] = decoded(model, ids[rows][:, at:end], pieces, caches[rows])
+            assert (logits - whole[rows][:, at:end]).abs().max() < 1e-10
+        at = end
+    assert at == 30
     assert sorted(model._step_graphs._graphs) == [4, 8]
-    assert not model._step_graphs._failed
 
 
-@needs_gpu
-@torch.no_grad()
-def test_graphs_are_kept_between_calls_and_follow_the_weights(model):
-    model = copy.deepcopy(model).cuda()
-    ids = prompt_ids(model.config, 2, 6).cuda()
-    options = {"do_sample": False, "max_new_tokens": 12, "min_new_tokens": 12}
+def test_graphs_are_kept_between_calls_and_follow_the_weights(model, replaying):
+    model = copy.deepcopy(model).to(replaying)
+    ids = prompt_ids(model.config, 2, 6).to(replaying)
+
+    def generate(**options):
+        return model.generate(ids, do_sample=False, max_new_tokens=12, min_new_tokens=12, **options).cpu()
+
     outcomes, memory = [], []
     for _ in range(3):
-        outcomes.append(model.generate(ids, **options).cpu())
-        memory.append(torch.cuda.memory_allocated())
+        outcomes.append(generate())
+        memory.append(torch.cuda.memory_allocated() if replaying == "cuda" else 0)
     graph = model._step_graphs._graphs[2]
     assert torch.equal(outcomes[0], outcomes[2])
+    assert torch.equal(outcomes[0], generate(use_cache=False))
     assert memory[1] == memory[2]
-    assert torch.equal(outcomes[0], model.generate(ids, use_cache=False, **options).cpu())
-    for parameter in model.parameters():
-        parameter.mul_(-0.7)  # where they lie
-    assert torch.equal(model.generate(ids, **options), model.generate(ids, use_cache=False, **options))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(-0.7)  # where they lie
+    assert torch.equal(generate(), generate(use_cache=False))
     assert model._step_graphs._graphs[2] is graph
     model.float()  # elsewhere
-    assert torch.equal(model.generate(ids, **options), model.generate(ids, use_cache=False, **options))
+    assert torch.equal(generate(), generate(use_cache=False))
     assert model._step_graphs._graphs[2] is not graph
-    assert model.generate(ids, num_beams=3, **options).shape == (2, 18)
-    assert isinstance(copy.deepcopy(model)._step_graphs, StepGraphs)
+    assert torch.equal(generate(num_beams=3), generate(num_beams=3, use_cache=False))
+    assert not copy.deepcopy(model)._step_graphs._graphs
     model.train()
     assert not model._step_graphs._graphs
+
+
+@torch.no_grad()
+def test_decoding_goes_on_where_capturing_fails(model, monkeypatch, caplog):
+    def refuses(run, device):
+        raise RuntimeError("operation not permitted when stream is capturing\nmore")
+
+    model = copy.deepcopy(model)
+    monkeypatch.setitem(decoding.CAPTURES, "cpu", refuses)
+    ids = random_ids(model.config, 2, 9)
+    logits, _ = decoded(model, ids, [4, 1, 1, 1, 1, 1])
+    assert (logits - model(ids, use_cache=False).logits).abs().max() < 1e-12
+    assert [record.getMessage() for record in caplog.records] == [
+        "decoding goes on without a CUDA graph: operation not permitted when stream is capturing"
+    ]
 
 
 def test_training_does_not_build_a_cache(model):
