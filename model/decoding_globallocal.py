@@ -236,7 +236,7 @@ def captured(run: Callable[[], Tensor], device: torch.device) -> tuple[Callable[
         torch.cuda.current_stream().wait_stream(side)
         graph = torch.cuda.CUDAGraph()
         # Other threads, NCCL's or a data loader's, may go on calling CUDA.
-        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+        with torch.cuda.graph(graph, stream=torch.cuda.Stream(), capture_error_mode="thread_local"):
             result = run()
     return graph.replay, result
 
