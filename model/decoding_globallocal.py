@@ -15,10 +15,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .router_globallocal import FoldedRouter, ProductKeyScores, RouterScores, TensorRouter, at_least_float32
+from .router_globallocal import FoldedRouter, ProductKeyScores, TensorRouter, at_least_float32
 
 if TYPE_CHECKING:
-    from .layers_globallocal import CausalConvolution, GlobalLocalBlock
     from .modeling_globallocal import GlobalLocalForCausalLM
 
 logger = logging.getLogger(__name__)
@@ -109,13 +108,14 @@ def step(model: "GlobalLocalForCausalLM", ids: Tensor, cache: GlobalLocalCache) 
     assert cache.weights is not None
     x = base.embed_tokens(ids)
     for block, weights, ring, state in zip(base.layers, cache.weights, cache.history, cache.summary, strict=True):
+        assert ring is not None
         x = _block(block, x, base.pool, weights, ring, state, position)
     position.add_(1)
     return model.lm_head(base.norm(x)).unsqueeze(1)
 
 
 def _block(
-    block: "GlobalLocalBlock",
+    block: Any,
     x: Tensor,
     pool: Tensor,
     weights: BlockWeights,
@@ -141,7 +141,7 @@ def _block(
     return block.feed_forward_norm(x + block.feed_forward(x))
 
 
-def _convolve(local: "CausalConvolution", x: Tensor, weights: BlockWeights, ring: Tensor, position: Tensor) -> Tensor:
+def _convolve(local: Any, x: Tensor, weights: BlockWeights, ring: Tensor, position: Tensor) -> Tensor:
     """x [B, h] → [B, h]; the ring [B, P, h] holds x afterwards."""
     branches = len(local.dilations)
     places = (position - weights.lags) % weights.length
@@ -154,7 +154,7 @@ def _convolve(local: "CausalConvolution", x: Tensor, weights: BlockWeights, ring
 
 def _summarise(summary: Any, projected: Tensor, state: Tensor) -> Tensor:
     """projected as in `BlockWeights` → the answer [B, h]; the state [B, d, H, p] is brought forward."""
-    key_size, hidden_size, heads = *summary.parts[1:3], summary.num_heads
+    _, key_size, hidden_size, _, heads = summary.parts
     small = at_least_float32(projected[:, : 2 * key_size + heads])
     query, key, forget = small.split([key_size, key_size, heads], dim=-1)
     value, gate = projected[:, 2 * key_size + heads : -1].split(hidden_size, dim=-1)
@@ -174,7 +174,7 @@ def _route(router: TensorRouter, x: Tensor, pool: Tensor, weights: RouterWeights
     return router._from_input(x, weights.folded).addmm_(mixture, weights.folded.mixture_weight.T)
 
 
-def _best_rows(scores: RouterScores, hidden: Tensor, key_biases: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
+def _best_rows(scores: Any, hidden: Tensor, key_biases: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
     """The k best scores of hidden [B, R] and their pool rows, [B, k] each, in no order."""
     if not isinstance(scores, ProductKeyScores):
         best = F.linear(hidden, scores.keys_weight, *key_biases).topk(scores.top_k, dim=-1, sorted=False)
@@ -195,9 +195,10 @@ def step_weights(model: "GlobalLocalForCausalLM", cache: GlobalLocalCache) -> li
     return [_block_weights(block, cache.folds) for block in model.model.layers]
 
 
-def _block_weights(block: "GlobalLocalBlock", folds: dict[nn.Module, FoldedRouter]) -> BlockWeights:
+def _block_weights(block: Any, folds: dict[nn.Module, FoldedRouter]) -> BlockWeights:
     attention, local = block.attention, block.attention.local
-    weight, bias, summary = attention.gate.weight, attention.gate.bias, attention.summary
+    summary = attention.summary
+    weight, bias = attention.gate.weight, attention.gate.bias
     if summary is not None:
         query, key, value, gate, keep = summary.input.weight.split(summary.parts)
         weight = torch.cat([query, key, -keep, value, gate, weight])
@@ -317,15 +318,15 @@ class _StepGraph:
             if holder is not None:
                 self._take_back(holder)
             self.holder, self._lent = weakref.ref(cache), []
-            for target, source in zip(_tensors(self.own.weights), _tensors(cache.weights), strict=True):
-                target.copy_(source)
+            for own, new in zip(_tensors(self.own.weights), _tensors(cache.weights), strict=True):
+                own.copy_(new)
         states = _states(cache)
         if self._lent and all(a is b for a, b in zip(states, self._lent, strict=True)):
             return
-        rows = len(cache.history[0])  # type: ignore[arg-type]
-        lent = [own if own is None or own.dim() == 1 else own[:rows] for own in _states(self.own)]
+        rows = next(len(s) for s in cache.history if s is not None)
+        lent = [s if s is None or s.dim() == 1 else s[:rows] for s in _states(self.own)]
         for target, source, before in zip(lent, states, self._lent or [None] * len(lent), strict=True):
-            if target is not None and source is not before:
+            if target is not None and source is not None and source is not before:
                 target.copy_(source)
         self._lent = lent
         _put(cache, lent)

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from importlib import import_module
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -297,9 +297,11 @@ class GlobalLocalForCausalLM(GlobalLocalPreTrainedModel, GenerationMixin):
             and not (has_labels or output_hidden_states)
             and self._can_step(cache)
         ):
-            logits = self._step_graphs.run(self, input_ids[:, 0], cache)
+            output = GlobalLocalCausalLMOutput(
+                logits=self._step_graphs.run(self, input_ids[:, 0], cache),
+                cache=cache,
+            )
             cache.stepped()
-            output = GlobalLocalCausalLMOutput(logits=logits, cache=cache)
             return output if return_dict else output.to_tuple()
         base = self.model(
             input_ids,
@@ -340,7 +342,7 @@ class GlobalLocalForCausalLM(GlobalLocalPreTrainedModel, GenerationMixin):
             cache.weights = step_weights(self, cache)
         return cache.weights is not None
 
-    def train(self, mode: bool = True) -> "GlobalLocalForCausalLM":
+    def train(self, mode: bool = True) -> Self:
         """As ever; training needs the memory of captured steps."""
         if mode:
             self._step_graphs.clear()
@@ -351,10 +353,10 @@ class GlobalLocalForCausalLM(GlobalLocalPreTrainedModel, GenerationMixin):
         input_ids: Tensor,
         next_sequence_length: int | None = None,
         cache: GlobalLocalCache | None = None,
-        past_key_values: GlobalLocalCache | None = None,
         attention_mask: Tensor | None = None,
         inputs_embeds: Tensor | None = None,
-        is_first_iteration: bool = False,
+        is_first_iteration: bool | None = False,
+        past_key_values: GlobalLocalCache | None = None,
         **kwargs: Any,
     ) -> dict[str, Any]:
         """What `generate` gives to `forward`; a new token needs no mask, since only prompts hold padding."""
@@ -372,7 +374,7 @@ class GlobalLocalForCausalLM(GlobalLocalPreTrainedModel, GenerationMixin):
         )
 
     def _update_model_kwargs_for_generation(
-        self, outputs: ModelOutput, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
+        self, outputs: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
     ) -> dict[str, Any]:
         """With a cache the mask need not grow. transformers before 5.20 reorders the cache by its older name."""
         if outputs.cache is None:
