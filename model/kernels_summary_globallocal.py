@@ -184,11 +184,11 @@ def _gradients_kernel(
         held = tl.dot(v, tl.trans(grad_states), input_precision=PRECISION) * until_end
         grad_k += held
         grad_held = tl.sum(held * k, axis=1)
-        grad_end = tl.sum(grad_held, axis=0)
-        grad_end += tl.exp(end) * tl.sum(tl.sum(states.to(tl.float32) * grad_states.to(tl.float32), axis=1), axis=0)
-        grad_passed += tl.where(tl.arange(0, C) == C - 1, grad_end, 0.0) - grad_held
+        kept = tl.sum(tl.sum(states.to(tl.float32) * grad_states.to(tl.float32), axis=1), axis=0) * tl.exp(end)
+        # A gate acts on the scores and answers from its position on, and on what was held before it.
+        grad_gate = tl.cumsum(grad_passed, axis=0, reverse=True) + tl.cumsum(grad_held, axis=0) - grad_held + kept
         address = (batch * length + position) * heads + head
-        tl.store(grad_log_keep + address, tl.cumsum(grad_passed, axis=0, reverse=True), mask=position < length)
+        tl.store(grad_log_keep + address, grad_gate, mask=position < length)
 
         grad_v = tl.dot(k, grad_states, input_precision=PRECISION) * until_end
         grad_v = tl.dot(tl.trans((scores * decay).to(dtype)), g, grad_v, input_precision=PRECISION)
