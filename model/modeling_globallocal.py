@@ -291,6 +291,7 @@ class GlobalLocalForCausalLM(GlobalLocalPreTrainedModel, GenerationMixin):
         if (
             cache is not None
             and input_ids is not None
+            and inputs_embeds is None
             and input_ids.shape[1] == 1
             and attention_mask is None
             and use_cache is not False
