@@ -4,6 +4,7 @@ import difflib
 import inspect
 import os
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -14,12 +15,22 @@ from yaml import YAMLError
 
 from data_prep.errors import UserError
 from model.configuration_globallocal import PRESETS, GlobalLocalConfig
-from pipeline.checkpoints.retention import Retention
-from pipeline.data.remote import DEFAULT_CACHE_BYTES
 from pipeline.redact import redact
 
 CATCHABLE_SIGNALS = ("SIGTERM", "SIGUSR1", "SIGUSR2", "SIGINT", "SIGHUP", "SIGCONT", "SIGXCPU")
 """What schedulers and people send; SIGKILL and SIGSTOP cannot be caught, and others mean a crash."""
+
+DEFAULT_CACHE_FOLDER = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "globallocal"
+DEFAULT_CACHE_BYTES = 64 << 30
+
+
+@dataclass(frozen=True)
+class Retention:
+    """`checkpoint.keep_last`, `keep_every_steps` and `keep_best` of a run's settings."""
+
+    keep_last: int = 3
+    keep_every_steps: int | None = None
+    keep_best: int = 0
 
 
 class Section(BaseModel):

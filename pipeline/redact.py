@@ -76,3 +76,10 @@ def redact_arguments(arguments: Sequence[str]) -> list[str]:
             result.append(redact_text(argument))
         hide_next = argument.startswith("-") and not assignment and is_secret_name(argument)
     return result
+
+
+def failure_message(error: BaseException) -> str:
+    """An error in one line, without secrets."""
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    return redact_text(str(error).strip().split("\n")[0][:300] or type(error).__name__)

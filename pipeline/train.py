@@ -27,7 +27,8 @@ from pipeline.config import RunConfig, load_config
 from pipeline.distributed.clock import Clock
 from pipeline.distributed.stop import StopRequest
 from pipeline.distributed.watchdog import Watch
-from pipeline.distributed.world import PREEMPTED_EXIT_CODE, SharedUserError, World, outlast, shutdown, start
+from pipeline.distributed.world import SharedUserError, World, outlast, shutdown, start
+from pipeline.exit_codes import PREEMPTED
 
 log = logging.getLogger("globallocal")
 
@@ -86,7 +87,7 @@ def run(config: RunConfig, world: World, stop: StopRequest) -> int:
             status = "FINISHED" if finished else "KILLED"
             if not finished:
                 trainer.tracker.set_tags({"globallocal.status": "preempted"})
-            return 0 if finished else PREEMPTED_EXIT_CODE
+            return 0 if finished else PREEMPTED
         finally:
             trainer.saver.close()
             watch.close()  # what follows has bounds of its own

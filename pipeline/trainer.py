@@ -11,16 +11,17 @@ import torch
 from pipeline.checkpoints.folder import CheckpointState
 from pipeline.checkpoints.resume import Resumed
 from pipeline.checkpoints.saver import Saved, Saver
-from pipeline.checkpoints.write import random_state, set_random_state
 from pipeline.config import RunConfig
 from pipeline.data.loader import BatchLayout, BatchLoader
 from pipeline.distributed.clock import Clock
 from pipeline.distributed.stop import Plan, Stopped, StopRequest, plan
 from pipeline.distributed.world import SharedUserError, World
+from pipeline.engine.internals import Engine
 from pipeline.engine.optim import learning_rate, set_learning_rate
 from pipeline.health.guard import Guard, Verdict, nan_unless_finite
 from pipeline.health.state import HealthState
 from pipeline.metrics import LossMeter, RouterMeter, StepTimes, Throughput, duration, straggler
+from pipeline.random_state import random_state, set_random_state
 
 log = logging.getLogger("globallocal")
 
@@ -47,7 +48,7 @@ class Trainer:
 
     config: RunConfig
     world: World
-    engine: Any
+    engine: Engine
     layout: BatchLayout
     max_steps: int
     batches: BatchLoader

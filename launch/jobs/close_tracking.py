@@ -8,8 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from data_prep.errors import UserError
-from launch.jobs.failures import PREEMPTED
-from launch.jobs.restarts import USER_ERROR_EXIT_CODE
+from pipeline.exit_codes import PREEMPTED, USER_ERROR
 
 if TYPE_CHECKING:
     from pipeline.config import RunConfig
@@ -17,7 +16,7 @@ if TYPE_CHECKING:
 
 def failed_for_good(code: int) -> bool:
     """Whether a job that ended with this code, and is not started again, has failed."""
-    return code not in (0, USER_ERROR_EXIT_CODE, PREEMPTED)
+    return code not in (0, USER_ERROR, PREEMPTED)
 
 
 def settle(settings: "RunConfig", run_folder: Path) -> None:

@@ -4,8 +4,8 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-PREEMPTED = 75
-HANG = 76
+from pipeline.exit_codes import PREEMPTED
+
 CHATTER = re.compile(rb"\[(INFO|ERROR)\] \[(launch|runner|multinode_runner)\.py:")
 """What DeepSpeed's launcher says of itself: kept in the log only."""
 _CONSEQUENCE = re.compile(r"[Cc]onnection (reset|closed|refused)|[Bb]roken pipe|timed? ?out|[Rr]emote", re.ASCII)

@@ -6,11 +6,11 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
-from launch.jobs.failures import HANG, PREEMPTED, first_cause
+from launch.jobs.failures import first_cause
 from launch.jobs.session import Ended
+from pipeline.exit_codes import HANG, PREEMPTED, USER_ERROR
 from pipeline.tracking.restarts import RESTARTS_FILE
 
-USER_ERROR_EXIT_CODE = 2
 SAME_STEP_FAILURES = 3
 """As many failures without a new checkpoint in between are a crash loop."""
 
@@ -46,7 +46,7 @@ def judge(failures: list[Failure], max_restarts: int, stopped: bool) -> Verdict:
     last = failures[-1]
     if stopped:
         return Verdict(False, f"stopped on request (exit code {last.code}); start it again to go on")
-    if last.code == USER_ERROR_EXIT_CODE:
+    if last.code == USER_ERROR:
         return Verdict(False, "a mistake to fix, said above; a restart would meet it again")
     latest = failures[-SAME_STEP_FAILURES:]
     if len(latest) == SAME_STEP_FAILURES and all(failure.step == last.step for failure in latest):
@@ -77,8 +77,8 @@ def cause_of(ended: Ended) -> str:
     """One line that says how a job ended."""
     if ended.code == PREEMPTED:
         return "preempted: the ranks were told to stop, and left in order"
-    if ended.code == USER_ERROR_EXIT_CODE:
-        return f"refused by the ranks (exit code {USER_ERROR_EXIT_CODE})"
+    if ended.code == USER_ERROR:
+        return f"refused by the ranks (exit code {USER_ERROR})"
     cause = first_cause(ended.blames)
     if cause:
         return cause.what

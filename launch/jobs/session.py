@@ -22,7 +22,8 @@ import psutil
 
 import pipeline
 from launch.hosts.ssh import Elsewhere
-from launch.jobs.failures import CHATTER, HANG, Blame, blame
+from launch.jobs.failures import CHATTER, Blame, blame
+from pipeline.exit_codes import HANG
 
 if TYPE_CHECKING:
     from pipeline.config import RunConfig

@@ -24,11 +24,11 @@ from launch.hosts.ssh import differences
 from launch.jobs.close_tracking import failed_for_good
 from launch.jobs.command import cpu_environment
 from launch.jobs.environment import ENVIRONMENT
-from launch.jobs.failures import PREEMPTED
 from launch.jobs.over_hosts import master_address
 from launch.jobs.restarts import Failure, Verdict, failure_of, judge, newest_step, record, recorded
 from launch.jobs.session import Ended, Launch, run_session
 from launch.jobs.slurm import slurm
+from pipeline.exit_codes import PREEMPTED
 
 FACTS_SECONDS = 120
 KILLED_BY_NOTICE = 128 + signal.SIGUSR1

@@ -19,6 +19,7 @@ from pipeline.checkpoints.space import checkpoint_bytes
 from pipeline.config import RunConfig
 from pipeline.data.loader import BatchLayout, micro_batches
 from pipeline.engine.engine import deepspeed_config, zero_stage
+from pipeline.engine.internals import parse_settings
 from pipeline.metrics import duration
 
 HEADROOM = 0.92
@@ -158,23 +159,13 @@ def _partition_problems(hpz: int, fleet: Fleet) -> list[str]:
 
 def _settings_problems(settings: dict[str, Any], ranks: int) -> list[str]:
     """DeepSpeed's own parser on the settings, as every rank of the job would call it."""
-    from deepspeed.runtime.config import DeepSpeedConfig
     from deepspeed.utils import logger
-
-    class RankSettings(DeepSpeedConfig):
-        def __init__(self, rank: int) -> None:
-            self.rehearsed_rank = rank
-            super().__init__(settings)
-
-        def _configure_train_batch_size(self) -> None:
-            self.world_size, self.global_rank = ranks, self.rehearsed_rank
-            super()._configure_train_batch_size()
 
     logger.setLevel("WARNING")
     read = set()
     try:
         for rank in range(ranks):
-            parsed = RankSettings(rank)
+            parsed = parse_settings(settings, rank, ranks)
             sizes = parsed.train_batch_size, parsed.train_micro_batch_size_per_gpu, parsed.gradient_accumulation_steps
             read.add((*sizes, parsed.zero_config.model_dump_json()))
     except (AssertionError, ValueError) as error:

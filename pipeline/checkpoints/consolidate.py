@@ -1,6 +1,5 @@
 """A checkpoint of many ranks in one file that any number of ranks, and plain torch, can read."""
 
-import fcntl
 import shutil
 import time
 from collections.abc import Callable, Iterator
@@ -11,10 +10,12 @@ from typing import Any
 import torch
 
 from data_prep.errors import UserError
-from pipeline.checkpoints import zero_layout as layout
+from pipeline.checkpoints import zero_layout
 from pipeline.checkpoints.folder import read_state, verify
-from pipeline.checkpoints.reshard import MOMENTS, ParameterReader
+from pipeline.checkpoints.reshard import ParameterReader
 from pipeline.checkpoints.write import commit, write_files
+from pipeline.engine.internals import MOMENTS, Piece
+from pipeline.files import locked
 
 MODEL_FILE = "mp_rank_00_model_states.pt"
 LINE_SECONDS = 10
@@ -68,13 +69,13 @@ def _contents(reader: ParameterReader, say: Callable[[str], None]) -> dict[str, 
         module[name] = reader.read(name, 0, elements).view(shape)
         states[index] = {kind: reader.read(name, 0, elements, kind).view(shape) for kind in MOMENTS}
         states[index]["step"] = torch.tensor(reader.optimizer_step)
-        pieces.append(layout.Piece(name, 0, index, 0, elements))
+        pieces.append(Piece(name, 0, index, 0, elements))
         if time.monotonic() - said > LINE_SECONDS:
             said = time.monotonic()
             say(f"read {index + 1:,} of {len(reader.elements):,} parameters")
     optimizer = {**reader.loss_scale, "state": states}
     model = {"module": module, "buffer_names": list(reader.buffers), "optimizer": optimizer, **reader.counters}
-    return {MODEL_FILE: model, layout.file_name(0): layout.to_plain(pieces)}
+    return {MODEL_FILE: model, zero_layout.file_name(0): zero_layout.to_plain(pieces)}
 
 
 @contextmanager
@@ -82,12 +83,12 @@ def _alone(output: Path, say: Callable[[str], None]) -> Iterator[None]:
     """Hold `output` while inside; wait where another job holds it. The lock dies with its holder."""
     try:
         output.mkdir(parents=True, exist_ok=True)
-        with open(output / ".lock", "w") as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                say(f"{output}: another job is writing there; waiting for it")
-                fcntl.flock(file, fcntl.LOCK_EX)
+        with locked(output / ".lock", wait=False) as held:
+            if held is not None:
+                yield
+                return
+        say(f"{output}: another job is writing there; waiting for it")
+        with locked(output / ".lock"):
             yield
     except OSError as error:
         raise UserError(f"{error.filename or output}: {error.strerror}") from None

@@ -21,6 +21,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from data_prep.errors import UserError
 from data_prep.store import sync_folder
 from pipeline.health.state import HealthState
+from pipeline.redact import failure_message
 
 if TYPE_CHECKING:
     from pipeline.distributed.world import World
@@ -94,10 +95,6 @@ def lock(run_folder: Path) -> Any:
     return file
 
 
-def step_name(step: int) -> str:
-    return f"step-{step:08d}"
-
-
 def step_of(folder: Path) -> int:
     return int(folder.name.removeprefix("step-"))
 
@@ -164,7 +161,7 @@ def read_listing(folder: Path) -> tuple[dict[str, dict[str, Any]], list[str]]:
     except FileNotFoundError:
         return {}, [f"{folder}: has no {INTEGRITY}: it was never finished"]
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        return {}, [f"{folder / INTEGRITY}: cannot be read: {first_line(error)}"]
+        return {}, [f"{folder / INTEGRITY}: cannot be read: {failure_message(error)}"]
 
 
 def verify_sizes(folder: Path) -> list[str]:
@@ -261,11 +258,4 @@ def read_state(folder: Path) -> CheckpointState:
     try:
         return CheckpointState.model_validate_json((folder / STATE).read_bytes())
     except (OSError, ValidationError) as error:
-        raise UserError(f"{folder / STATE}: {first_line(error)}") from None
-
-
-def first_line(error: BaseException) -> str:
-    """An error in one line, for a message."""
-    if isinstance(error, OSError) and error.strerror:
-        return error.strerror
-    return str(error).strip().split("\n")[0][:200] or type(error).__name__
+        raise UserError(f"{folder / STATE}: {failure_message(error)}") from None

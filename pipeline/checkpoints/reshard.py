@@ -4,23 +4,29 @@ Nothing is converted and nothing is written: each rank maps the checkpoint's fil
 the elements that its own optimizer holds. docs/reliability.md says why this is not DeepSpeed's universal format.
 """
 
-import hashlib
-import random
 from collections import defaultdict
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
 
-import numpy as np
 import torch
-from deepspeed.accelerator import get_accelerator
 
 from data_prep.errors import UserError
-from pipeline.checkpoints import zero_layout as layout
-from pipeline.checkpoints.folder import CheckpointState, first_line
-from pipeline.checkpoints.write import safe_globals
+from pipeline.checkpoints import zero_layout
+from pipeline.checkpoints.folder import CheckpointState
+from pipeline.engine.internals import (
+    Engine,
+    Piece,
+    begin_filling,
+    flat_tensors,
+    moments_of,
+    pieces_of,
+    refresh_weights,
+    safe_globals,
+    set_loss_scale,
+)
+from pipeline.redact import failure_message
 
-MOMENTS = ("exp_avg", "exp_avg_sq")
 SCALER = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
 COUNTERS = ("global_steps", "global_samples", "skipped_steps")
 
@@ -43,10 +49,10 @@ class ParameterReader:
     def __init__(self, folder: Path, state: CheckpointState) -> None:
         self.folder = folder
         ranks = range(state.world_size if state.zero_stage else 1)  # at stage 0 all ranks hold the same
-        self._pieces: dict[str, list[tuple[int, layout.Piece]]] = defaultdict(list)
+        self._pieces: dict[str, list[tuple[int, Piece]]] = defaultdict(list)
         self.elements: dict[str, int] = defaultdict(int)
         for rank in ranks:
-            for piece in layout.read(folder, rank):
+            for piece in zero_layout.read(folder, rank):
                 self._pieces[piece.parameter].append((rank, piece))
                 self.elements[piece.parameter] += piece.elements
         pattern = "zero_pp_rank_0_mp_rank_00_model_states.pt" if state.zero_stage == 3 else "mp_rank_00_model_states.pt"
@@ -96,7 +102,7 @@ class ParameterReader:
                 result[low - start : high - start] = flat.view(-1)[inside : inside + high - low]
         return result
 
-    def _flat(self, rank: int, piece: layout.Piece, kind: str) -> torch.Tensor | None:
+    def _flat(self, rank: int, piece: Piece, kind: str) -> torch.Tensor | None:
         """None: the moment of a parameter that has had no gradient yet, which counts as zero."""
         if kind != "fp32":
             return self._states[rank].get(piece.flat, {}).get(kind)
@@ -112,21 +118,13 @@ def read_loss_scale(held: dict[str, Any]) -> dict[str, Any]:
     return {name: values[name] for name in SCALER if name in values} if "last_overflow_iter" in values else {}
 
 
-def set_loss_scale(optimizer: Any, values: dict[str, Any]) -> None:
-    """Go on with a saved dynamic loss scale, where the optimizer has one."""
-    scaler = getattr(optimizer, "loss_scaler", None) or getattr(optimizer, "loss_scale_config", None)
-    if values and getattr(scaler, "last_overflow_iter", None) is not None:
-        for name in values.keys() & vars(scaler).keys():
-            setattr(scaler, name, values[name])
-
-
 def _open(path: Path) -> Any:
     """Its tensors stay on the disk until they are read."""
     try:
         with torch.serialization.safe_globals(safe_globals()):
             return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except (OSError, RuntimeError, UnpicklingError) as error:
-        raise UserError(f"{path}: {first_line(error)}") from None
+        raise UserError(f"{path}: {failure_message(error)}") from None
 
 
 def _flats(held: dict[str, Any]) -> list[torch.Tensor]:
@@ -159,32 +157,29 @@ def _fill_buffers(model: torch.nn.Module, reader: ParameterReader) -> None:
 
 
 @torch.no_grad()
-def restore(engine: Any, reader: ParameterReader) -> None:
+def restore(engine: Engine, reader: ParameterReader) -> None:
     """Weights, both moments, step counts, buffers, loss scale and counters of a checkpoint into an engine that fits.
 
     Learning rate, weight decay and betas stay those of the engine's own groups. All ranks call this.
     """
-    optimizer, stage = engine.optimizer, engine.zero_optimization_stage()
-    if stage == 3:
-        optimizer.checkpoint_event_prologue()
-    flats, pieces = layout.flat_tensors(engine), layout.layout(engine)
-    base = getattr(optimizer, "optimizer", optimizer)
-    states = [_moments(base, flat, reader.optimizer_step) for flat in flats]
+    begin_filling(engine)
+    flats, pieces = flat_tensors(engine), pieces_of(engine)
+    states = [moments_of(engine, flat, reader.optimizer_step) for flat in flats]
     for piece in pieces:
         for kind, flat in (("fp32", flats[piece.flat]), *states[piece.flat].items()):
             target = flat.view(-1)[piece.flat_start : piece.flat_start + piece.elements]
             if reader.optimizer_step or kind == "fp32":
                 target.copy_(reader.read(piece.parameter, piece.parameter_start, piece.elements, kind))
-    _refresh_weights(engine, reader, flats, pieces)
+    refresh_weights(engine, flats, pieces)
     _fill_buffers(engine.module, reader)
-    set_loss_scale(optimizer, reader.loss_scale)
+    set_loss_scale(engine.optimizer, reader.loss_scale)
     for name, value in reader.counters.items():
         setattr(engine, name, value)
 
 
-def check(engine: Any, reader: ParameterReader) -> None:
+def check(engine: Engine, reader: ParameterReader) -> None:
     """Raises UserError where the checkpoint is not of this model, or the engine's states are out of reach."""
-    layout.flat_tensors(engine)
+    flat_tensors(engine)
     here = {
         name: getattr(parameter, "ds_numel", parameter.numel())
         for name, parameter in engine.module.named_parameters()
@@ -197,51 +192,3 @@ def check(engine: Any, reader: ParameterReader) -> None:
     ]
     if problems:
         raise UserError(problems)
-
-
-def _moments(base: torch.optim.Optimizer, flat: torch.Tensor, step: float) -> dict[str, torch.Tensor]:
-    """The optimizer's state of one flat tensor, made where it is not there yet, with a step tensor of its own."""
-    state: dict[str, Any] = base.state[flat]
-    if isinstance(base, torch.optim.AdamW):
-        fused = base.defaults.get("fused")
-        state["step"] = torch.tensor(step, dtype=torch.float32, device=flat.device if fused else "cpu")
-    else:  # DeepSpeedCPUAdam counts in an int
-        state["step"] = int(step)
-    for name in MOMENTS:
-        state.setdefault(name, torch.zeros_like(flat)).zero_()
-    return {name: state[name] for name in MOMENTS}
-
-
-def _refresh_weights(
-    engine: Any, reader: ParameterReader, flats: list[torch.Tensor], pieces: list[layout.Piece]
-) -> None:
-    """The weights that the forward pass reads, from the fp32 ones that the optimizer updates."""
-    optimizer, stage = engine.optimizer, engine.zero_optimization_stage()
-    parameters = dict(engine.module.named_parameters())
-    if stage == 3:
-        for piece in pieces:
-            source = flats[piece.flat].view(-1)[piece.flat_start : piece.flat_start + piece.elements]
-            parameters[piece.parameter].ds_tensor.view(-1)[: piece.elements].copy_(source)
-        optimizer.checkpoint_event_epilogue()
-    elif stage:
-        optimizer.update_lp_params()
-    else:
-        for piece, flat in zip(pieces, flats, strict=True):
-            parameter = parameters[piece.parameter]
-            if parameter is not flat:
-                parameter.copy_(flat)
-
-
-def seed_generators(run_seed: int, step: int, rank: int) -> None:
-    """Every generator that training may draw from, as a function of run, step and rank alone.
-
-    The random states of a checkpoint belong to its ranks; with another number of ranks each begins a stream of its
-    own, the same one at every start.
-    """
-    digest = hashlib.sha256(f"{run_seed} {step} {rank}".encode()).digest()
-    seed = int.from_bytes(digest[:8]) >> 1
-    torch.manual_seed(seed)
-    random.seed(seed)
-    np.random.seed(seed % 2**32)
-    if get_accelerator().device_name() != "cpu":
-        get_accelerator().manual_seed(seed)

@@ -16,8 +16,10 @@ from pipeline.config import RunConfig, flatten
 from pipeline.data.corpus import Corpus
 from pipeline.data.loader import BatchLayout, Source, batch_hash, data_step
 from pipeline.distributed.world import World
+from pipeline.engine.internals import Engine
 from pipeline.health.decisions import decisions_path, read_decisions
 from pipeline.health.state import HealthState
+from pipeline.random_state import seed_generators
 
 log = logging.getLogger("globallocal")
 
@@ -62,7 +64,7 @@ class Shape(NamedTuple):
 def resume(
     config: RunConfig,
     world: World,
-    engine: Any,
+    engine: Engine,
     source: Source,
     layout: BatchLayout,
     corpus: Corpus,
@@ -173,7 +175,7 @@ def refuse_later(standing: Sequence[Path], wanted: Path) -> None:
 
 
 def restore(
-    folder: Path, state: checkpoint.CheckpointState, config: RunConfig, world: World, engine: Any, shape: Shape
+    folder: Path, state: checkpoint.CheckpointState, config: RunConfig, world: World, engine: Engine, shape: Shape
 ) -> None:
     """Model, optimizer and random state of a verified checkpoint, resharded where its shape is not the run's."""
     if Shape.of(state) == shape:
@@ -187,7 +189,7 @@ def restore(
     if state.world_size == world.size:
         checkpoint_io.load_random_state(folder, world)
     else:
-        reshard.seed_generators(config.run.seed, state.step, world.rank)
+        seed_generators(config.run.seed, state.step, world.rank)
         log.info("random state: each rank's generators are seeded anew from run.seed, the step and its rank")
 
 
@@ -229,7 +231,7 @@ def compare(
 def prove(
     folder: Path,
     state: checkpoint.CheckpointState,
-    engine: Any,
+    engine: Engine,
     source: Source,
     layout: BatchLayout,
     world: World,

@@ -6,15 +6,7 @@ from pathlib import Path
 
 from data_prep.errors import UserError
 from pipeline.checkpoints.folder import discard, list_checkpoints, read_state, step_of, verify_sizes
-
-
-@dataclass(frozen=True)
-class Retention:
-    """`checkpoint.keep_last`, `keep_every_steps` and `keep_best` of a run's settings."""
-
-    keep_last: int = 3
-    keep_every_steps: int | None = None
-    keep_best: int = 0
+from pipeline.config import Retention
 
 
 @dataclass(frozen=True)

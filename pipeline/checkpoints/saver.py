@@ -19,11 +19,15 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.checkpoints import write as checkpoint_io
-from pipeline.checkpoints.folder import SAVING, CheckpointState, first_line, step_name
-from pipeline.checkpoints.retention import Pruned, Retention, prune
+from pipeline.checkpoints.folder import SAVING, CheckpointState
+from pipeline.checkpoints.retention import Pruned, prune
 from pipeline.checkpoints.space import save_problems
 from pipeline.checkpoints.write import Written
+from pipeline.config import Retention
 from pipeline.distributed.world import World
+from pipeline.engine.internals import Engine
+from pipeline.files import step_name
+from pipeline.redact import failure_message
 
 log = logging.getLogger("globallocal")
 
@@ -86,7 +90,7 @@ class Saver:
 
     def __init__(
         self,
-        engine: Any,
+        engine: Engine,
         root: Path,
         world: World,
         retention: Retention,
@@ -200,7 +204,7 @@ class Saver:
             if not problems:
                 pruned = prune(self.root, self.retention, newest_step=state.step)
         except Exception as error:  # an error of a thread must be said, and must not leave the other ranks waiting
-            problems = [*problems, f"{final}: {type(error).__name__}: {first_line(error)}"]
+            problems = [*problems, f"{final}: {type(error).__name__}: {failure_message(error)}"]
         size_bytes = sum(item.size_bytes for item in files.values())
         seconds = flight.snapshot_seconds + max(report.seconds for report in reports) + time.perf_counter() - began
         return Saved(state.step, final, problems, pruned.deleted, pruned.problems, size_bytes, seconds)

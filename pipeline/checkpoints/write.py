@@ -6,7 +6,6 @@ DeepSpeed hands its files to `DeferringCheckpointEngine`, its own extension poin
 import hashlib
 import json
 import os
-import random
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -17,24 +16,17 @@ from typing import Any, BinaryIO
 
 import numpy as np
 import torch
-from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime.checkpoint_engine.checkpoint_engine import CheckpointEngine
 from torch.serialization import get_crc32_options, set_crc32_options
 
-from pipeline.checkpoints import zero_layout as layout
-from pipeline.checkpoints.folder import (
-    FORMAT_VERSION,
-    INTEGRITY,
-    STATE,
-    CheckpointState,
-    first_line,
-    listing_digest,
-    put_in_place,
-    sync_folder,
-)
+from data_prep.store import sync_folder
+from pipeline.checkpoints import zero_layout
+from pipeline.checkpoints.folder import FORMAT_VERSION, INTEGRITY, STATE, CheckpointState, listing_digest, put_in_place
 from pipeline.checkpoints.snapshot import HostBuffers
 from pipeline.distributed.world import World
-from pipeline.redact import redact
+from pipeline.engine.internals import Engine, leave_out_the_recovery_script, pieces_of, safe_globals
+from pipeline.random_state import random_state, set_random_state
+from pipeline.redact import failure_message, redact
 
 
 class _HashingFile:
@@ -112,7 +104,7 @@ class DeferringCheckpointEngine(CheckpointEngine):
             self.files[Path(path).name] = state_dict if self.buffers is None else self.buffers.copy(state_dict)
         except (MemoryError, RuntimeError) as error:  # torch says RuntimeError where memory is short
             self.errors.append(
-                f"{Path(path).name}: no room in host memory for its copy ({first_line(error)}); "
+                f"{Path(path).name}: no room in host memory for its copy ({failure_message(error)}); "
                 "set checkpoint.background=false to write without one"
             )
 
@@ -122,14 +114,6 @@ class DeferringCheckpointEngine(CheckpointEngine):
 
     def commit(self, info: Any) -> bool:
         return True
-
-
-def safe_globals() -> list[Any]:
-    """The classes, besides tensors, that DeepSpeed's own files hold."""
-    from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
-    from deepspeed.utils.tensor_fragment import fragment_address
-
-    return [LossScaler, DynamicLossScaler, fragment_address]
 
 
 def _without_enums(value: Any) -> Any:
@@ -143,12 +127,12 @@ def _without_enums(value: Any) -> Any:
     return value
 
 
-def collect(engine: Any, building: Path, name: str, rank: int) -> tuple[dict[str, Any], list[str]]:
+def collect(engine: Engine, building: Path, name: str, rank: int) -> tuple[dict[str, Any], list[str]]:
     """This rank's files of a checkpoint as objects for `torch.save`, and problems. A collective."""
     deferring: DeferringCheckpointEngine = engine.checkpoint_engine
-    engine._copy_recovery_script = lambda folder: None  # a script of DeepSpeed's, copied past the checkpoint engine
+    leave_out_the_recovery_script(engine)
     engine.save_checkpoint(str(building), tag=name, save_latest=False)
-    own = {_rng_name(rank): random_state(), layout.file_name(rank): layout.to_plain(layout.layout(engine))}
+    own = {_rng_name(rank): random_state(), zero_layout.file_name(rank): zero_layout.to_plain(pieces_of(engine))}
     files = {**deferring.files, **own}
     deferring.files = {}
     return files, deferring.errors
@@ -162,7 +146,7 @@ def write_files(folder: Path, files: dict[str, Any]) -> tuple[dict[str, Written]
             folder.mkdir(exist_ok=True)
             written[name] = write_durably(folder / name, partial(_save, content))
         except Exception as error:  # torch.save turns a full disk into a RuntimeError; a thread's error must be said
-            return written, [f"{folder / name}: {first_line(error)}"]
+            return written, [f"{folder / name}: {failure_message(error)}"]
     return written, []
 
 
@@ -223,7 +207,7 @@ def _strays(folder: Path, files: dict[str, Written]) -> list[str]:
     return problems
 
 
-def load(engine: Any, folder: Path, world: World) -> None:
+def load(engine: Engine, folder: Path, world: World) -> None:
     """Model and optimizer of a verified checkpoint into an engine of the same ranks, stage and precision, bitwise.
 
     Raises:
@@ -243,30 +227,6 @@ def load_random_state(folder: Path, world: World) -> None:
     world.raise_together(problems)
 
 
-def random_state() -> dict[str, Any]:
-    """Every generator that training may draw from, in types that `weights_only` reads back."""
-    version, words, gauss = random.getstate()
-    name, keys, position, has_gauss, cached = np.random.get_state()
-    state: dict[str, Any] = {
-        "torch": torch.get_rng_state(),
-        "python": [version, list(words), gauss],
-        "numpy": [name, torch.from_numpy(np.asarray(keys).astype(np.int64)), position, has_gauss, cached],
-    }
-    if get_accelerator().device_name() != "cpu":
-        state["device"] = get_accelerator().get_rng_state()
-    return state
-
-
-def set_random_state(state: dict[str, Any]) -> None:
-    torch.set_rng_state(state["torch"])
-    version, words, gauss = state["python"]
-    random.setstate((version, tuple(words), gauss))
-    name, keys, position, has_gauss, cached = state["numpy"]
-    np.random.set_state((name, keys.numpy().astype(np.uint32), position, has_gauss, cached))
-    if "device" in state:
-        get_accelerator().set_rng_state(state["device"])
-
-
 def _rng_name(rank: int) -> str:
     return f"rng-rank-{rank:05d}.pt"
 
@@ -277,7 +237,7 @@ def probe_ids(vocab_size: int) -> torch.Tensor:
 
 
 @torch.no_grad()
-def logit_fingerprint(engine: Any, vocab_size: int) -> dict[str, Any]:
+def logit_fingerprint(engine: Engine, vocab_size: int) -> dict[str, Any]:
     """Logits on the probe: their sha256, and the last token's first 64 in fp32 for a distance."""
     training = engine.training
     engine.eval()

@@ -6,7 +6,6 @@ Each download is checked against the manifest, so a shard of a remote dataset ne
 from __future__ import annotations
 
 import logging
-import os
 import weakref
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
@@ -27,12 +26,12 @@ from data_prep.manifest import (
     parse_manifest,
 )
 from data_prep.remote import read_whole
-from pipeline.data.shard_cache import ShardCache, locked
+from pipeline.config import DEFAULT_CACHE_BYTES, DEFAULT_CACHE_FOLDER
+from pipeline.data.shard_cache import ShardCache
+from pipeline.files import locked
 
 _log = logging.getLogger(__name__)
 
-DEFAULT_CACHE_FOLDER = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "globallocal"
-DEFAULT_CACHE_BYTES = 64 << 30
 _DOWNLOAD_THREADS = 4
 
 

@@ -12,11 +12,11 @@ import fcntl
 import logging
 import os
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 from data_prep.errors import UserError
 from data_prep.remote import download
+from pipeline.files import locked
 
 _log = logging.getLogger(__name__)
 _NAME_LENGTHS = (64, 69)  # a sha256, and the same with ".part"
@@ -145,21 +145,6 @@ class ShardCache:
                 with contextlib.suppress(FileNotFoundError):
                     files.append((entry.stat().st_mtime_ns, entry.stat().st_size, Path(entry.path)))
         return files
-
-
-@contextlib.contextmanager
-def locked(path: Path, wait: bool) -> Iterator[int | None]:
-    """Holds a lock on a file, made if it is missing; None if another holds it. A dead process holds none."""
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
-    try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-        except BlockingIOError:
-            yield None
-        else:
-            yield descriptor
-    finally:
-        os.close(descriptor)
 
 
 def _is_file(path: Path, descriptor: int) -> bool:

@@ -24,7 +24,8 @@ from typing import Any
 import torch.distributed as dist
 
 from pipeline.distributed.clock import Clock
-from pipeline.distributed.world import HANG_EXIT_CODE, World
+from pipeline.distributed.world import World
+from pipeline.exit_codes import HANG
 
 log = logging.getLogger("globallocal")
 
@@ -212,7 +213,7 @@ class Watch:
         telling = threading.Thread(target=self._tell, args=(cause, alone), daemon=True)
         telling.start()
         telling.join(REPORT_SECONDS)
-        os._exit(HANG_EXIT_CODE)
+        os._exit(HANG)
 
     def _tell(self, cause: str, alone: bool) -> None:
         """Stacks, a line, MLflow, in the order of their worth."""

@@ -1,6 +1,5 @@
 """Ranks: start, agreement, shutdown."""
 
-import fcntl
 import gc
 import os
 import socket
@@ -18,11 +17,7 @@ from deepspeed.accelerator import get_accelerator
 from torch.utils.cpp_extension import _get_build_directory
 
 from data_prep.errors import UserError
-
-PREEMPTED_EXIT_CODE = 75
-"""EX_TEMPFAIL of sysexits.h: asked to stop, left in order, start me again."""
-HANG_EXIT_CODE = 76
-"""A rank did not move for too long: start me again, from the newest checkpoint."""
+from pipeline.files import locked
 
 
 class SharedUserError(UserError):
@@ -142,8 +137,7 @@ def load_operator(builder_name: str) -> None:
     if builder is None or not builder.is_compatible(verbose=False):
         return
     folder = Path(_get_build_directory(builder.name, verbose=False))
-    with open(folder / ".globallocal.lock", "w") as ours:
-        fcntl.flock(ours, fcntl.LOCK_EX)
+    with locked(folder / ".globallocal.lock"):
         (folder / "lock").unlink(missing_ok=True)
         builder.load(verbose=False)
 

@@ -13,6 +13,7 @@ from pipeline.config import OptimizerSection, RunConfig
 from pipeline.data.loader import BatchLayout
 from pipeline.distributed.world import World, load_operator
 from pipeline.engine.deepspeed_json import autos, device, faults, fill_autos, lacks, operators, read_deepspeed_json
+from pipeline.engine.internals import Engine, clip_by_the_norm_that_is_checked, let_the_loss_scale_fall
 from pipeline.engine.optim import build_optimizer, parameter_groups
 
 
@@ -153,7 +154,7 @@ def zero_stage(settings: dict[str, Any]) -> int:
     return int(settings.get("zero_optimization", {}).get("stage", 0))
 
 
-def initialize(model: nn.Module, config: RunConfig, settings: dict[str, Any]) -> Any:
+def initialize(model: nn.Module, config: RunConfig, settings: dict[str, Any]) -> Engine:
     """The DeepSpeed engine around `model`, with AdamW over its decay and no-decay groups."""
     deepspeed_logger.setLevel("WARNING")
     zero = settings.get("zero_optimization", {})
@@ -164,16 +165,6 @@ def initialize(model: nn.Module, config: RunConfig, settings: dict[str, Any]) ->
     optimizer = build_optimizer(groups, config.optimizer, offload != "none")
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=settings)
     deepspeed.checkpointing.configure(None, deepspeed_config=settings)  # its activation_checkpointing section
-
-    def clip() -> None:
-        norm = torch.nn.utils.clip_grad_norm_(engine.module.parameters(), engine.gradient_clipping())
-        engine._global_grad_norm = norm
-        engine.optimizer.overflow = not bool(torch.isfinite(norm))  # what its other optimizers tell the engine
-        if engine.optimizer.overflow:
-            engine.zero_grad()  # AdamW moves nothing that has no gradient
-
-    # Used at stage 0 in fp32, where DeepSpeed's own forgets the norm and would take a step with NaN.
-    engine.clip_fp32_gradients = clip
-    if hasattr(getattr(engine.optimizer, "loss_scaler", None), "raise_error_at_min_scale"):
-        engine.optimizer.loss_scaler.raise_error_at_min_scale = False  # the guard bounds overflows, and says why
+    clip_by_the_norm_that_is_checked(engine)
+    let_the_loss_scale_fall(engine)
     return engine

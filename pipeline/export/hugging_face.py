@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from data_prep.errors import UserError
-from pipeline.checkpoints.folder import sync_folder
+from data_prep.store import sync_folder
 from pipeline.export.load import Loaded, load_model
 
 PROBE_TEXT = "GlobalLocal reads a text,\n\n  keeps its spaces, and ½ of the rest: naïve, 東京, 🙂."

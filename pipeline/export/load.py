@@ -114,7 +114,7 @@ def build_model_config(config: "RunConfig", corpus: "Corpus") -> "GlobalLocalCon
 @contextmanager
 def only_weights() -> Iterator[None]:
     """Inside, every `torch.load`, DeepSpeed's own included, refuses anything but tensors and plain values."""
-    from pipeline.checkpoints.write import safe_globals
+    from pipeline.engine.internals import safe_globals
 
     name = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
     before = os.environ.get(name)

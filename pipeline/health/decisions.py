@@ -7,9 +7,10 @@ from pathlib import Path
 from pydantic import TypeAdapter, ValidationError
 
 from data_prep.errors import UserError
-from pipeline.checkpoints.folder import first_line, sync_folder
+from data_prep.store import sync_folder
+from pipeline.files import write_atomically
 from pipeline.health.state import RollBack
-from pipeline.tracking.spool import write_atomically
+from pipeline.redact import failure_message
 
 _DECISIONS = TypeAdapter(tuple[RollBack, ...])
 
@@ -26,7 +27,9 @@ def read_decisions(run_folder: Path) -> tuple[RollBack, ...]:
     except FileNotFoundError:
         return ()
     except (OSError, ValidationError) as error:
-        raise UserError(f"{path}: {first_line(error)}; it says which batches this run leaves out: restore it") from None
+        raise UserError(
+            f"{path}: {failure_message(error)}; it says which batches this run leaves out: restore it"
+        ) from None
 
 
 def write_decisions(run_folder: Path, decided: Sequence[RollBack]) -> None:

@@ -16,10 +16,11 @@ import torch
 import torch.distributed as dist
 
 from data_prep.errors import UserError
-from pipeline.checkpoints.folder import first_line, step_name
 from pipeline.config import HealthSection
 from pipeline.data.loader import BatchLayout, Source, data_step
 from pipeline.distributed.world import SharedUserError, World
+from pipeline.engine.internals import Engine, loss_scale
+from pipeline.files import step_name
 from pipeline.health import report as diagnosis
 from pipeline.health.decisions import decisions_path, write_decisions
 from pipeline.health.state import (
@@ -31,6 +32,7 @@ from pipeline.health.state import (
     plain_number,
 )
 from pipeline.metrics import LossMeter
+from pipeline.redact import failure_message
 
 log = logging.getLogger("globallocal")
 
@@ -59,7 +61,7 @@ class Guard:
     """
 
     settings: HealthSection
-    engine: Any
+    engine: Engine
     world: World
     layout: BatchLayout
     source: Source
@@ -141,7 +143,7 @@ class Guard:
     def overflowed(self, step: int) -> Verdict:
         """fp16: the scaled gradient left the format's range, the losses did not. DeepSpeed halves the scale."""
         self.state = self.state.overflowed()
-        scale = self.engine._get_optimizer_loss_scale()
+        scale = loss_scale(self.engine)
         if self.state.overflows_in_a_row > MAX_OVERFLOWS_IN_A_ROW:
             raise SharedUserError(
                 f"step {step + 1:,}: the gradient overflowed fp16 in {self.state.overflows_in_a_row} steps in a row, "
@@ -193,7 +195,7 @@ class Guard:
                     self.tracker.log_text(text, f"health/{folder.name}/{name}")
                 log.info(f"step {step + 1:,}: what its global batch {batch:,} was is in {folder}")
             except (OSError, UserError) as error:
-                log.warning(f"{folder}: the report could not be written: {first_line(error)}")
+                log.warning(f"{folder}: the report could not be written: {failure_message(error)}")
         return report
 
     # ---- roll back
@@ -228,7 +230,7 @@ class Guard:
             try:
                 write_decisions(self.run_folder, [*self.state.roll_backs, decision])
             except OSError as error:
-                problems.append(f"{decisions_path(self.run_folder)}: {first_line(error)}; no roll back without it")
+                problems.append(f"{decisions_path(self.run_folder)}: {failure_message(error)}; no roll back without it")
         self.world.raise_together(self.world.broadcast(problems))
         left_out = f"global batches {decision.first_batch:,} to {decision.last_batch - 1:,}"
         log.warning(f"step {step:,}: going back to step {to_step:,}, leaving out {left_out}")

@@ -14,18 +14,15 @@ import deepspeed
 import numpy as np
 import torch
 
-from pipeline.checkpoints.write import random_state, set_random_state
 from pipeline.data.loader import BatchLayout, Source
+from pipeline.engine.internals import Engine, StepState, loss_scale
+from pipeline.files import write_atomically
 from pipeline.health.state import plain_number
-from pipeline.tracking.spool import write_atomically
 
 TEXTS_MICRO_BATCHES = 8
 """Decoded samples are written of so many micro-batches, the worst first."""
 
 ROUTER_STATISTICS = ("gate_mean", "pool_entropy_nats", "pool_hit_rate")
-
-_ENGINE_STATE = ("global_steps", "global_samples", "skipped_steps", "micro_steps", "_global_grad_norm", "_step_applied")
-_OPTIMIZER_STATE = ("overflow", "_global_grad_norm")
 
 
 def layer_of(name: str) -> str:
@@ -42,7 +39,7 @@ def micro_batches(source: Source, layout: BatchLayout, rank: int, batch: int) ->
         yield source.sample_indices(np.arange(start, start + layout.micro_batch_size))
 
 
-def measure(engine: Any, batches: Iterable[np.ndarray], device: torch.device) -> list[dict[str, Any]]:
+def measure(engine: Engine, batches: Iterable[np.ndarray], device: torch.device) -> list[dict[str, Any]]:
     """One more pass over a global batch; for each micro-batch of this rank its losses, gradient norms by layer (its
     own gradients, before they are averaged) and router statistics.
 
@@ -63,8 +60,8 @@ def measure(engine: Any, batches: Iterable[np.ndarray], device: torch.device) ->
 
         return note
 
-    before = _State(engine)
-    scale = engine._get_optimizer_loss_scale() if engine.fp16_enabled() else 1.0
+    before = StepState(engine)
+    scale = loss_scale(engine)
     hooks = [
         parameter.register_hook(hook(layer_of(name)))
         for name, parameter in engine.module.named_parameters()
@@ -97,27 +94,6 @@ def measure(engine: Any, batches: Iterable[np.ndarray], device: torch.device) ->
             handle.remove()
         before.restore()
     return measured
-
-
-class _State:
-    """What a dropped step moves besides the weights; no collective."""
-
-    def __init__(self, engine: Any) -> None:
-        self.holders = [(engine, _ENGINE_STATE), (engine.optimizer, _OPTIMIZER_STATE)]
-        self.attributes = [
-            {name: vars(item)[name] for name in names if name in vars(item)} for item, names in self.holders
-        ]
-        optimizer = engine.optimizer
-        self.scaler = getattr(optimizer, "loss_scaler", None) or getattr(optimizer, "loss_scale_config", None)
-        self.scaling = dict(vars(self.scaler)) if self.scaler else {}
-        self.random = random_state()
-
-    def restore(self) -> None:
-        for (item, _), values in zip(self.holders, self.attributes, strict=True):
-            vars(item).update(values)
-        if self.scaler:
-            vars(self.scaler).update(self.scaling)
-        set_random_state(self.random)
 
 
 @torch.no_grad()

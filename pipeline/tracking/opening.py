@@ -21,11 +21,11 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
 from data_prep.errors import UserError
-from pipeline.redact import redact, redact_text
+from pipeline.redact import failure_message, redact, redact_text
 from pipeline.tracking.history import History
 from pipeline.tracking.mlflow_run import MlflowRun, needs_a_person
 from pipeline.tracking.provenance import provenance_tags
-from pipeline.tracking.shipping import Delivery, Say, Shipper, first_line
+from pipeline.tracking.shipping import Delivery, Say, Shipper
 from pipeline.tracking.spool import Spool
 from pipeline.tracking.tracker import NullTracker, Tracker, now_ms
 
@@ -147,7 +147,7 @@ def _open(config: "TrackingSection", run_folder: Path, run_name: str, run_id: st
         spool.path.unlink(missing_ok=True)
         lock.close()
         raise UserError(
-            f"tracking.uri {delivery.store}: {first_line(shipper.first_error)}: correct tracking.uri, "
+            f"tracking.uri {delivery.store}: {failure_message(shipper.first_error)}: correct tracking.uri, "
             "tracking.experiment or MLFLOW_TRACKING_*, or set tracking.enabled=false"
         )
     if shipper.run_id:

@@ -12,9 +12,10 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from pipeline.redact import redact_text
+from pipeline.files import write_atomically
+from pipeline.redact import failure_message
 from pipeline.tracking.mlflow_run import METRICS_PER_BATCH, MlflowRun, is_refusal
-from pipeline.tracking.spool import Record, Spool, write_atomically
+from pipeline.tracking.spool import Record, Spool
 
 GATHER_SECONDS = 1.0
 FIRST_RETRY_SECONDS = 0.5
@@ -228,7 +229,7 @@ class Shipper(threading.Thread):
         self._artifact_failures = 0
         self.rejected += 1
         what = record.get("path") or ", ".join(record.get("values", [])) or record["kind"]
-        reason = first_line(error)
+        reason = failure_message(error)
         path = self._spool.path.with_name("rejected.jsonl")
         with path.open("a") as file:
             file.write(json.dumps({"kind": "rejected", "error": reason, "record": record}) + "\n")
@@ -245,7 +246,7 @@ class Shipper(threading.Thread):
         if self._down_since is None:
             self._down_since = time.monotonic()
             self._say(
-                f"tracking: MLflow at {self._delivery.store} cannot be used ({first_line(error)}); training "
+                f"tracking: MLflow at {self._delivery.store} cannot be used ({failure_message(error)}); training "
                 f"goes on, everything is kept in {self._spool.path} and sent when it can be"
             )
         if not self.first_attempt.is_set():
@@ -265,7 +266,3 @@ def _halves(batch: list[Record]) -> Iterable[list[Record]]:
         return ([record] for record in batch)
     values = batch[0].get("values", {})
     return ([batch[0] | {"values": {k: v}}] for k, v in values.items()) if len(values) > 1 else ()
-
-
-def first_line(error: BaseException) -> str:
-    return redact_text(str(error).strip().split("\n")[0][:300] or type(error).__name__)

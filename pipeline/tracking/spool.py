@@ -7,7 +7,6 @@ order, and are written with the next append that succeeds.
 
 import json
 import os
-import tempfile
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -77,17 +76,3 @@ def _parse(line: bytes) -> Record | None:
     except ValueError:
         return None
     return record if isinstance(record, dict) and "kind" in record else None
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Replaces `path` as a whole: after a crash it holds the old text or the new."""
-    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with open(descriptor, "w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise

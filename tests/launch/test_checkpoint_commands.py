@@ -5,9 +5,9 @@ from pathlib import Path
 import pytest
 
 from launch.cli import main
-from pipeline.checkpoints.folder import list_checkpoints, lock, step_name, step_of
-from pipeline.checkpoints.retention import Retention
-from pipeline.config import load_config
+from pipeline.checkpoints.folder import list_checkpoints, lock, step_of
+from pipeline.config import Retention, load_config
+from pipeline.files import step_name
 from tests.pipeline.test_retention import save
 
 LOSSES = {10: 4.0, 20: 3.0, 30: 3.5, 40: None}

@@ -13,7 +13,9 @@ from deepspeed.runtime.zero.config import ZeroStageEnum
 from data_prep.errors import UserError
 from pipeline.checkpoints import folder as checkpoint
 from pipeline.checkpoints import write as checkpoint_io
-from pipeline.checkpoints.retention import Retention, prune
+from pipeline.checkpoints.retention import prune
+from pipeline.config import Retention
+from pipeline.random_state import random_state, set_random_state
 
 
 @pytest.fixture
@@ -155,7 +157,7 @@ def test_random_state_survives_a_round_trip_through_the_disk(tmp_path: Path) -> 
 
     import numpy as np
 
-    checkpoint_io.write_durably(tmp_path / "rng.pt", lambda file: torch.save(checkpoint_io.random_state(), file))
+    checkpoint_io.write_durably(tmp_path / "rng.pt", lambda file: torch.save(random_state(), file))
     drawn = (torch.rand(3).tolist(), random.random(), np.random.rand())
-    checkpoint_io.set_random_state(torch.load(tmp_path / "rng.pt", weights_only=True))
+    set_random_state(torch.load(tmp_path / "rng.pt", weights_only=True))
     assert (torch.rand(3).tolist(), random.random(), np.random.rand()) == drawn

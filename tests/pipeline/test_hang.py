@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from pipeline.distributed.watchdog import Beat, explain, suspects
-from pipeline.distributed.world import HANG_EXIT_CODE
+from pipeline.exit_codes import HANG
 from pipeline.metrics import straggler
 from tests.conftest import ROOT
 from tests.pipeline.hangs import write_plan
@@ -57,7 +57,7 @@ def test_a_rank_asleep_for_ever_is_named_and_all_end(
 ) -> None:
     folder, codes = hung
     rank = ASLEEP[phase].rank
-    assert codes[phase] == [HANG_EXIT_CODE] * 2, said(folder / phase)
+    assert codes[phase] == [HANG] * 2, said(folder / phase)
     who = rf"rank {rank} \(host {re.escape(platform.node())}, process \d+\)"
     line = rf"hang: {who} has not moved for \d+ s in {phase}, after step \d;"
     assert re.search(line, said(folder / phase)), said(folder / phase)
@@ -71,7 +71,7 @@ def test_a_rank_asleep_for_ever_is_named_and_all_end(
 def test_a_stopped_process_does_not_keep_the_other(hung: tuple[Path, dict[str, list[int | None]]], rank: int) -> None:
     folder, codes = hung
     case = folder / f"stopped-{rank}"
-    expected: list[int | None] = [HANG_EXIT_CODE, HANG_EXIT_CODE]
+    expected: list[int | None] = [HANG, HANG]
     expected[rank] = None
     assert codes[case.name] == expected, said(case)
     line = rf"hang: rank {rank} \(host .*\) gave no sign of life for \d+ s, last seen in forward, after step 1: its"

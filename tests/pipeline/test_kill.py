@@ -13,7 +13,7 @@ import pytest
 from launch.hosts import node
 from launch.jobs.session import TRAIN_PROGRAM
 from pipeline.checkpoints.folder import JOB_VARIABLE, list_checkpoints, step_of
-from pipeline.distributed.world import PREEMPTED_EXIT_CODE
+from pipeline.exit_codes import PREEMPTED
 from tests.conftest import ROOT
 from tests.pipeline.ranks import Run, environment, outputs, start_ranks, tiny_overrides, wait
 from tests.pipeline.test_stop import living
@@ -68,7 +68,7 @@ def test_a_signal_to_one_rank_stops_all_with_everything_saved(
     processes[1].send_signal(signal.SIGTERM)
     processes[1].send_signal(signal.SIGTERM)
     codes = wait(processes, tmp_path)
-    assert codes in ([PREEMPTED_EXIT_CODE] * 2, [0, 0]), outputs(tmp_path)
+    assert codes in ([PREEMPTED] * 2, [0, 0]), outputs(tmp_path)
     stopped_at = int(list_checkpoints(tmp_path / "run" / "checkpoints")[0].name[5:])
     assert max(losses_of(tmp_path, "run")) == stopped_at
     codes = wait(start_ranks(arguments("run", tmp_path, small_dataset), tmp_path), tmp_path)
@@ -109,7 +109,7 @@ def test_a_job_that_begins_at_a_folder_is_started_again_from_its_own_newest(
         time.sleep(0.1)
     until(step_of(list_checkpoints(root)[0]))
     job.send_signal(signal.SIGTERM)
-    assert job.wait(timeout=300) == PREEMPTED_EXIT_CODE
+    assert job.wait(timeout=300) == PREEMPTED
     first, second = [line for line in (tmp_path / "output").read_text().splitlines() if line.startswith("resuming ")]
     assert first == f"resuming from {begins}"
     assert second.startswith(f"resuming from {root}/step-")

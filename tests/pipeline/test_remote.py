@@ -17,7 +17,8 @@ from data_prep.errors import UserError
 from pipeline.data.loader import BatchLayout, BatchLoader, SampleSource
 from pipeline.data.mixture import MixtureSource
 from pipeline.data.remote import RemoteDataset, open_location
-from pipeline.data.shard_cache import ShardCache, locked
+from pipeline.data.shard_cache import ShardCache
+from pipeline.files import locked
 from tests.pipeline.dataset_fixture import write_stream
 from tests.pipeline.servers_fixture import http_server, s3_dataset, wait_until
 

@@ -17,7 +17,8 @@ from data_prep.errors import UserError
 from pipeline.checkpoints import folder as checkpoint
 from pipeline.checkpoints import zero_layout as layout
 from pipeline.checkpoints.consolidate import consolidate
-from pipeline.checkpoints.reshard import MOMENTS, ParameterReader, read_loss_scale, set_loss_scale
+from pipeline.checkpoints.reshard import ParameterReader, read_loss_scale
+from pipeline.engine.internals import MOMENTS, set_loss_scale
 from pipeline.export.load import only_weights
 from tests.pipeline.reshard_ranks import ALL_STEPS, FIRST_STEPS, ONE_FILE, parse, run_pairs
 

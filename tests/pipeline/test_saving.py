@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from pipeline.checkpoints.folder import read_state
-from pipeline.checkpoints.retention import Retention
 from pipeline.checkpoints.space import checkpoint_bytes, retained, size_bytes, start_problems
+from pipeline.config import Retention
 from pipeline.export.load import only_weights
 from tests.conftest import missing
 from tests.pipeline.ranks import outputs, start_ranks, wait

@@ -19,7 +19,7 @@ from data_prep.errors import UserError
 from pipeline.checkpoints.folder import list_checkpoints, read_state, verify
 from pipeline.config import load_config
 from pipeline.distributed.stop import plan
-from pipeline.distributed.world import PREEMPTED_EXIT_CODE
+from pipeline.exit_codes import PREEMPTED
 from tests.conftest import ROOT
 from tests.pipeline.moments import Moment
 from tests.pipeline.ranks import Run, environment, run_ranks, tiny_overrides
@@ -101,7 +101,7 @@ def test_every_start_but_the_last_is_preempted(stopped: tuple[Path, list[dict[st
     folder, results = stopped
     case = CASES[name]
     codes = [result["code"] for result in results if result["name"] == slug(name)]
-    assert codes == [PREEMPTED_EXIT_CODE] * (len(codes) - 1) + [0], log_of(folder / slug(name))
+    assert codes == [PREEMPTED] * (len(codes) - 1) + [0], log_of(folder / slug(name))
     spool = folder / slug(name) / "tracking" / "spool.jsonl"
     records = [json.loads(line) for line in spool.read_text().splitlines()]
     ends = [(item["status"], item["reason"]) for item in records if item["kind"] == "status"]
@@ -143,7 +143,7 @@ def test_it_ends_bitwise_as_the_unbroken_run(
 
 def test_a_spent_time_budget_is_a_stop(stopped: tuple[Path, list[dict[str, Any]]]) -> None:
     folder, results = stopped
-    assert results[-1]["code"] == PREEMPTED_EXIT_CODE
+    assert results[-1]["code"] == PREEMPTED
     text = log_of(folder / "budget")
     assert "training.max_seconds: stopping after step" in text
     saved = list_checkpoints(folder / "budget" / "checkpoints")
@@ -183,7 +183,7 @@ def test_through_the_launcher_a_signal_saves_and_leaves_nobody(tmp_path: Path, s
         assert job.poll() is None, (tmp_path / "output").read_text()
         time.sleep(0.1)
     job.send_signal(signal.SIGTERM)
-    assert job.wait(timeout=300) == PREEMPTED_EXIT_CODE, (tmp_path / "output").read_text()
+    assert job.wait(timeout=300) == PREEMPTED, (tmp_path / "output").read_text()
     assert verify(list_checkpoints(tmp_path / "run" / "checkpoints")[0]) == []
     assert living(tmp_path) == []
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from launch.hosts.node import free_port
 from launch.jobs.session import TRAIN_PROGRAM
 from pipeline.checkpoints.folder import list_checkpoints, verify
-from pipeline.distributed.world import HANG_EXIT_CODE, PREEMPTED_EXIT_CODE
+from pipeline.exit_codes import HANG, PREEMPTED
 from tests.conftest import ROOT, globallocal
 from tests.pipeline.hangs import write_plan
 from tests.pipeline.moments import Moment
@@ -59,7 +59,7 @@ def asleep(folder: Path, dataset: Path) -> str:
         for name, codes in json.loads((here / "results.json").read_text()).items():
             place, rank = name.split("-")
             text = said(here / name)
-            assert codes == [HANG_EXIT_CODE] * 2, text
+            assert codes == [HANG] * 2, text
             assert re.search(rf"hang: rank {rank} \(host .*\) has not moved for \d+ s in {place}, ", text), text
             count += 1
     return f"{count} jobs, each phase × rank × ZeRO 0, 2, 3: all ended with code 76, rank and phase named"
@@ -97,7 +97,7 @@ def through_our_launcher(folder: Path, dataset: Path) -> str:
     standing = list_checkpoints(folder / "run" / "checkpoints")[0]
     until(lambda: list_checkpoints(folder / "run" / "checkpoints")[0] != standing, folder, job)
     job.send_signal(signal.SIGTERM)
-    assert job.wait(timeout=600) == PREEMPTED_EXIT_CODE, (folder / "output").read_text()
+    assert job.wait(timeout=600) == PREEMPTED, (folder / "output").read_text()
     assert living(folder) == []
     return "named in restarts.jsonl, killed, started again; then SIGTERM: code 75, nobody left"
 
@@ -130,8 +130,8 @@ def stopped_at_random(folder: Path, dataset: Path, stops: int = 10) -> str:
         here = folder / name
         here.mkdir()
         arguments = ["pipeline/train.py", CONFIG, *tiny_overrides(Run("run", steps), here, dataset)]
-        codes = [PREEMPTED_EXIT_CODE] * 2
-        while codes == [PREEMPTED_EXIT_CODE] * 2:
+        codes = [PREEMPTED] * 2
+        while codes == [PREEMPTED] * 2:
             ranks = start_ranks(arguments, here)
             if name == "stopped" and done < stops:
                 had = begun(here)
