@@ -33,10 +33,12 @@ from pipeline.evaluate import continuations, held_out
 from pipeline.export.load import build_model_config, load_tokenizer
 from pipeline.health.guard import Guard
 from pipeline.health.state import HealthState
+from pipeline.profiler import StepProfiler
 from pipeline.redact import redact
 from pipeline.tracking.opening import NullTracker, open_tracker
 from pipeline.tracking.restarts import restart_tags
 from pipeline.trainer import Trainer
+from pipeline.utilisation import Utilisation, device_name, peak_teraflops
 
 log = logging.getLogger("globallocal")
 
@@ -54,7 +56,8 @@ def build(config: RunConfig, world: World, stop: StopRequest, clock: Clock) -> T
         settings = deepspeed_config(config, layout, precision)
         check_machine(config, settings, world.size, world.device.type == "cuda")
     check_corpus(config, corpus, world, clock)
-    steps = max_steps(config, source.num_samples)
+    with world.together():
+        steps = max_steps(config, source.num_samples)
     clock.move()
 
     transformers.set_seed(config.run.seed)
@@ -153,6 +156,8 @@ def build(config: RunConfig, world: World, stop: StopRequest, clock: Clock) -> T
         tracker=tracker,
         stop=stop,
         clock=clock,
+        utilisation=build_utilisation(config, world, model_config, precision),
+        profiler=build_profiler(config, world, clock, tracker, resumed.step),
         step=resumed.step,
         evaluation=resumed.evaluation,
         pending_evaluation=resumed.pending_evaluation and config.evaluation.split is not None,
@@ -163,10 +168,38 @@ def build(config: RunConfig, world: World, stop: StopRequest, clock: Clock) -> T
 
 
 def max_steps(config: RunConfig, num_samples: int) -> int:
+    """Raises UserError where the run has no such steps as are to be profiled."""
     if config.training.max_steps is not None:
         return config.training.max_steps
     assert config.training.max_epochs is not None
-    return math.ceil(config.training.max_epochs * num_samples / config.training.global_batch_size)
+    steps = math.ceil(config.training.max_epochs * num_samples / config.training.global_batch_size)
+    try:
+        config.training.check_profile(steps)
+    except ValueError as error:
+        raise UserError(f"training: {error}") from None
+    return steps
+
+
+def build_utilisation(config: RunConfig, world: World, model_config: GlobalLocalConfig, precision: str) -> Utilisation:
+    """Says what MFU is measured against, or why there is none."""
+    given, name = config.training.peak_teraflops_per_device, device_name(world.device)
+    peak = given or peak_teraflops(name, precision)
+    source = "training.peak_teraflops_per_device" if given else "data sheet"
+    if peak:
+        log.info(f"device: {name}, peak {peak:g} TFLOP/s in {precision} ({source}), which MFU is a part of")
+    elif world.device.type == "cuda":
+        log.info(
+            f"device: {name}, whose peak rate in {precision} is not known, so that no MFU is shown; "
+            "training.peak_teraflops_per_device gives it"
+        )
+    return Utilisation(model_config.flops_per_token(config.data.sequence_length), world.size, peak)
+
+
+def build_profiler(config: RunConfig, world: World, clock: Clock, tracker: Any, step: int) -> StepProfiler:
+    steps = config.training.profiled_steps
+    if steps and step >= steps[-1]:
+        log.warning(f"training.profile = {config.training.profile}: those steps are taken, this start is at {step:,}")
+    return StepProfiler(steps, config.run_folder, world, clock, tracker)
 
 
 def check_space(config: RunConfig, world: World, model: nn.Module, precision: str, stage: int, steps: int) -> int:

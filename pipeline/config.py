@@ -3,6 +3,7 @@
 import difflib
 import inspect
 import os
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +21,7 @@ from pipeline.redact import redact
 CATCHABLE_SIGNALS = ("SIGTERM", "SIGUSR1", "SIGUSR2", "SIGINT", "SIGHUP", "SIGCONT", "SIGXCPU")
 """What schedulers and people send; SIGKILL and SIGSTOP cannot be caught, and others mean a crash."""
 
+MOST_PROFILED_STEPS = 50
 DEFAULT_CACHE_FOLDER = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "globallocal"
 DEFAULT_CACHE_BYTES = 64 << 30
 
@@ -146,6 +148,11 @@ class TrainingSection(Section):
     """Time budget of one start; when it is spent the run leaves as if it had received a signal then."""
     hang_timeout_seconds: float = Field(1800, gt=0)
     """A rank that does not move for so long ends the run with exit code 76; four times as long up to its first step."""
+    peak_teraflops_per_device: float | None = Field(None, gt=0, allow_inf_nan=False)
+    """What MFU is a part of, in 10^12 operations per second; null: the data sheet's rate for the card's name and
+    the run's precision, and no MFU where none is known."""
+    profile: str | None = None
+    """FIRST-LAST: these steps are traced on every rank (docs/cluster.md, "Where the time goes"); null: none."""
 
     @field_validator("stop_signals")
     @classmethod
@@ -157,12 +164,37 @@ class TrainingSection(Section):
             raise ValueError("must hold SIGTERM and SIGUSR1, with which launchers stop a job")
         return names
 
+    @field_validator("profile", mode="before")
+    @classmethod
+    def first_and_last(cls, value: Any) -> Any:
+        if value is not None:
+            ends = re.fullmatch(r"([1-9]\d*)-([1-9]\d*)", str(value))
+            if not ends or int(ends[1]) > int(ends[2]):
+                raise ValueError("write FIRST-LAST, such as 5-7")
+            if (count := int(ends[2]) - int(ends[1]) + 1) > MOST_PROFILED_STEPS:
+                raise ValueError(f"{count} steps are more than a browser shows; at most {MOST_PROFILED_STEPS}")
+        return value
+
+    @property
+    def profiled_steps(self) -> range:
+        first, _, last = (self.profile or "1-0").partition("-")
+        return range(int(first), int(last) + 1)
+
+    def check_profile(self, max_steps: int) -> None:
+        """Raises ValueError where steps are to be traced that the run does not have."""
+        if self.profile and self.profiled_steps[-1] > max_steps:
+            raise ValueError(
+                f"profile ({self.profile}) reaches past the last step ({max_steps:,}); choose from 1 to {max_steps:,}"
+            )
+
     @model_validator(mode="after")
     def one_length(self) -> "TrainingSection":
         if (self.max_steps is None) == (self.max_epochs is None):
             raise ValueError(
                 f"exactly one of max_steps ({self.max_steps}) and max_epochs ({self.max_epochs}) must be set"
             )
+        if self.max_steps is not None:
+            self.check_profile(self.max_steps)
         return self
 
 

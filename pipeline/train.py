@@ -89,6 +89,7 @@ def run(config: RunConfig, world: World, stop: StopRequest) -> int:
                 trainer.tracker.set_tags({"globallocal.status": "preempted"})
             return 0 if finished else PREEMPTED
         finally:
+            trainer.profiler.close()
             trainer.saver.close()
             watch.close()  # what follows has bounds of its own
             trainer.batches.close()

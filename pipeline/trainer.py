@@ -21,7 +21,9 @@ from pipeline.engine.optim import learning_rate, set_learning_rate
 from pipeline.health.guard import Guard, Verdict, nan_unless_finite
 from pipeline.health.state import HealthState
 from pipeline.metrics import LossMeter, RouterMeter, StepTimes, Throughput, duration, straggler
+from pipeline.profiler import StepProfiler
 from pipeline.random_state import random_state, set_random_state
+from pipeline.utilisation import Utilisation, describe, peak_memory_bytes
 
 log = logging.getLogger("globallocal")
 
@@ -62,6 +64,8 @@ class Trainer:
     tracker: Any
     stop: StopRequest
     clock: Clock
+    utilisation: Utilisation
+    profiler: StepProfiler
     step: int = 0
     evaluation: dict[str, float] | None = None
     pending_evaluation: bool = False
@@ -93,7 +97,7 @@ class Trainer:
             if self.pending_evaluation:
                 self.finish_evaluation()
             while self.step < self.max_steps:
-                with self.clock.phase("training"):
+                with self.profiler.step(self.step + 1), self.clock.phase("training"):
                     verdict = self.train_step()
                     # Reading the losses waits for the device, so that the clock counts work and not its queueing.
                     logged = verdict is not Verdict.LEFT_OUT and self.due(config.training.log_interval_steps)
@@ -213,6 +217,8 @@ class Trainer:
         gradient_norm = float(self.engine.get_global_grad_norm())  # before clipping
         rate = learning_rate(self.step - 1, self.max_steps, self.config.optimizer)
         tokens_per_second = self.throughput.read()
+        memory = self.world.agree({"peak": peak_memory_bytes(self.world.device)})["peak"]
+        use = self.utilisation.metrics(tokens_per_second, memory)
         metrics = {
             **losses,
             **self.routers.read(),
@@ -220,6 +226,7 @@ class Trainer:
             "train/gradient_norm": gradient_norm,
             "train/tokens_per_second": tokens_per_second,
             "train/consumed_tokens": float(self.step * self.tokens_per_step),
+            **use,
             **self.guard.metrics(),
         }
         times, slow = straggler(self.world.gather(self.step_times.read(self.step)))
@@ -227,7 +234,7 @@ class Trainer:
         left = duration((self.max_steps - self.step) * self.tokens_per_step / tokens_per_second)
         log.info(
             f"step {self.step:,}/{self.max_steps:,}  loss {losses['train/language_loss']:.4f}  "
-            f"lr {rate:.2e}  grad {gradient_norm:.2f}  {tokens_per_second:,.0f} tokens/s  left {left}"
+            f"lr {rate:.2e}  grad {gradient_norm:.2f}  {tokens_per_second:,.0f} tokens/s ({describe(use)})  left {left}"
         )
         if slow:
             log.info(slow)

@@ -1,8 +1,8 @@
 """Seconds by phase, and the phase that a rank is in."""
 
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 
 class Clock:
@@ -16,6 +16,7 @@ class Clock:
         now: the phase, a slash before what it holds: `forward`, `evaluation/agreement`.
         step: optimizer steps taken; None until this start has taken one.
         moves, moved_at: how many, and when the last one was (`time.monotonic`).
+        annotate: called with a phase's name for a context around it; a profiler shows phases by it.
     """
 
     OUTERMOST = ("start", "training")
@@ -26,13 +27,15 @@ class Clock:
         self.step: int | None = None
         self.moves = 0
         self.moved_at = time.monotonic()
+        self.annotate: Callable[[str], AbstractContextManager[object]] = nullcontext
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
         outer, start = self.now, time.perf_counter()
         self.move(name if outer in self.OUTERMOST else f"{outer}/{name}")
         try:
-            yield
+            with self.annotate(self.now):
+                yield
         except Exception as error:
             if not hasattr(error, "phase"):  # the innermost one stays
                 error.phase = self.now  # type: ignore[attr-defined]

@@ -5,6 +5,7 @@ import math
 import os
 import warnings
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 from pipeline.tracking.spool import Record
@@ -53,10 +54,12 @@ class MlflowRun:
     Args:
         uri: tracking URI, secrets included; it is never written or printed.
         run_key: our own name for the run, found again as a tag whatever happens to an answer.
+        run_folder: where the files lie that become artifacts.
     """
 
-    def __init__(self, uri: str, experiment: str, run_key: str, run_name: str) -> None:
+    def __init__(self, uri: str, experiment: str, run_key: str, run_name: str, run_folder: Path) -> None:
         self._uri, self._experiment, self._run_key, self._run_name = uri, experiment, run_key, run_name
+        self._run_folder = run_folder
         self._client: Any = None
 
     def client(self) -> Any:
@@ -153,6 +156,9 @@ class MlflowRun:
                     client.log_batch(run_id, tags=part, synchronous=True)
             case "text":
                 client.log_text(run_id, record["text"], record["path"])
+            case "file":
+                path = Path(record["path"])
+                client.log_artifact(run_id, str(self._run_folder / path), str(path.parent))
             case "dataset":
                 dataset = Dataset(record["name"], record["digest"], record["source_type"], record["source"])
                 inputs = [InputTag("mlflow.data.context", "training"), InputTag("weight", record.get("weight", "1"))]

@@ -25,7 +25,7 @@ from pipeline.redact import failure_message, redact, redact_text
 from pipeline.tracking.history import History
 from pipeline.tracking.mlflow_run import MlflowRun, needs_a_person
 from pipeline.tracking.provenance import provenance_tags
-from pipeline.tracking.shipping import Delivery, Say, Shipper
+from pipeline.tracking.shipping import ARTIFACTS, Delivery, Say, Shipper
 from pipeline.tracking.spool import Spool
 from pipeline.tracking.tracker import NullTracker, Tracker, now_ms
 
@@ -135,7 +135,7 @@ def _open(config: "TrackingSection", run_folder: Path, run_name: str, run_id: st
         history.apply(header)
     uri = tracking_uri(config.uri)
     delivery = _delivery(folder, redact_text(uri), config.experiment, run_id, say)
-    run = MlflowRun(uri, config.experiment, history.run_key, history.run_name)
+    run = MlflowRun(uri, config.experiment, history.run_key, history.run_name, run_folder)
     shipper = Shipper(spool, run, delivery, say)
     if history.attempts and shipper.undelivered_bytes:
         say(f"tracking: {shipper.undelivered_bytes:,} bytes that had not reached MLflow are sent first")
@@ -181,7 +181,7 @@ def _ask_again(path: Path, spool: Spool) -> None:
         return
     rejected = Spool(path)
     for record, _ in rejected.read(0):
-        if record and record["record"]["kind"] == "text":
+        if record and record["record"]["kind"] in ARTIFACTS:
             spool.append(record["record"])
     rejected.close()
     path.unlink()

@@ -20,6 +20,8 @@ from pipeline.tracking.spool import Record, Spool
 GATHER_SECONDS = 1.0
 FIRST_RETRY_SECONDS = 0.5
 LONGEST_RETRY_SECONDS = 30.0
+ARTIFACTS = ("text", "file")
+"""Kinds of records that go to the artifact store."""
 ARTIFACT_ATTEMPTS = 3
 
 Say = Callable[[str], None]
@@ -220,7 +222,7 @@ class Shipper(threading.Thread):
 
     def _is_refusal(self, record: Record, error: Exception) -> bool:
         """The store answers otherwise; will it never take this? Artifacts live elsewhere: a few attempts."""
-        if record["kind"] == "text":
+        if record["kind"] in ARTIFACTS:
             self._artifact_failures += 1
             return self._artifact_failures >= ARTIFACT_ATTEMPTS
         return is_refusal(error)

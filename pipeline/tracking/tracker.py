@@ -31,6 +31,7 @@ class NullTracker:
 
     def log_metrics(self, values: Mapping[str, float], step: int) -> None: ...
     def log_text(self, text: str, artifact_path: str) -> None: ...
+    def log_file(self, path: str) -> None: ...
     def set_tags(self, tags: Mapping[str, Any]) -> None: ...
 
     def close(self, status: str = "FINISHED", deadline_seconds: float = 20.0) -> bool:
@@ -98,6 +99,10 @@ class Tracker(NullTracker):
     def log_text(self, text: str, artifact_path: str) -> None:
         """Records a text file of the run; the same path again replaces it. URLs lose their passwords."""
         self._append({"kind": "text", "path": artifact_path, "text": _plain(redact_text(text))})
+
+    def log_file(self, path: str) -> None:
+        """Records a file by its path in the run folder, as an artifact of the same path. It has to stay there."""
+        self._append({"kind": "file", "path": path})
 
     def set_tags(self, tags: Mapping[str, Any]) -> None:
         """Records tags, secrets redacted; a value longer than 8,000 characters is cut, and says so."""
