@@ -32,26 +32,31 @@ def estimate(
     ] = None,
     overrides: Overrides = None,
     ranks: Annotated[int, typer.Option(min=1, help="Devices, over all nodes.")] = 1,
+    card: Annotated[str | None, typer.Option(help="Kind of device, such as H100, A100 or 'RTX 4090'.")] = None,
     teraflops: Annotated[
         float | None,
-        typer.Option(min=0.001, help="Peak rate of one device in 10^12 operations a second: H100 bf16 989, A100 312."),
+        typer.Option(min=0.001, help="Its peak rate in 10^12 operations per second; the data sheet's when absent."),
     ] = None,
     utilisation: Annotated[
-        float, typer.Option(min=0.001, max=1, help="Part of the peak rate that training reaches (MFU).")
-    ] = 0.4,
+        float | None,
+        typer.Option(
+            min=0.001, max=1, help="Part of the peak rate that training reaches (MFU); what was measured when absent."
+        ),
+    ] = None,
     price_per_hour: Annotated[float | None, typer.Option(min=0, help="Of one device, in any currency.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Say what a run needs before it is paid for: parameters, memory a rank, time, price.
 
     Memory is given for every ZeRO stage; the arrow marks the run's own. Activations are those of the micro-batch,
-    found by running the model on a device without memory. Nothing is downloaded, started or written.
+    found by running the model on a device without memory. Time follows from what was measured for the preset and the
+    card, and is called a guess where nothing was. Nothing is downloaded, started or written.
 
     Examples:
 
-        globallocal estimate --preset base --ranks 8 --teraflops 989 --price-per-hour 2.5
+        globallocal estimate --preset base --ranks 8 --card H100 --price-per-hour 2.5
 
-        globallocal estimate --config launch/runs/wikitext103-small.yaml --teraflops 312 training.micro_batch_size=32
+        globallocal estimate --config launch/runs/wikitext103-small.yaml --card A100 training.micro_batch_size=32
     """
     from rich.console import Console
 
@@ -63,7 +68,7 @@ def estimate(
 
     if (config is None) == (preset is None):
         raise UserError("give --config RUN.yaml or --preset NAME")
-    machine = room.Machine(ranks, teraflops, utilisation, price_per_hour)
+    machine = room.Machine(ranks, card, teraflops, utilisation, price_per_hour)
     if config is not None:
         settings = checked_config(config, overrides)
     else:
@@ -72,7 +77,7 @@ def estimate(
     if as_json:
         typer.echo(result.to_json())
     else:
-        room.show(result, machine, Console())
+        room.show(result, Console())
 
 
 def rehearse(

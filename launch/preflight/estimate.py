@@ -10,12 +10,14 @@ from rich.console import Console
 from rich.table import Table
 
 from data_prep.errors import UserError
+from launch.preflight.measured import Expected, expected
 from launch.preflight.memory import ModelSize, RankMemory, measure, rank_memory
 from model.configuration_globallocal import PRESETS, GlobalLocalConfig
 from pipeline.config import RunConfig, validate
 from pipeline.data.corpus import Corpus, open_corpus
 from pipeline.data.loader import BatchLayout
 from pipeline.metrics import duration
+from pipeline.utilisation import PEAK_TERAFLOPS, PEAK_TERAFLOPS_FP16, card, peak_teraflops
 
 TOKENS_PER_PARAMETER = 20
 """Training tokens that pay best for a given amount of computing, for transformers (arXiv:2203.15556)."""
@@ -27,15 +29,18 @@ class Machine:
 
     Attributes:
         ranks: devices, over all nodes.
-        teraflops: peak rate of one device in 10^12 operations a second, in the precision of the run.
-        utilisation: part of that rate that training reaches (MFU).
+        card: its kind, as in `PEAK_TERAFLOPS`, which gives the peak rate.
+        teraflops: peak rate of one device in 10^12 operations per second, in the precision of the run; the card's where
+            absent.
+        utilisation: part of that rate that training reaches (MFU); as `measured.py` has it where absent.
         price_per_hour: of one device, in whatever currency.
         cpu: ranks on CPU cores.
     """
 
     ranks: int = 1
+    card: str | None = None
     teraflops: float | None = None
-    utilisation: float = 0.4
+    utilisation: float | None = None
     price_per_hour: float | None = None
     cpu: bool = False
 
@@ -61,6 +66,10 @@ class Estimate:
     steps: int
     tokens: int
     epochs: float | None
+    teraflops: float | None
+    utilisation: float
+    utilisation_measured: bool
+    utilisation_source: str
     tokens_per_second: float | None
     seconds: float | None
     price: float | None
@@ -120,7 +129,9 @@ def estimate(config: RunConfig, machine: Machine) -> Estimate:
     samples = _samples(config, corpus)
     steps = _steps(config, samples, notes)
     flops = model.flops_per_token(config.data.sequence_length)
-    rate = machine.teraflops and machine.ranks * machine.teraflops * 1e12 * machine.utilisation / flops
+    peak = _peak(machine, precision)
+    mfu = _utilisation(config, machine, flops)
+    rate = peak and machine.ranks * peak * 1e12 * mfu.mfu / flops
     seconds = rate and steps * tokens_per_step / rate
     return Estimate(
         name=config.run.name,
@@ -140,10 +151,32 @@ def estimate(config: RunConfig, machine: Machine) -> Estimate:
         steps=steps,
         tokens=steps * tokens_per_step,
         epochs=steps * config.training.global_batch_size / samples if samples else None,
+        teraflops=peak,
+        utilisation=mfu.mfu,
+        utilisation_measured=mfu.measured,
+        utilisation_source=mfu.source,
         tokens_per_second=rate,
         seconds=seconds,
         price=seconds and machine.price_per_hour and seconds / 3600 * machine.ranks * machine.price_per_hour,
     )
+
+
+def _peak(machine: Machine, precision: str) -> float | None:
+    if machine.teraflops or machine.card is None:
+        return machine.teraflops
+    peak = peak_teraflops(machine.card, precision)
+    if peak is None:
+        known = ", ".join(sorted(PEAK_TERAFLOPS | PEAK_TERAFLOPS_FP16))
+        raise UserError(
+            f"--card {machine.card}: no peak rate in {precision} is known; give --teraflops, or one of {known}"
+        )
+    return peak
+
+
+def _utilisation(config: RunConfig, machine: Machine, flops_per_token: float) -> Expected:
+    if machine.utilisation:
+        return Expected(machine.utilisation, False, "as given by --utilisation")
+    return expected(config.model.preset, flops_per_token, card(machine.card or ""))
 
 
 def _stage_memory(
@@ -195,7 +228,7 @@ def _steps(config: RunConfig, samples: int | None, notes: list[str]) -> int:
     return math.ceil(config.training.max_epochs * samples / config.training.global_batch_size)
 
 
-def show(result: Estimate, machine: Machine, console: Console) -> None:
+def show(result: Estimate, console: Console) -> None:
     """The estimate as tables for a person."""
     total = sum(result.parameters.values())
     parts = Table(title=f"{result.name}: {total:,} parameters, and a frozen pool of {result.pool_elements:,}")
@@ -217,7 +250,7 @@ def show(result: Estimate, machine: Machine, console: Console) -> None:
         shown = [*cells, item.offloaded] if offloads else cells
         memory.add_row(f"{stage}{mark}", *(gibibytes(cell) for cell in shown))
     console.print(memory)
-    for line in _sentences(result, machine):
+    for line in _sentences(result):
         console.print(line, highlight=False)
 
 
@@ -225,7 +258,7 @@ def gibibytes(count: int) -> str:
     return f"{count / 2**30:,.2f}"
 
 
-def _sentences(result: Estimate, machine: Machine) -> list[str]:
+def _sentences(result: Estimate) -> list[str]:
     samples = result.tokens_per_step // result.sequence_length_tokens
     covered = "covers" if result.receptive_field_tokens >= result.sequence_length_tokens else "does not cover"
     lines = [
@@ -241,9 +274,11 @@ def _sentences(result: Estimate, machine: Machine) -> list[str]:
     if result.seconds and result.tokens_per_second:
         lines.append(
             f"time: {duration(result.seconds)} at {result.tokens_per_second:,.0f} tokens a second "
-            f"({result.ranks} × {machine.teraflops:g} TFLOP/s × {machine.utilisation:.0%})"
+            f"({result.ranks} × {result.teraflops:g} TFLOP/s × MFU {result.utilisation:.3g})"
             + (f"; price {result.price:,.2f}" if result.price else "")
         )
+        alone = "" if result.ranks == 1 else "; what the exchange between devices costs is not in it"
+        lines.append(f"MFU: {result.utilisation_source}{alone}")
     else:
-        lines.append("time: give --teraflops, the peak rate of one device in the run's precision")
+        lines.append("time: give --card, such as H100, or --teraflops, the peak rate of one device")
     return lines + [f"note: {note}" for note in result.notes]
