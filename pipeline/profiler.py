@@ -3,7 +3,7 @@
 import logging
 import time
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -54,7 +54,8 @@ class StepProfiler:
         """When training ends: a trace that has not come to its last step is given up."""
         if self.trace is not None:
             log.warning(f"profile: training ended before step {self.steps[-1]:,}; no trace is written")
-            self._end(self.trace)
+            with suppress(RuntimeError):  # of a GPU that has failed, which is told elsewhere
+                self._end(self.trace)
 
     def _begin(self, number: int) -> None:
         activities = [ProfilerActivity.CPU]
