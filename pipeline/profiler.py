@@ -99,7 +99,8 @@ class StepProfiler:
         for files in self.world.gather(written):
             for file in files:
                 self.tracker.log_file(file)
-        log.info(f"profile: {self.run_folder / folder}; a trace opens in ui.perfetto.dev")
+        if written:
+            log.info(f"profile: {self.run_folder / folder}; a trace opens in ui.perfetto.dev")
 
 
 def largest(events: Iterable[Any], seconds: float, steps: int, on_gpu: bool) -> list[str]:
