@@ -1,7 +1,6 @@
 """Settings → the built parts of a run. All that can be wrong is found here, before step 0."""
 
 import logging
-import math
 import os
 import platform
 from collections.abc import Callable
@@ -23,7 +22,8 @@ from pipeline.checkpoints.space import checkpoint_bytes, retained, start_problem
 from pipeline.checkpoints.write import DeferringCheckpointEngine, logit_fingerprint
 from pipeline.config import RunConfig
 from pipeline.data.corpus import Corpus, open_corpus
-from pipeline.data.loader import BatchLayout, BatchLoader, Source, batch_hash, data_step
+from pipeline.data.loader import BatchLayout, BatchLoader, batch_hash, data_step
+from pipeline.data.samples import Source
 from pipeline.distributed.clock import Clock
 from pipeline.distributed.stop import StopRequest
 from pipeline.distributed.world import World
@@ -35,8 +35,9 @@ from pipeline.health.guard import Guard
 from pipeline.health.state import HealthState
 from pipeline.profiler import StepProfiler
 from pipeline.redact import redact
-from pipeline.tracking.opening import NullTracker, open_tracker
+from pipeline.tracking.opening import open_tracker
 from pipeline.tracking.restarts import restart_tags
+from pipeline.tracking.tracker import NullTracker
 from pipeline.trainer import Trainer
 from pipeline.utilisation import Utilisation, device_name, peak_teraflops
 
@@ -169,10 +170,7 @@ def build(config: RunConfig, world: World, stop: StopRequest, clock: Clock) -> T
 
 def max_steps(config: RunConfig, num_samples: int) -> int:
     """Raises UserError where the run has no such steps as are to be profiled."""
-    if config.training.max_steps is not None:
-        return config.training.max_steps
-    assert config.training.max_epochs is not None
-    steps = math.ceil(config.training.max_epochs * num_samples / config.training.global_batch_size)
+    steps = config.training.steps(num_samples)
     try:
         config.training.check_profile(steps)
     except ValueError as error:

@@ -2,6 +2,7 @@
 
 import difflib
 import inspect
+import math
 import os
 import re
 from collections.abc import Mapping, Sequence
@@ -153,6 +154,13 @@ class TrainingSection(Section):
     the run's precision, and no MFU where none is known."""
     profile: str | None = None
     """FIRST-LAST: these steps are traced on every rank (docs/cluster.md, "Where the time goes"); null: none."""
+
+    def steps(self, num_samples: int) -> int:
+        """Optimizer steps of the run, for a train split of so many samples."""
+        if self.max_steps is not None:
+            return self.max_steps
+        assert self.max_epochs is not None
+        return math.ceil(self.max_epochs * num_samples / self.global_batch_size)
 
     @field_validator("stop_signals")
     @classmethod

@@ -9,7 +9,8 @@ import torch
 import torch.distributed as dist
 
 from data_prep.manifest import SplitInfo
-from pipeline.data.loader import TokenStream, evaluation_batches
+from pipeline.data.loader import evaluation_batches
+from pipeline.data.token_stream import TokenStream
 
 if TYPE_CHECKING:
     from pipeline.data.corpus import Corpus

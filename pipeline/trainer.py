@@ -1,4 +1,4 @@
-"""The training loop. It receives built parts; `train.py` builds them."""
+"""The training loop. It receives its parts; `build.py` puts them together."""
 
 import logging
 import time

@@ -39,7 +39,7 @@ ROOMS: dict[str, dict[str, set[str]]] = {
         "engine": {"config", "data", "distributed", "random_state"},
         "health": {"config", "data", "distributed", "engine", "files", "metrics", "redact"},
         "checkpoints": {"config", "data", "distributed", "engine", "files", "health", "random_state", "redact"},
-        "export": {"checkpoints", "config", "data", "engine"},
+        "export": {"checkpoints", "config", "data"},
         "trainer": {
             *("checkpoints", "config", "data", "distributed", "engine", "health", "metrics", "profiler"),
             *("random_state", "utilisation"),

@@ -25,7 +25,6 @@ class Answer:
 
     text: str = ""
     error: str = ""
-    seconds: float = 0.0
 
 
 def ask(

@@ -89,6 +89,21 @@ def cause_of(ended: Ended) -> str:
     return f"a rank failed (exit code {ended.code})"
 
 
+def judge_and_record(
+    failures: list[Failure],
+    run_folder: Path,
+    max_restarts: int,
+    stopped: bool,
+    job: str = "",
+    say: Callable[[str], None] = print,
+) -> Verdict:
+    """Judge the latest end of a job, write it down and say it."""
+    verdict = judge(failures, max_restarts, stopped)
+    record(run_folder, failures[-1], verdict, job)
+    say(f"globallocal: {failures[-1].cause}; {verdict.reason}")
+    return verdict
+
+
 def run_with_restarts(
     start: Callable[[list[Failure]], Ended],
     run_folder: Path,
@@ -103,9 +118,7 @@ def run_with_restarts(
         if ended.code == 0:
             return 0
         failures.append(failure_of(ended, run_folder))
-        verdict = judge(failures, max_restarts, ended.stopped_by is not None)
-        record(run_folder, failures[-1], verdict)
-        say(f"globallocal: {failures[-1].cause}; {verdict.reason}")
+        verdict = judge_and_record(failures, run_folder, max_restarts, ended.stopped_by is not None, say=say)
         if not verdict.restart:
             return ended.code
         time.sleep(pause_seconds)

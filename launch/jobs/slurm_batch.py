@@ -15,6 +15,7 @@ import sys
 import time
 from collections.abc import Sequence
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ from launch.jobs.close_tracking import failed_for_good
 from launch.jobs.command import cpu_environment
 from launch.jobs.environment import ENVIRONMENT
 from launch.jobs.over_hosts import master_address
-from launch.jobs.restarts import Failure, Verdict, failure_of, judge, newest_step, record, recorded
+from launch.jobs.restarts import Failure, failure_of, judge_and_record, newest_step, recorded
 from launch.jobs.session import Ended, Launch, run_session
 from launch.jobs.slurm import slurm
 from pipeline.exit_codes import PREEMPTED
@@ -42,11 +43,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--master-addr", default="")
     parser.add_argument("command", nargs="+")
     options = parser.parse_args(arguments)
+    say = partial(print, flush=True)
     job = os.environ.get("SLURM_ARRAY_JOB_ID") or os.environ["SLURM_JOB_ID"]
     failures = recorded(options.run_folder, job)
     unseen = unseen_end(failures, options.run_folder)
     if unseen:
-        verdict = settle(failures, unseen, options, job, stopped=False)
+        failures.append(unseen)
+        verdict = judge_and_record(failures, options.run_folder, options.max_restarts, False, job, say)
         if not verdict.restart:
             return give_up(job, unseen.code, options.run_folder)
     ended = start(options.command, options.master_addr, options.grace_seconds)
@@ -54,17 +57,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         cancel_rest(job)
         return 0
     stopped = ended.stopped_by not in (None, signal.SIGUSR1)
-    verdict = settle(failures, failure_of(ended, options.run_folder), options, job, stopped)
+    failures.append(failure_of(ended, options.run_folder))
+    verdict = judge_and_record(failures, options.run_folder, options.max_restarts, stopped, job, say)
     return queue_again(failures) if verdict.restart else give_up(job, ended.code, options.run_folder)
-
-
-def settle(failures: list[Failure], failure: Failure, options: argparse.Namespace, job: str, stopped: bool) -> Verdict:
-    """Judge the latest end of the job, write it down and say it."""
-    failures.append(failure)
-    verdict = judge(failures, options.max_restarts, stopped)
-    record(options.run_folder, failure, verdict, job)
-    print(f"globallocal: {failure.cause}; {verdict.reason}", flush=True)
-    return verdict
 
 
 def unseen_end(failures: Sequence[Failure], run_folder: Path) -> Failure | None:

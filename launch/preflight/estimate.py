@@ -1,7 +1,6 @@
 """What a run will need, before it is paid for: parameters, memory a rank, operations, time, money."""
 
 import json
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -219,13 +218,10 @@ def _samples(config: RunConfig, corpus: Corpus | None) -> int | None:
 
 
 def _steps(config: RunConfig, samples: int | None, notes: list[str]) -> int:
-    if config.training.max_steps is not None:
-        return config.training.max_steps
-    assert config.training.max_epochs is not None
-    if samples is None:
+    if samples is None and config.training.max_steps is None:
         notes.append("training.max_epochs needs the dataset; one step is assumed")
         return 1
-    return math.ceil(config.training.max_epochs * samples / config.training.global_batch_size)
+    return config.training.steps(samples or 0)
 
 
 def show(result: Estimate, console: Console) -> None:

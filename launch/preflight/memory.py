@@ -14,6 +14,7 @@ from torch.utils._pytree import tree_leaves
 
 from model.configuration_globallocal import GlobalLocalConfig
 from model.modeling_globallocal import GlobalLocalForCausalLM
+from pipeline.engine.deepspeed_json import device
 
 FP32_BYTES = 4
 DTYPE_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
@@ -149,10 +150,10 @@ def rank_memory(
         weights += gathered
         partition = int(zero.get("zero_hpz_partition_size", 1))
         weights += width * -(-p // partition) if partition > 1 else 0  # the second copy, split within a node
-    if _device(zero, "offload_optimizer") != "none" and stage:
+    if device(zero, "offload_optimizer") != "none" and stage:
         offloaded += optimizer + gradients
         optimizer = gradients = step = 0
-    if _device(zero, "offload_param") != "none" and stage == 3:
+    if device(zero, "offload_param") != "none" and stage == 3:
         offloaded += width * share(p, 3)
         weights -= width * share(p, 3)
     buckets = _bucket_bytes(stage, width, zero)
@@ -173,7 +174,3 @@ def _bucket_bytes(stage: int, width: int, zero: Mapping[str, Any]) -> int:
     elements = int(zero.get("reduce_bucket_size", 5e8))
     copies = 2 if zero.get("overlap_comm") and stage < 3 else 1
     return copies * elements * (FP32_BYTES if stage == 1 else width)
-
-
-def _device(zero: Mapping[str, Any], key: str) -> str:
-    return (zero.get(key) or {}).get("device", "none")

@@ -14,7 +14,8 @@ from pipeline.checkpoints import reshard
 from pipeline.checkpoints import write as checkpoint_io
 from pipeline.config import RunConfig, flatten
 from pipeline.data.corpus import Corpus
-from pipeline.data.loader import BatchLayout, Source, batch_hash, data_step
+from pipeline.data.loader import BatchLayout, batch_hash, data_step
+from pipeline.data.samples import Source
 from pipeline.distributed.world import World
 from pipeline.engine.internals import Engine
 from pipeline.health.decisions import decisions_path, read_decisions

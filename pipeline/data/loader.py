@@ -19,24 +19,8 @@ from typing import TypeVar
 import numpy as np
 
 from data_prep.errors import UserError
-from pipeline.data.order import SampleOrder, WindowedOrder, permute
-from pipeline.data.samples import SampleSource, Source
+from pipeline.data.samples import Source
 from pipeline.data.token_stream import TokenStream
-
-__all__ = [
-    "BatchLayout",
-    "BatchLoader",
-    "SampleOrder",
-    "SampleSource",
-    "Source",
-    "TokenStream",
-    "WindowedOrder",
-    "batch_hash",
-    "data_step",
-    "evaluation_batches",
-    "merge_ranges",
-    "permute",
-]
 
 Ranges = tuple[tuple[int, int], ...]
 """Global batches left out: half-open [first, last) ranges, sorted, apart from each other; see `merge_ranges`."""

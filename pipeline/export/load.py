@@ -1,8 +1,6 @@
 """A run, a checkpoint or an exported folder → the model in memory, in one process, without DeepSpeed's engine."""
 
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -109,24 +107,6 @@ def build_model_config(config: "RunConfig", corpus: "Corpus") -> "GlobalLocalCon
         pad_token_id=tokenizer.pad_token_id,
         max_position_embeddings=config.data.sequence_length,
     )
-
-
-@contextmanager
-def only_weights() -> Iterator[None]:
-    """Inside, every `torch.load`, DeepSpeed's own included, refuses anything but tensors and plain values."""
-    from pipeline.engine.internals import safe_globals
-
-    name = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
-    before = os.environ.get(name)
-    os.environ[name] = "1"
-    try:
-        with torch.serialization.safe_globals(safe_globals()):
-            yield
-    finally:
-        if before is None:
-            del os.environ[name]
-        else:
-            os.environ[name] = before
 
 
 def best_device() -> torch.device:

@@ -17,7 +17,8 @@ import torch.distributed as dist
 
 from data_prep.errors import UserError
 from pipeline.config import HealthSection
-from pipeline.data.loader import BatchLayout, Source, data_step
+from pipeline.data.loader import BatchLayout, data_step
+from pipeline.data.samples import Source
 from pipeline.distributed.world import SharedUserError, World
 from pipeline.engine.internals import Engine, loss_scale
 from pipeline.files import step_name

@@ -14,7 +14,8 @@ import deepspeed
 import numpy as np
 import torch
 
-from pipeline.data.loader import BatchLayout, Source
+from pipeline.data.loader import BatchLayout
+from pipeline.data.samples import Source
 from pipeline.engine.internals import Engine, StepState, loss_scale
 from pipeline.files import write_atomically
 from pipeline.health.state import plain_number

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
 from data_prep.errors import UserError
-from pipeline.redact import failure_message, redact, redact_text
+from pipeline.redact import failure_message, redact_text
 from pipeline.tracking.history import History
 from pipeline.tracking.mlflow_run import MlflowRun, needs_a_person
 from pipeline.tracking.provenance import provenance_tags
@@ -31,15 +31,6 @@ from pipeline.tracking.tracker import NullTracker, Tracker, now_ms
 
 if TYPE_CHECKING:
     from pipeline.config import TrackingSection
-
-__all__ = [
-    "NullTracker",
-    "Tracker",
-    "open_tracker",
-    "redact",
-    "settle_run",
-    "tracking_uri",
-]
 
 START_WAIT_SECONDS = 60.0  # a new SQLite store takes 5 to 10 s to lay out its tables
 LOCK_WAIT_SECONDS = 10.0

@@ -27,7 +27,8 @@ from data_prep.manifest import Dataset, open_dataset
 from data_prep.prepare import CHUNK_TOKENS, CHUNKS_PER_SHARD
 from model.configuration_globallocal import GlobalLocalConfig
 from model.modeling_globallocal import GlobalLocalForCausalLM
-from pipeline.data.loader import BatchLayout, BatchLoader, SampleSource
+from pipeline.data.loader import BatchLayout, BatchLoader
+from pipeline.data.samples import SampleSource
 from tests.benchmarks.peers import PEERS, ask, peer, peer_environment, versions
 from tests.pipeline.dataset_fixture import fill_shards, write_hollow_dataset, write_stream
 

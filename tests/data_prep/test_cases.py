@@ -22,7 +22,7 @@ from data_prep.prepare import PrepareSettings, prepare
 from data_prep.tokenizer import Tokenizer, TokenizerSettings, train_tokenizer
 from data_prep.twin import build_twin, write_tokenizer
 from data_prep.verify import verify_dataset
-from pipeline.data.loader import SampleSource
+from pipeline.data.samples import SampleSource
 from tests.data_prep.conftest import write_texts
 from tests.pipeline.dataset_fixture import write_stream
 

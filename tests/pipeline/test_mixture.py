@@ -8,8 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data_prep.errors import UserError
-from pipeline.data.loader import BatchLayout, BatchLoader, SampleSource
+from pipeline.data.loader import BatchLayout, BatchLoader
 from pipeline.data.mixture import MixtureSource, mixture_order
+from pipeline.data.samples import SampleSource
 from tests.pipeline.dataset_fixture import write_stream
 
 

@@ -14,9 +14,10 @@ import pytest
 
 from data_prep import remote
 from data_prep.errors import UserError
-from pipeline.data.loader import BatchLayout, BatchLoader, SampleSource
+from pipeline.data.loader import BatchLayout, BatchLoader
 from pipeline.data.mixture import MixtureSource
 from pipeline.data.remote import RemoteDataset, open_location
+from pipeline.data.samples import SampleSource
 from pipeline.data.shard_cache import ShardCache
 from pipeline.files import locked
 from tests.pipeline.dataset_fixture import write_stream
@@ -179,7 +180,7 @@ def test_the_ranks_of_a_node_download_each_shard_once(tmp_path, server):
     """Four processes, one cache, all starting at the same moment."""
     program = (
         "import sys, numpy as np\n"
-        "from pipeline.data.loader import SampleSource\n"
+        "from pipeline.data.samples import SampleSource\n"
         "from pipeline.data.remote import open_location\n"
         "source = SampleSource(open_location(sys.argv[1], sys.argv[2], 1 << 30), 'train', 10, int(sys.argv[3]))\n"
         "print(source.samples(np.arange(source.num_samples))[:, 0].sum())\n"
@@ -199,7 +200,7 @@ def test_a_rank_killed_in_a_download_leaves_the_others_free_to_do_it(tmp_path, s
     server.faults["train-000000.tar"] = ["stall"]
     program = (
         "import sys\n"
-        "from pipeline.data.loader import TokenStream\n"
+        "from pipeline.data.token_stream import TokenStream\n"
         "from pipeline.data.remote import open_location\n"
         "TokenStream(open_location(sys.argv[1], sys.argv[2], 1 << 30), 'train').read(0, 10)\n"
     )

@@ -19,7 +19,7 @@ from pipeline.checkpoints import zero_layout as layout
 from pipeline.checkpoints.consolidate import consolidate
 from pipeline.checkpoints.reshard import ParameterReader, read_loss_scale
 from pipeline.engine.internals import MOMENTS, set_loss_scale
-from pipeline.export.load import only_weights
+from tests.pipeline.only_weights import only_weights
 from tests.pipeline.reshard_ranks import ALL_STEPS, FIRST_STEPS, ONE_FILE, parse, run_pairs
 
 pytestmark = pytest.mark.timeout(1800)  # seven processes start at once

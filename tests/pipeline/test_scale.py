@@ -7,7 +7,8 @@ import pytest
 
 from data_prep.errors import UserError
 from data_prep.manifest import open_dataset
-from pipeline.data.loader import BatchLayout, BatchLoader, SampleSource
+from pipeline.data.loader import BatchLayout, BatchLoader
+from pipeline.data.samples import SampleSource
 from tests.pipeline.dataset_fixture import fill_shards, write_hollow_dataset
 
 

@@ -18,7 +18,9 @@ from data_prep.files import FilesSettings, FilesSource
 from data_prep.manifest import check_shards, open_dataset
 from data_prep.prepare import PrepareSettings, prepare
 from data_prep.tokenizer import TokenizerSettings, train_tokenizer
-from pipeline.data.loader import BatchLayout, BatchLoader, SampleSource, TokenStream
+from pipeline.data.loader import BatchLayout, BatchLoader
+from pipeline.data.samples import SampleSource
+from pipeline.data.token_stream import TokenStream
 from tests.pipeline.dataset_fixture import write_dataset, write_stream
 
 
@@ -144,7 +146,8 @@ def test_a_shard_truncated_while_training_reads_it_is_an_error_and_the_process_l
         "import sys, os\n"
         "from data_prep.errors import UserError\n"
         "from data_prep.manifest import open_dataset\n"
-        "from pipeline.data.loader import BatchLayout, BatchLoader, SampleSource\n"
+        "from pipeline.data.loader import BatchLayout, BatchLoader\n"
+        "from pipeline.data.samples import SampleSource\n"
         "source = SampleSource(open_dataset(sys.argv[1]), 'train', 10, 0)\n"
         "with BatchLoader(source, BatchLayout(4, 4, 1), 0, 0) as loader:\n"
         "    for _ in range(40):\n"

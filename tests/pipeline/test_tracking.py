@@ -13,7 +13,8 @@ from mlflow import MlflowClient
 
 import pipeline.tracking.opening as tracking
 from data_prep.errors import UserError
-from pipeline.tracking.opening import NullTracker, open_tracker, settle_run, tracking_uri
+from pipeline.tracking.opening import open_tracker, settle_run, tracking_uri
+from pipeline.tracking.tracker import NullTracker
 from tests.pipeline.test_tracking_spool import file_size_limit
 from tests.pipeline.tracking_fixtures import (
     DATASET,

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 import torch
 
-from pipeline.export.load import only_weights
 from tests.pipeline.conftest import POLICIES, STAGES
+from tests.pipeline.only_weights import only_weights
 
 Runs = dict[str, dict[str, Any]]
 

@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 from mlflow import MlflowClient
 
-from pipeline.tracking.opening import NullTracker, open_tracker
+from pipeline.tracking.opening import open_tracker
+from pipeline.tracking.tracker import NullTracker
 
 DATASET = {"source": "/data/books", "name": "books", "dataset_id": "0123456789abcdef" * 4, "weight": "1"}
 

@@ -15,7 +15,9 @@ import torch
 
 from data_prep.manifest import Dataset
 from pipeline.config import OptimizerSection
-from pipeline.data.loader import BatchLayout, BatchLoader, SampleSource, TokenStream, evaluation_batches
+from pipeline.data.loader import BatchLayout, BatchLoader, evaluation_batches
+from pipeline.data.samples import SampleSource
+from pipeline.data.token_stream import TokenStream
 from pipeline.engine.optim import build_optimizer, learning_rate, parameter_groups, set_learning_rate
 from pipeline.evaluate import perplexities
 from tests.benchmarks.quality.contenders import Contender
