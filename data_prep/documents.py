@@ -13,8 +13,9 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
 from importlib.util import find_spec
+from itertools import chain
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 from data_prep.errors import UserError
 from data_prep.packing import START, Position
@@ -54,6 +55,11 @@ class Task(Protocol):
     def position(self) -> Position: ...
 
     @property
+    def name(self) -> str:
+        """Where its text stands, for people."""
+        ...
+
+    @property
     def source_bytes(self) -> int:
         """About how much of the source it covers, for progress."""
         ...
@@ -67,17 +73,22 @@ class Source(Protocol):
     """Text by split."""
 
     name: str
+    notes: list[str]  # lines to show before anything is read
 
     @property
     def settings(self) -> dict[str, Any]:
-        """What defines this source, as JSON values: equal settings and equal text, equal dataset."""
+        """How the text is read, as JSON values; no path."""
         ...
 
     @property
     def splits(self) -> list[str]: ...
 
-    def fingerprint(self) -> str:
-        """sha256 of what the source holds, as far as can be told without reading it all."""
+    def fingerprint(self) -> str | None:
+        """What names this exact text, such as a commit of the hub; None if what is there may change."""
+        ...
+
+    def changed(self, split: str) -> list[str]:
+        """Names of the files that are not what they were when this source was made."""
         ...
 
     def total_bytes(self, split: str) -> int | None:
@@ -142,6 +153,7 @@ class BatchTask:
     source_bytes: int
     batch: list[Document]
     counts: ReadCounts
+    name: str = ""
 
     def documents(self, counts: ReadCounts) -> Iterator[Document]:
         counts.rows += self.counts.rows
@@ -153,7 +165,12 @@ class BatchTask:
 
 
 def batch_tasks(
-    documents: Iterable[Document], counts: ReadCounts, unit: int, first_part: int = 0, task_bytes: int = TASK_BYTES
+    documents: Iterable[Document],
+    counts: ReadCounts,
+    unit: int,
+    first_part: int = 0,
+    name: str = "",
+    task_bytes: int = TASK_BYTES,
 ) -> Iterator[BatchTask]:
     """Groups a unit's documents into tasks of about `task_bytes`; skips those before `first_part`.
 
@@ -165,7 +182,7 @@ def batch_tasks(
     def close() -> BatchTask:
         share = ReadCounts(counts.rows, dict(counts.dropped), dict(counts.changed))
         counts.rows, counts.dropped, counts.changed = 0, {}, {}
-        return BatchTask(Position(unit, part), size, batch, share)
+        return BatchTask(Position(unit, part), size, batch, share, name)
 
     for document in documents:
         batch.append(document)
@@ -187,6 +204,7 @@ class SampleSource:
     """
 
     name = "sample"
+    notes: ClassVar[list[str]] = []
     FILE = "enwiki-latest-pages-articles1.xml-p000000010p000030302-shortened.bz2"
     SHA256 = "a53f4648dec40467ebdcbc7a1307eddb51fe6e28e9309f6ebde81ba0d04bea2d"
     PERIOD, VALID, TEST = 18, 5, 14
@@ -215,6 +233,9 @@ class SampleSource:
                 "install the sample text with `pip install gensim==4.4.0`"
             )
         return sha256
+
+    def changed(self, split: str) -> list[str]:
+        return []
 
     def total_bytes(self, split: str) -> int | None:
         return sum(task.source_bytes for task in self.tasks(split))
@@ -246,6 +267,10 @@ class SampleTask:
     title: str
     markup: str
 
+    @property
+    def name(self) -> str:
+        return self.title
+
     def documents(self, counts: ReadCounts) -> Iterator[Document]:
         from gensim.corpora import wikicorpus
 
@@ -255,3 +280,32 @@ class SampleTask:
         text = re.sub(r"[ \t]+\n", "\n", text)
         text = re.sub(r"\n{3,}", "\n\n", text).strip()
         yield Document(self.title, f"{self.title}\n\n{text}\n")
+
+
+HEADING = re.compile(r" = ([^=].*[^=]|[^=]) = \n")
+
+
+def join_articles(lines: Iterable[str]) -> Iterator[tuple[str, str]]:
+    """(title, text) of each article of a wikitext file; the texts joined are the file.
+
+    An article begins at a line ` = Title = ` between two blank ones: body text has such lines too, but
+    not between blank lines. What stands before the first heading goes with the first article.
+    """
+    title = ""
+    article: list[str] = []
+    before = " \n"
+    line: str | None = None
+    headed = False
+    for after in chain(lines, [None]):
+        if line is not None:
+            heading = HEADING.fullmatch(line)
+            if heading and not before.strip() and not (after or "").strip():
+                if headed:
+                    yield title, "".join(article)
+                    article = []
+                title, headed = heading[1], True
+            article.append(line)
+            before = line
+        line = after
+    if article:
+        yield title, "".join(article)

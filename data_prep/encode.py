@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -14,7 +14,7 @@ from data_prep.packing import Piece, Position
 from data_prep.tokenizer import SPACE_MARK, Tokenizer, segments
 
 # Per document: tokens (eos included); UTF-8 bytes, words and newlines of its text; whether decoding gave
-# the text back; the first 16 bytes of the text's sha256, where duplicates are to be dropped.
+# the text back; the first 16 bytes of the text's sha256.
 DOCUMENT_RECORD = np.dtype(
     [
         ("tokens", "<i8"),
@@ -53,7 +53,8 @@ class Encoded:
     """What became of a task.
 
     Attributes:
-        position, task_bytes: the task's.
+        position, name, task_bytes: the task's.
+        digest: of its documents, as `TextDigest` has it.
         tokens: [T], each document followed by eos.
         documents: [D] records of `DOCUMENT_RECORD`; their tokens add up to T.
         ids: [D].
@@ -61,7 +62,9 @@ class Encoded:
     """
 
     position: Position
+    name: str
     task_bytes: int
+    digest: str
     tokens: np.ndarray
     documents: np.ndarray
     ids: list[str]
@@ -78,9 +81,30 @@ class Encoded:
         self.counts.drop(reason, int(dropped.sum()))
         tokens = self.tokens[np.repeat(~dropped, self.documents["tokens"])]
         ids = [id for id, drop in zip(self.ids, dropped, strict=True) if not drop]
-        return Encoded(
-            self.position, self.task_bytes, tokens, self.documents[~dropped], ids, self.counts
-        )  # fmt: skip
+        return replace(self, tokens=tokens, documents=self.documents[~dropped], ids=ids)
+
+
+class TextDigest:
+    """What a task's documents are, as 32 hex digits: ids and texts, in order, before any filter."""
+
+    def __init__(self) -> None:
+        self._sha256 = hashlib.sha256()
+
+    def add(self, id: str, content: bytes) -> None:
+        self._sha256.update(b"%d %d " % (len(id), len(content)))
+        self._sha256.update(id.encode())
+        self._sha256.update(content)
+
+    def hex(self) -> str:
+        return self._sha256.hexdigest()[:32]
+
+
+def digest_task(task: Task) -> tuple[Position, str, str]:
+    """A task's position and name, and the digest of its documents as they are now."""
+    digest = TextDigest()
+    for document in task.documents(ReadCounts()):
+        digest.add(document.id, document.text.encode())
+    return task.position, task.name, digest.hex()
 
 
 class Encoder:
@@ -99,21 +123,24 @@ class Encoder:
         parts = [eos[:0]]
         records: list[tuple[int, int, int, int, bool, bytes]] = []
         ids: list[str] = []
+        digest = TextDigest()
         for document in task.documents(counts):
             text = document.text
+            content = text.encode()
+            digest.add(document.id, content)
             if len(text) < self.filters.minimum_characters:
                 counts.drop("too_short")
                 continue
             tokens = self.tokenizer.encode(text)
             whole = self._round_trip(document.id, text, tokens, counts)
-            content = text.encode()
-            digest = hashlib.sha256(content).digest()[:16] if self.filters.drop_duplicates else bytes(16)
             words = sum(len(segment.split()) for segment in segments(text))
-            records.append((len(tokens) + 1, len(content), words, text.count("\n"), whole, digest))
+            sha256 = hashlib.sha256(content).digest()[:16]
+            records.append((len(tokens) + 1, len(content), words, text.count("\n"), whole, sha256))
             parts += [tokens, eos]
             ids.append(document.id)
         documents = np.array(records, DOCUMENT_RECORD)
-        return Encoded(task.position, task.source_bytes, np.concatenate(parts), documents, ids, counts)
+        tokens = np.concatenate(parts)
+        return Encoded(task.position, task.name, task.source_bytes, digest.hex(), tokens, documents, ids, counts)
 
     def _round_trip(self, id: str, text: str, tokens: np.ndarray, counts: ReadCounts) -> bool:
         """Whether decoding gives the text back; sentencepiece has no way to write U+2581 but as a space."""

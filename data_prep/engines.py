@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
+from multiprocessing import forkserver
 from typing import Any, Protocol
 
 from data_prep.documents import Task
@@ -30,8 +31,16 @@ class Engine(Protocol):
         ...
 
 
+class InProcess:
+    """This process itself."""
+
+    @contextmanager
+    def start(self, function: Callable[[Any], Any]) -> Iterator[OrderedMap]:
+        yield lambda tasks: map(function, tasks)
+
+
 class ProcessEngine:
-    """Local processes; with one worker, this process itself."""
+    """Local processes. An error or Ctrl-C ends them at once, whatever they are at."""
 
     def __init__(self, workers: int) -> None:
         if workers < 1:
@@ -40,21 +49,36 @@ class ProcessEngine:
 
     @contextmanager
     def start(self, function: Callable[[Task], Any]) -> Iterator[OrderedMap]:
-        if self.workers == 1:
-            yield lambda tasks: map(function, tasks)
-            return
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(["data_prep.encode", "data_prep.files"])  # imported once, not by each
+        _start_forkserver()
+        before = set(multiprocessing.active_children())
         pool = ProcessPoolExecutor(self.workers, context, initializer=_install, initargs=(function,))
         try:
             yield lambda tasks: windowed(tasks, lambda task: pool.submit(_run, task), self.workers * WINDOW)
-        except BrokenProcessPool:
-            raise UserError(
-                "a worker process was killed (out of memory?); run the same command again with fewer --workers, "
-                "it goes on where it stopped"
-            ) from None
+        except BaseException as error:
+            for worker in set(multiprocessing.active_children()) - before:
+                worker.kill()  # asked to end, it would first finish its task
+            if isinstance(error, BrokenProcessPool):
+                raise UserError(
+                    "a worker process was killed (out of memory?); run the same command again with fewer --workers, "
+                    "it goes on where it stopped"
+                ) from None
+            raise
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
+
+
+def _start_forkserver() -> None:
+    """Its children must not hear Ctrl-C, which is for the process that started them, not even while they start."""
+    if threading.current_thread() is not threading.main_thread():
+        forkserver.ensure_running()
+        return
+    handler = signal.signal(signal.SIGINT, signal.SIG_IGN)  # inherited by the process that is started
+    try:
+        forkserver.ensure_running()
+    finally:
+        signal.signal(signal.SIGINT, handler)
 
 
 def windowed(tasks: Iterable[Task], submit: Callable[[Task], Future[Any]], window: int) -> Iterator[Any]:
@@ -75,7 +99,6 @@ def _install(function: Callable[[Task], Any]) -> None:
     """Gives a worker its function once, not with every task; ties its life to this process's."""
     global _function
     _function = function
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the process that started the workers
     threading.Thread(target=_end_with_parent, daemon=True).start()
 
 

@@ -1,6 +1,9 @@
-"""What a person can fix: the only exception that the command line prints as plain lines."""
+"""What a person can fix, and what a person asked for: the exceptions that the command line prints as plain lines."""
 
-from collections.abc import Sequence
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 
 class UserError(Exception):
@@ -14,7 +17,27 @@ class UserError(Exception):
     """
 
     exit_code = 2
+    word = "error"  # before each line on the command line
 
     def __init__(self, problems: str | Sequence[str]) -> None:
         self.problems: list[str] = [problems] if isinstance(problems, str) else list(problems)
         super().__init__("\n".join(self.problems))
+
+    def __reduce__(self) -> tuple[type[UserError], tuple[list[str]]]:
+        return type(self), (self.problems,)  # from a worker process it comes as it was raised
+
+
+class Interrupted(UserError):
+    """Ctrl-C: one line that says what the same command would do next."""
+
+    exit_code = 130
+    word = "interrupted"
+
+
+@contextmanager
+def interruptible(next_time: str) -> Iterator[None]:
+    """Turns Ctrl-C into `Interrupted`; `next_time` says what the same command does next."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        raise Interrupted(next_time) from None

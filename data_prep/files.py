@@ -2,37 +2,37 @@
 
 from __future__ import annotations
 
-import hashlib
 import io
 import json
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import IO, Any, Literal
 
-import fsspec
 import pyarrow
 import pyarrow.parquet
 
-from data_prep.documents import TASK_BYTES, Document, ReadCounts, Selection, Task, batch_tasks, select
+from data_prep import remote
+from data_prep.documents import (
+    TASK_BYTES,
+    Document,
+    ReadCounts,
+    Selection,
+    Task,
+    batch_tasks,
+    join_articles,
+    select,
+)
 from data_prep.errors import UserError
-from data_prep.manifest import canonical_json
+from data_prep.find import FoundFile, find_files
 from data_prep.packing import START, Position
 
-Format = Literal["txt", "jsonl", "parquet"]
-FORMATS: dict[str, Format] = {
-    ".txt": "txt",
-    ".text": "txt",
-    ".md": "txt",
-    ".raw": "txt",
-    ".jsonl": "jsonl",
-    ".ndjson": "jsonl",
-    ".json": "jsonl",
-    ".parquet": "parquet",
-}
-COMPRESSIONS = {".gz": "gzip", ".zst": "zstd"}
-MAX_TASK_FILES = 64
 READ_BYTES = 1 << 18
+MAX_TASK_FILES = 64
+Separator = Literal["file", "blank-lines", "wikitext-headings"]
+BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+UTF16_MARKS = (b"\xff\xfe", b"\xfe\xff", b"\0\0\xfe\xff")
+NUL_SHARE = 0.05  # of the first bytes of a file: more are UTF-16 without a mark, or no text at all
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,8 @@ class FilesSettings:
         paths: patterns or URLs by split; those under "train" are shared out by the two shares below.
         text_column: of jsonl and parquet rows.
         id_column: a column with the documents' ids; by default a document's id is its file and row.
-        separator: what parts the documents of a txt file: "file" (one each) or "blank-lines".
+        separator: what parts the documents of a txt file: "file" (one each), "blank-lines", or
+            "wikitext-headings" (the form of WikiText's published files).
         valid_share, test_share: part of the documents under "train" that are held out, chosen by the hash
             of their text.
     """
@@ -51,38 +52,32 @@ class FilesSettings:
     paths: dict[str, list[str]]
     text_column: str = "text"
     id_column: str | None = None
-    separator: Literal["file", "blank-lines"] = "file"
+    separator: Separator = "file"
     valid_share: float = 0.0
     test_share: float = 0.0
 
 
-@dataclass(frozen=True)
-class SourceFile:
-    """One file: where it is, its name among the others, its size, how to read it."""
+@contextmanager
+def opened(file: FoundFile, ahead: int | None = None) -> Iterator[IO[bytes]]:
+    """A file's bytes, decompressed; whatever goes wrong while reading them is a UserError.
 
-    url: str
-    name: str
-    size: int
-    format: Format
-    compression: str | None
-
-    @contextmanager
-    def open(self) -> Iterator[IO[bytes]]:
-        """The file's bytes, decompressed; whatever goes wrong while reading them is a UserError."""
-        try:
-            with fsspec.open(self.url, "rb") as raw:
-                if self.compression:  # pyarrow, unlike others, tells a cut stream from a whole one
-                    stream = pyarrow.CompressedInputStream(pyarrow.PythonFile(raw, "r"), self.compression)
-                    yield io.BufferedReader(stream, READ_BYTES)
-                else:
-                    yield raw
-        except UserError:
-            raise
-        except Exception as error:
-            raise UserError(
-                f"{self.url}: cannot be read ({type(error).__name__}: {error}); "
-                "check the path and your access to it, or restore the file"
-            ) from error
+    Args:
+        ahead: see `remote.open_file`.
+    """
+    try:
+        with remote.open_file(file.url, file.size, ahead) if file.remote else open(file.url, "rb") as raw:
+            if file.compression:  # pyarrow, unlike others, tells a cut stream from a whole one
+                stream = pyarrow.CompressedInputStream(pyarrow.PythonFile(raw, "r"), file.compression)
+                yield io.BufferedReader(stream, READ_BYTES)
+            else:
+                yield raw
+    except UserError:
+        raise
+    except Exception as error:
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else f"{type(error).__name__}: {error}"
+        raise UserError(
+            f"{file.shown}: cannot be read ({reason}); check the path and your access to it, or restore the file"
+        ) from error
 
 
 class FilesSource:
@@ -92,43 +87,39 @@ class FilesSource:
 
     def __init__(self, settings: FilesSettings) -> None:
         self._settings = settings
-        self._files = _find_files(settings)
-        problems = [
-            f"{name} is {share}; it must be between 0 and 1"
-            for name, share in (("valid_share", settings.valid_share), ("test_share", settings.test_share))
-            if not 0 <= share < 1
-        ]
+        self.paths = settings.paths
+        problems = share_problems(settings.valid_share, settings.test_share)
         for split, share in (("valid", settings.valid_share), ("test", settings.test_share)):
             if share and split in settings.paths:
                 problems.append(f"split '{split}' has files of its own and a share of train too; choose one")
+        try:
+            self._files, self.notes = find_files(settings.paths)
+        except UserError as error:
+            problems = [*error.problems, *problems]
         if problems:
             raise UserError(problems)
 
     @property
     def settings(self) -> dict[str, Any]:
-        chosen = self._settings
-        return {
-            "paths": chosen.paths,
-            "text_column": chosen.text_column,
-            "id_column": chosen.id_column,
-            "separator": chosen.separator,
-            "valid_share": chosen.valid_share,
-            "test_share": chosen.test_share,
-        }
+        return {name: value for name, value in asdict(self._settings).items() if name != "paths"}
 
     @property
     def splits(self) -> list[str]:
         held_out = {"valid": self._settings.valid_share, "test": self._settings.test_share}
-        return [*self._settings.paths, *(split for split, share in held_out.items() if share)]
+        named = [split for split in ("train", "valid", "test") if split in self._settings.paths]
+        return [*named, *(split for split, share in held_out.items() if share)]
 
-    def fingerprint(self) -> str:
-        listing = [[split, file.name, file.size] for split, files in self._files.items() for file in files]
-        return hashlib.sha256(canonical_json(listing)).hexdigest()
+    def fingerprint(self) -> None:
+        """Files may change: what is in them is compared with what was read."""
+        return
+
+    def changed(self, split: str) -> list[str]:
+        return [file.shown for file in self._split_files(split) if file.changed()]
 
     def total_bytes(self, split: str) -> int | None:
         return sum(file.size for file in self._split_files(split))
 
-    def _split_files(self, split: str) -> list[SourceFile]:
+    def _split_files(self, split: str) -> list[FoundFile]:
         return self._files.get(split, self._files.get("train", []))
 
     def _selection(self, split: str) -> Selection:
@@ -145,15 +136,14 @@ class FilesSource:
             first_part = start.part if unit == start.unit else 0
             yield from self._unit_tasks(unit, group, first_part, selection)
 
-    def _unit_tasks(self, unit: int, group: list[SourceFile], first_part: int, selection: Selection) -> Iterator[Task]:
+    def _unit_tasks(self, unit: int, group: list[FoundFile], first_part: int, selection: Selection) -> Iterator[Task]:
         file = group[0]
         if file.format == "txt" and self._settings.separator == "file":
-            position = Position(unit, 0)
-            yield TextFilesTask(position, sum(f.size for f in group), group, selection)
+            yield TextFilesTask(Position(unit, 0), sum(f.size for f in group), group, selection)
         elif file.format == "txt":
+            parts = _blank_line_documents if self._settings.separator == "blank-lines" else _wikitext_documents
             counts = ReadCounts()
-            documents = select(_blank_line_documents(file), selection, counts)
-            yield from batch_tasks(documents, counts, unit, first_part)
+            yield from batch_tasks(select(parts(file), selection, counts), counts, unit, first_part, file.shown)
         elif file.format == "jsonl" and file.compression is None and not file.url.startswith("http"):
             for part, begin in enumerate(range(0, file.size, TASK_BYTES)):
                 if part >= first_part:
@@ -161,13 +151,13 @@ class FilesSource:
                     yield JsonLinesTask(Position(unit, part), end - begin, file, begin, end, self._settings, selection)
         elif file.format == "jsonl":
             counts = ReadCounts()
-            with file.open() as stream:
+            with opened(file) as stream:
                 rows = _json_documents(stream, file, 0, None, self._settings)
-                yield from batch_tasks(select(rows, selection, counts), counts, unit, first_part)
+                yield from batch_tasks(select(rows, selection, counts), counts, unit, first_part, file.shown)
         else:
             yield from self._parquet_tasks(unit, file, first_part, selection)
 
-    def _parquet_tasks(self, unit: int, file: SourceFile, first_part: int, selection: Selection) -> Iterator[Task]:
+    def _parquet_tasks(self, unit: int, file: FoundFile, first_part: int, selection: Selection) -> Iterator[Task]:
         with _parquet(file) as parquet:
             metadata = parquet.metadata
         first_row = 0
@@ -179,64 +169,24 @@ class FilesSource:
             first_row += group.num_rows
 
 
-def _find_files(settings: FilesSettings) -> dict[str, list[SourceFile]]:
-    problems: list[str] = []
-    files: dict[str, list[SourceFile]] = {}
-    if not settings.paths:
-        problems.append("no files named; give some with --path PATTERN")
-    for split, patterns in settings.paths.items():
-        found: dict[str, SourceFile] = {}
-        for pattern in patterns:
-            matches = _expand(pattern, problems)
-            found.update((file.url, file) for file in matches)
-        files[split] = sorted(found.values(), key=lambda file: file.url)
-    if problems:
-        raise UserError(problems)
-    return files
+def share_problems(valid_share: float, test_share: float) -> list[str]:
+    """One line each for shares that leave nothing to train on."""
+    problems = [
+        f"{name} is {share}; it must be 0 or more, and less than 1"
+        for name, share in (("valid_share", valid_share), ("test_share", test_share))
+        if not 0 <= share < 1
+    ]
+    if not problems and valid_share + test_share >= 1:
+        problems.append(
+            f"valid_share {valid_share} and test_share {test_share} leave nothing for train; together they must be "
+            "less than 1"
+        )
+    return problems
 
 
-def _expand(pattern: str, problems: list[str]) -> list[SourceFile]:
-    try:
-        filesystem, path = fsspec.core.url_to_fs(pattern)
-        if any(mark in path for mark in "*?["):
-            matches = sorted(p for p in filesystem.glob(path) if not filesystem.isdir(p))
-        elif filesystem.isdir(path) and not pattern.startswith("http"):
-            matches = sorted(p for p in filesystem.find(path) if _format_of(p)[0])
-        else:
-            matches = [path]
-        if not matches:
-            problems.append(f"{pattern}: matches no file; check the pattern (quote it against the shell)")
-        found = []
-        base = path.split("*")[0].rsplit("/", 1)[0]
-        for match in matches:
-            format, compression = _format_of(match)
-            if format is None:
-                known = ", ".join(FORMATS)
-                problems.append(f"{match}: unknown kind of file; known endings: {known} (and .gz, .zst after them)")
-                continue
-            size = filesystem.size(match)
-            name = match[len(base) :].lstrip("/") if match.startswith(base) else match
-            found.append(SourceFile(filesystem.unstrip_protocol(match), name, size or 0, format, compression))
-        return found
-    except FileNotFoundError:
-        problems.append(f"{pattern}: no such file")
-    except (OSError, ValueError, ImportError) as error:
-        problems.append(f"{pattern}: cannot be read ({error}); check the path and your access to it")
-    return []
-
-
-def _format_of(path: str) -> tuple[Format | None, str | None]:
-    compression = None
-    for ending, name in COMPRESSIONS.items():
-        if path.endswith(ending):
-            path, compression = path.removesuffix(ending), name
-    dot = path.rfind(".")
-    return (FORMATS.get(path[dot:].lower()) if dot >= 0 else None), compression
-
-
-def _group(files: list[SourceFile], separator: str) -> Iterator[list[SourceFile]]:
+def _group(files: list[FoundFile], separator: str) -> Iterator[list[FoundFile]]:
     """Whole small txt files together, everything else alone."""
-    group: list[SourceFile] = []
+    group: list[FoundFile] = []
     for file in files:
         alone = file.format != "txt" or separator != "file"
         full = len(group) >= MAX_TASK_FILES or sum(f.size for f in group) >= TASK_BYTES
@@ -249,6 +199,22 @@ def _group(files: list[SourceFile], separator: str) -> Iterator[list[SourceFile]
             group.append(file)
     if group:
         yield group
+
+
+def beginning(content: bytes, where: str) -> tuple[bytes, dict[str, int]]:
+    """The first bytes of a text file without a byte-order mark, which is counted.
+
+    Raises UserError for UTF-16 and for what is no text: read as UTF-8 it would be NULs and U+FFFD.
+    """
+    head = content[:4096]
+    if head.startswith(UTF16_MARKS) or head.count(0) > NUL_SHARE * len(head):
+        raise UserError(
+            f"{where}: not UTF-8 (UTF-16, or no text at all); write it as UTF-8, for example with "
+            "`iconv -f UTF-16 -t UTF-8`, or leave it out"
+        )
+    if content.startswith(BYTE_ORDER_MARK):
+        return content[len(BYTE_ORDER_MARK) :], {"byte_order_mark": 1}
+    return content, {}
 
 
 def decode_utf8(content: bytes) -> tuple[str, dict[str, int]]:
@@ -276,35 +242,69 @@ class TextFilesTask:
 
     position: Position
     source_bytes: int
-    files: list[SourceFile]
+    files: list[FoundFile]
     selection: Selection
+
+    @property
+    def name(self) -> str:
+        more = f" (or one of the {len(self.files) - 1} files after it)" if len(self.files) > 1 else ""
+        return self.files[0].shown + more
 
     def documents(self, counts: ReadCounts) -> Iterator[Document]:
         yield from select(map(self._read, self.files), self.selection, counts)
 
-    def _read(self, file: SourceFile) -> Document:
-        with file.open() as stream:
-            return Document(file.name, *decode_utf8(stream.read()))
+    def _read(self, file: FoundFile) -> Document:
+        with opened(file) as stream:
+            content, mark = beginning(stream.read(), file.shown)
+        text, changed = decode_utf8(content)
+        return Document(file.name, text, {**mark, **changed})
 
 
-def _blank_line_documents(file: SourceFile) -> Iterator[Document]:
+def _lines(file: FoundFile) -> Iterator[tuple[bytes, dict[str, int]]]:
+    """The lines of a text file, and what was changed in each."""
+    with opened(file) as stream:
+        for number, line in enumerate(stream):
+            yield beginning(line, file.shown) if number == 0 else (line, {})
+
+
+def _blank_line_documents(file: FoundFile) -> Iterator[Document]:
     """Runs of lines between blank ones; a document keeps its lines, without the newline after the last."""
     lines: list[bytes] = []
     first_line = 0
+    mark: dict[str, int] = {}
 
     def close() -> Document:
-        return Document(f"{file.name}:{first_line}", *decode_utf8(b"".join(lines).removesuffix(b"\n")))
+        nonlocal mark
+        text, changed = decode_utf8(b"".join(lines).removesuffix(b"\n"))
+        document = Document(f"{file.name}:{first_line}", text, {**mark, **changed})
+        mark = {}
+        return document
 
-    with file.open() as stream:
-        for number, line in enumerate(stream, 1):
-            if line.strip():
-                first_line = first_line if lines else number
-                lines.append(line)
-            elif lines:
-                yield close()
-                lines = []
-        if lines:
+    for number, (line, changed) in enumerate(_lines(file), 1):
+        mark = {**mark, **changed}
+        if line.strip():
+            first_line = first_line if lines else number
+            lines.append(line)
+        elif lines:
             yield close()
+            lines = []
+    if lines:
+        yield close()
+
+
+def _wikitext_documents(file: FoundFile) -> Iterator[Document]:
+    """The articles of a file in WikiText's form; joined they are the file."""
+    mark: dict[str, int] = {}
+
+    def lines() -> Iterator[str]:
+        for line, changed in _lines(file):
+            mark.update(changed)
+            yield line.decode(errors="surrogateescape")
+
+    for number, (title, article) in enumerate(join_articles(lines())):
+        text, changed = decode_utf8(article.encode(errors="surrogateescape"))
+        yield Document(f"{file.name}:{number}:{title}", text, {**mark, **changed})
+        mark.clear()
 
 
 @dataclass(frozen=True)
@@ -313,43 +313,52 @@ class JsonLinesTask:
 
     position: Position
     source_bytes: int
-    file: SourceFile
+    file: FoundFile
     begin: int
     end: int
     settings: FilesSettings
     selection: Selection
 
+    @property
+    def name(self) -> str:
+        return f"{self.file.shown} (bytes {self.begin:,} to {self.end:,})"
+
     def documents(self, counts: ReadCounts) -> Iterator[Document]:
-        with self.file.open() as stream:
+        with opened(self.file, ahead=max(READ_BYTES, self.source_bytes)) as stream:
             start = self.begin
             if self.begin:
-                # A line begins in this range if the newline before it is at begin - 1 or later.
+                # A line begins in this range if the newline before it does, one byte earlier. Looked for no
+                # further: a line longer than many tasks would be read by each of them to its end.
                 stream.seek(self.begin - 1)
-                start = self.begin - 1 + len(stream.readline())
+                before = stream.readline(self.end - self.begin)
+                if not before.endswith(b"\n"):
+                    return
+                start = self.begin - 1 + len(before)
             rows = _json_documents(stream, self.file, start, self.end, self.settings)
             yield from select(rows, self.selection, counts)
 
 
 def _json_documents(
-    stream: Iterable[bytes], file: SourceFile, start: int, end: int | None, settings: FilesSettings
+    stream: IO[bytes], file: FoundFile, start: int, end: int | None, settings: FilesSettings
 ) -> Iterator[Document | None]:
     offset = start
-    for line in stream:
-        if end is not None and offset >= end:
-            return
+    while (end is None or offset < end) and (line := stream.readline()):
         begin, offset = offset, offset + len(line)
+        line, mark = (line, {}) if begin else beginning(line, file.shown)
         if not line.strip():
             continue
         text, changed = decode_utf8(line)
-        where = f"{file.url}: line at byte {begin:,}"
+        where = f"{file.shown}: line at byte {begin:,}"
+        if begin == 0 and text.lstrip().startswith("["):
+            raise UserError(f"{where}: a JSON list; write one object a line, for example with `jq -c '.[]'`")
         try:
             row = json.loads(text)
-        except ValueError as error:
-            raise UserError(f"{where}: not JSON ({error}); repair the line") from None
+        except (ValueError, RecursionError) as error:
+            raise UserError(f"{where}: not JSON ({error}); repair the line (one object a line)") from None
         if not isinstance(row, dict):
             raise UserError(f"{where}: {type(row).__name__}, expected an object; repair the line")
         id = f"{file.name}:{begin}"
-        yield row_document(row, settings.text_column, settings.id_column, id, where, changed)
+        yield row_document(row, settings.text_column, settings.id_column, id, where, {**mark, **changed})
 
 
 def row_document(
@@ -361,7 +370,7 @@ def row_document(
     """
     for column in (text_column, id_column):
         if column is not None and column not in row:
-            raise UserError(f"{where}: no column '{column}'; it has {', '.join(map(str, row))}")
+            raise UserError(f"{where}: no column '{column}'; it has {columns_shown(row)}")
     text = row[text_column]
     if text is None:
         return None
@@ -370,16 +379,25 @@ def row_document(
     if not isinstance(text, str):
         raise UserError(f"{where}: column '{text_column}' holds {type(text).__name__}, not text")
     text, more = repair_surrogates(text)
-    return Document(id if id_column is None else str(row[id_column]), text, {**changed, **more})
+    id = id if id_column is None else repair_surrogates(str(row[id_column]))[0]
+    return Document(id, text, {**changed, **more})
+
+
+def columns_shown(columns: Iterable[Any]) -> str:
+    """The names of columns, in one line."""
+    names = list(map(str, columns))
+    more = f" and {len(names) - 20} more" if len(names) > 20 else ""
+    return ", ".join(name if len(name) <= 40 else name[:40] + "…" for name in names[:20]) + more or "none"
 
 
 @contextmanager
-def _parquet(file: SourceFile) -> Iterator[pyarrow.parquet.ParquetFile]:
-    with file.open() as stream:
+def _parquet(file: FoundFile) -> Iterator[pyarrow.parquet.ParquetFile]:
+    with opened(file, ahead=READ_BYTES) as stream:
         try:
-            parquet = pyarrow.parquet.ParquetFile(stream)
+            # Without threads: one that still read when the interpreter ended would abort the process.
+            parquet = pyarrow.parquet.ParquetFile(stream, pre_buffer=False)
         except pyarrow.ArrowInvalid as error:
-            raise UserError(f"{file.url}: not a parquet file ({error}); restore it") from None
+            raise UserError(f"{file.shown}: not a parquet file ({error}); restore it") from None
         yield parquet
 
 
@@ -389,11 +407,15 @@ class ParquetTask:
 
     position: Position
     source_bytes: int
-    file: SourceFile
+    file: FoundFile
     row_group: int
     first_row: int
     settings: FilesSettings
     selection: Selection
+
+    @property
+    def name(self) -> str:
+        return f"{self.file.shown} (row group {self.row_group:,})"
 
     def documents(self, counts: ReadCounts) -> Iterator[Document]:
         yield from select(self._rows(), self.selection, counts)
@@ -402,17 +424,30 @@ class ParquetTask:
         text_column, id_column = self.settings.text_column, self.settings.id_column
         columns = [column for column in (text_column, id_column) if column is not None]
         with _parquet(self.file) as parquet:
-            known = parquet.schema_arrow.names
-            if missing := [column for column in columns if column not in known]:
-                raise UserError(f"{self.file.url}: no column '{missing[0]}'; it has {', '.join(known)}")
-            table = parquet.read_row_group(self.row_group, columns=columns)
+            schema = parquet.schema_arrow
+            if missing := [column for column in columns if column not in schema.names]:
+                raise UserError(f"{self.file.shown}: no column '{missing[0]}'; it has {columns_shown(schema.names)}")
+            if not _holds_text(schema.field(text_column).type):
+                raise UserError(
+                    f"{self.file.shown}: column '{text_column}' holds {schema.field(text_column).type}, not text; "
+                    "name another with --text-column"
+                )
+            table = parquet.read_row_group(self.row_group, columns=columns, use_threads=False)
         texts = table.column(text_column)
-        if pyarrow.types.is_string(texts.type) or pyarrow.types.is_large_string(texts.type):
+        if not pyarrow.types.is_null(texts.type):
             # As bytes, so that invalid UTF-8 is handled here as everywhere.
             place = table.column_names.index(text_column)
             table = table.set_column(place, text_column, texts.cast(pyarrow.large_binary()))
         for number in range(table.num_rows):
             row = {column: table.column(column)[number].as_py() for column in columns}
-            where = f"{self.file.url}: row {self.first_row + number:,}"
+            where = f"{self.file.shown}: row {self.first_row + number:,}"
             id = f"{self.file.name}:{self.first_row + number}"
             yield row_document(row, text_column, id_column, id, where, {})
+
+
+def _holds_text(type: pyarrow.DataType) -> bool:
+    kinds = pyarrow.types
+    if kinds.is_dictionary(type):
+        return _holds_text(type.value_type)
+    checks = (kinds.is_string, kinds.is_large_string, kinds.is_string_view, kinds.is_binary, kinds.is_large_binary)
+    return any(check(type) for check in (*checks, kinds.is_binary_view, kinds.is_null))

@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
+import logging
+import os
 import re
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from functools import cached_property
-from itertools import chain
 from typing import Any, ClassVar
 
-from data_prep.documents import Document, ReadCounts, Selection, Task, batch_tasks, select
+from data_prep.documents import Document, ReadCounts, Selection, Task, batch_tasks, join_articles, select
 from data_prep.errors import UserError
-from data_prep.files import row_document
+from data_prep.files import row_document, share_problems
 from data_prep.packing import START, Position
 
 # Waits between attempts; a row that arrives starts them anew. Within each attempt the libraries below
 # retry single requests, for some two minutes.
 RETRY_SECONDS = (5, 15, 45)
+WORDS_REPLACED = re.compile(r"wikitext-(2|103)-v1")  # WikiText's tokens: rare words are `<unk>`
+
+_log = logging.getLogger(__name__)
 SPLIT_NAMES = {"validation": "valid", "dev": "valid"}
 SPLIT_ORDER = ["train", "valid", "test"]
 
@@ -49,17 +53,33 @@ class HubSource:
     name = "hub"
 
     def __init__(self, settings: HubSettings) -> None:
+        if problems := share_problems(settings.valid_share, settings.test_share):
+            raise UserError(problems)
         self._settings = settings
 
+    @property
+    def notes(self) -> list[str]:
+        if self._settings.config and WORDS_REPLACED.fullmatch(self._settings.config):
+            raw = self._settings.config.replace("-v1", "-raw-v1")
+            return [f"{self._where}: rare words are replaced by <unk> in it; --config {raw} is the whole text"]
+        return []
+
     @cached_property
-    def _revision(self) -> str:
-        wanted = self._settings.revision
-        if wanted and re.fullmatch(r"[0-9a-f]{40}", wanted):
-            return wanted
+    def _found(self) -> tuple[str, str]:
+        """The id that the hub answers with, which an old one leads to, and the commit."""
         from huggingface_hub import HfApi
 
+        wanted = self._settings.revision
         info = _retried(lambda: HfApi().dataset_info(self._settings.dataset, revision=wanted), self._where)
-        return info.sha
+        return info.id or self._settings.dataset, info.sha
+
+    @property
+    def _dataset(self) -> str:
+        return self._found[0]
+
+    @property
+    def _revision(self) -> str:
+        return self._found[1]
 
     @property
     def _where(self) -> str:
@@ -72,9 +92,7 @@ class HubSource:
         import datasets
 
         names = _retried(
-            lambda: datasets.get_dataset_split_names(
-                self._settings.dataset, self._settings.config, revision=self._revision
-            ),
+            lambda: datasets.get_dataset_split_names(self._dataset, self._settings.config, revision=self._revision),
             self._where,
         )
         splits = {SPLIT_NAMES.get(name, name): name for name in names}
@@ -83,7 +101,7 @@ class HubSource:
 
     @property
     def settings(self) -> dict[str, Any]:
-        return {**asdict(self._settings), "revision": self._revision}
+        return {**asdict(self._settings), "dataset": self._dataset, "revision": self._revision}
 
     @property
     def splits(self) -> list[str]:
@@ -96,6 +114,9 @@ class HubSource:
     def fingerprint(self) -> str:
         return self._revision
 
+    def changed(self, split: str) -> list[str]:
+        return []  # a commit is what it is
+
     def total_bytes(self, split: str) -> int | None:
         return None
 
@@ -105,7 +126,7 @@ class HubSource:
         shared = split == "train" or split not in self._hub_splits
         selection = Selection(split, *shares) if shared else Selection(split)
         documents = select(self._rows(split), selection, counts)
-        return batch_tasks(documents, counts, 0, start.part)
+        return batch_tasks(documents, counts, 0, start.part, f"{self._where}, {split}")
 
     def _rows(self, split: str) -> Iterator[Document | None]:
         hub_split = self._hub_splits.get(split, self._hub_splits.get("train", "train"))
@@ -122,7 +143,7 @@ class HubSource:
         while True:
             try:
                 stream = datasets.load_dataset(
-                    self._settings.dataset,
+                    self._dataset,
                     self._settings.config,
                     split=hub_split,
                     revision=self._revision,
@@ -160,14 +181,18 @@ def _wait_or_refuse(where: str, error: Exception, failures: int) -> None:
         raise UserError(
             f"{where}: not on the hub, or not open to you ({text}); check the id, the revision and your token"
         ) from error
-    if isinstance(error, ValueError):
+    if "Offline" in kind or os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE"):
+        raise UserError(f"{where}: HF_HUB_OFFLINE is set, so the hub is not asked; unset it") from error
+    if isinstance(error, ValueError) and not isinstance(error, OSError):
         raise UserError(f"{where}: the hub has no such configuration or split ({text})") from error
     if failures > len(RETRY_SECONDS):
         raise UserError(
             f"{where}: the hub could not be read in {failures} attempts over {sum(RETRY_SECONDS)} seconds "
             f"({kind}: {text}); check the network and HF_ENDPOINT, then run the same command again"
         ) from error
-    time.sleep(RETRY_SECONDS[failures - 1])
+    seconds = RETRY_SECONDS[failures - 1]
+    _log.warning("%s: %s %s; try %d of %d in %d s", where, kind, text, failures + 1, len(RETRY_SECONDS) + 1, seconds)
+    time.sleep(seconds)
 
 
 class WikitextSource(HubSource):
@@ -184,6 +209,10 @@ class WikitextSource(HubSource):
 
     def __init__(self) -> None:
         super().__init__(HubSettings("Salesforce/wikitext", "wikitext-103-raw-v1", self.REVISION))
+
+    @cached_property
+    def _found(self) -> tuple[str, str]:
+        return self._settings.dataset, self.REVISION
 
     @cached_property
     def _hub_splits(self) -> dict[str, str]:
@@ -212,32 +241,3 @@ class WikitextSource(HubSource):
             if seen != published[split]
         ]:
             raise UserError(problems)
-
-
-HEADING = re.compile(r" = ([^=].*[^=]|[^=]) = \n")
-
-
-def join_articles(lines: Iterable[str]) -> Iterator[tuple[str, str]]:
-    """(title, text) of each article of a wikitext file; the texts joined are the file.
-
-    An article begins at a line ` = Title = ` between two blank ones: body text has such lines too, but
-    not between blank lines. What stands before the first heading goes with the first article.
-    """
-    title = ""
-    article: list[str] = []
-    before = " \n"
-    line: str | None = None
-    headed = False
-    for after in chain(lines, [None]):
-        if line is not None:
-            heading = HEADING.fullmatch(line)
-            if heading and not before.strip() and not (after or "").strip():
-                if headed:
-                    yield title, "".join(article)
-                    article = []
-                title, headed = heading[1], True
-            article.append(line)
-            before = line
-        line = after
-    if article:
-        yield title, "".join(article)

@@ -29,6 +29,7 @@ class ShardEntry:
         tokens_end, documents_end: counted to the end of the shard.
         next_position, next_offset: the task, and the token in it, with which the next shard begins;
             `packing.END` after the last one.
+        texts: [unit, part, digest] of each task whose documents are met here first.
         totals: what was counted in the tasks before that one.
     """
 
@@ -43,6 +44,7 @@ class ShardEntry:
     documents_end: int
     next_position: Position
     next_offset: int
+    texts: list[list[Any]]
     totals: Totals
 
 
@@ -66,6 +68,7 @@ class Journal:
         store.lock()
         self.entries: dict[str, list[ShardEntry]] = {}
         self.finished_splits: dict[str, Totals] = {}
+        self.texts: dict[str, dict[Position, str]] = {}  # by split, the digest of each task that was read
         self._segment = 0
         self._content = b""
         try:
@@ -97,9 +100,11 @@ class Journal:
         for record in records[1:]:
             if "finished_split" in record:
                 self.finished_splits[record["finished_split"]] = record["totals"]
+                self._add_texts(record["finished_split"], record["texts"])
             else:
                 entry = ShardEntry(**{**record, "next_position": Position(*record["next_position"])})
                 self.entries.setdefault(entry.split, []).append(entry)
+                self._add_texts(entry.split, entry.texts)
         if not records:
             self._append(subject)
 
@@ -114,11 +119,17 @@ class Journal:
         """Records a shard that was published."""
         self._append(asdict(entry))
         self.entries.setdefault(entry.split, []).append(entry)
+        self._add_texts(entry.split, entry.texts)
 
-    def finish_split(self, split: str, totals: Totals) -> None:
-        """Records that a split has no further shard."""
-        self._append({"finished_split": split, "totals": totals})
+    def finish_split(self, split: str, totals: Totals, texts: list[list[Any]]) -> None:
+        """Records that a split has no further shard; `texts` of tasks that are in none of its entries."""
+        self._append({"finished_split": split, "totals": totals, "texts": texts})
         self.finished_splits[split] = totals
+        self._add_texts(split, texts)
+
+    def _add_texts(self, split: str, texts: list[list[Any]]) -> None:
+        known = self.texts.setdefault(split, {})
+        known.update((Position(unit, part), digest) for unit, part, digest in texts)
 
     def counters(self, split: str) -> ChunkCounters:
         """Where the next shard of a split begins."""

@@ -8,9 +8,12 @@ A dataset folder is one token stream per split, cut into chunks, packed into Web
     SPLIT-000000.ids.jsonl … the ids of the documents that start in the shard, one JSON string a line
     SPLIT.shards.npy         per shard: bytes, sha256, first chunk (`SHARD_RECORD`)
     SPLIT.chunks.npy         <u8 [4, C + 1], rows as in `CHUNK_ROWS`; column C closes the last chunk
+    SPLIT.texts.npy          what was read, per task (`TEXT_RECORD`), where the source's text may change; no
+                             reader needs it, it tells the same command whether the text is still the same
 
 The index files are binary and memory-mapped, so that a million shards open in milliseconds, and the ranks
-of a node share the pages. The manifest holds their sha256, and its own hash is the `dataset_id`.
+of a node share the pages. The manifest holds their sha256, and its own hash, but for what it says of the
+source, is the `dataset_id`: text, tokenizer and settings decide it, no path and no time.
 """
 
 from __future__ import annotations
@@ -31,7 +34,7 @@ from pydantic import BaseModel, Field
 from data_prep.errors import UserError
 from data_prep.store import FolderStore, Store, open_store
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2  # what is written; 1, which named a dataset by its source's paths too, is still read
 MANIFEST_NAME = "manifest.json"
 TOKENIZER_FOLDER = "tokenizer"
 MODEL_FILE = f"{TOKENIZER_FOLDER}/tokenizer.model"
@@ -46,6 +49,8 @@ SHARD_RECORD = np.dtype(
         ("ids_sha256", "V32"),  # of the ids file
     ]
 )
+# A task's position, and 16 bytes of the sha256 of its documents' ids and texts.
+TEXT_RECORD = np.dtype([("unit", "<u8"), ("part", "<u8"), ("digest", "V16")])
 # token_start and document_start: how many tokens (documents) of the split come before the chunk.
 # data_offset: bytes from the start of the tar to the chunk's first token.
 CHUNK_ROWS = ("token_start", "document_start", "shard", "data_offset")
@@ -66,12 +71,13 @@ class TokenizerInfo(BaseModel, extra="forbid"):
 
 
 class SourceInfo(BaseModel, extra="forbid"):
-    """Where the text came from: `name` of the source, its `settings`, and `fingerprint`, the sha256 of
-    what was found there (names and sizes of files, or the hub's revision)."""
+    """Where the text came from: `name` of the source, its `settings`, and `fingerprint`, which names the exact
+    text (such as the hub's revision), or else `texts`, the sha256 of each split's `SPLIT.texts.npy`."""
 
     name: str
     settings: dict[str, Any]
-    fingerprint: str
+    fingerprint: str | None
+    texts: dict[str, str] = {}
 
 
 class SplitInfo(BaseModel, extra="forbid"):
@@ -89,6 +95,7 @@ class SplitInfo(BaseModel, extra="forbid"):
     dropped: dict[str, int] = Field(description="documents a filter left out, by reason")
     changed: dict[str, int] = Field(description="characters that a stated policy replaced, by reason")
     round_trip_documents: int = Field(description="documents for which decode(encode(text)) == text was checked")
+    also_in: dict[str, int] = Field({}, description="documents whose text also stands in another split, by split")
     shards_index_sha256: str
     chunks_index_sha256: str
 
@@ -108,11 +115,22 @@ class Manifest(BaseModel, extra="forbid"):
     @property
     def dataset_id(self) -> str:
         """sha256 (hex) of the canonical JSON: the name of these exact bytes."""
-        return hashlib.sha256(canonical_json(self.model_dump(mode="json"))).hexdigest()
+        content = self._content()
+        if self.format_version > 1:
+            del content["source"]
+        return hashlib.sha256(canonical_json(content)).hexdigest()
+
+    def _content(self) -> dict[str, Any]:
+        content = self.model_dump(mode="json")
+        if self.format_version == 1:  # which knew less
+            del content["source"]["texts"]
+            for split in content["splits"].values():
+                del split["also_in"]
+        return content
 
     def to_json(self) -> bytes:
         """The bytes of manifest.json, the dataset id included."""
-        content = {"dataset_id": self.dataset_id, **self.model_dump(mode="json")}
+        content = {"dataset_id": self.dataset_id, **self._content()}
         return json.dumps(content, indent=2, ensure_ascii=False).encode() + b"\n"
 
 
@@ -215,6 +233,10 @@ def open_dataset(folder: str | Path, url: str | None = None) -> Dataset:
     return Dataset(str(root), manifest, indexes, url)
 
 
+def texts_name(split: str) -> str:
+    return f"{split}.texts.npy"
+
+
 def index_files(manifest: Manifest) -> dict[str, str]:
     """The index files of all splits, with their sha256."""
     hashes = {}
@@ -272,9 +294,9 @@ def parse_manifest(content: bytes, where: str) -> Manifest:
         recorded_id = fields.pop("dataset_id")
     except (ValueError, KeyError, TypeError, AttributeError):
         raise UserError(f"{where}: not a dataset manifest (damaged, or of something else); prepare it again") from None
-    if version != FORMAT_VERSION:
+    if version not in range(1, FORMAT_VERSION + 1):
         raise UserError(
-            f"{where}: format version {version}, this program reads {FORMAT_VERSION}; "
+            f"{where}: format version {version}, this program reads 1 to {FORMAT_VERSION}; "
             "prepare the dataset again, or use the program version that made it"
         )
     try:

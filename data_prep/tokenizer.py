@@ -31,6 +31,7 @@ MODEL_TYPES = {1: "unigram", 2: "bpe", 3: "word", 4: "char"}
 PIECE_NORMAL, PIECE_USER_DEFINED, PIECE_BYTE = 1, 4, 6
 MAX_KNOWN_WORDS = 1 << 20  # about 150 MB a process
 SEGMENT_CHARACTERS = 1 << 20
+LARGEST_VOCABULARY = 1 << 20
 
 SELF_TEST_TEXTS = [
     "", " ", "  ", " a", "a ", "a  b   c", "\n", "\n\n", "a\n\n  b ", "\ta\r\nb\r", " = Title = \n \n text \n",
@@ -64,8 +65,12 @@ def train_tokenizer(texts: Iterable[str], settings: TokenizerSettings) -> Tokeni
     smallest = 256 + 4 + 1
     if settings.vocab_size < smallest:
         raise UserError(f"vocab_size is {settings.vocab_size}; the least is {smallest} (256 bytes, 4 special pieces)")
+    if settings.vocab_size > LARGEST_VOCABULARY:
+        raise UserError(f"vocab_size is {settings.vocab_size:,}; the most is {LARGEST_VOCABULARY:,}")
+    if settings.training_bytes < 1:
+        raise UserError(f"training_bytes is {settings.training_bytes}; it must be 1 or more")
     model = io.BytesIO()
-    lines = _training_lines(texts, settings.training_bytes)
+    lines = training_lines(texts, settings.training_bytes)
     try:
         sentencepiece.SentencePieceTrainer.train(
             sentence_iterator=lines,
@@ -90,7 +95,8 @@ def train_tokenizer(texts: Iterable[str], settings: TokenizerSettings) -> Tokeni
     return Tokenizer(model.getvalue(), "the tokenizer just trained")
 
 
-def _training_lines(texts: Iterable[str], limit_bytes: int) -> Iterator[str]:
+def training_lines(texts: Iterable[str], limit_bytes: int) -> Iterator[str]:
+    """The lines to learn from: those that are not blank, up to a number of bytes."""
     seen_bytes = 0
     for text in texts:
         for line in text.split("\n"):

@@ -2,68 +2,138 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import shutil
 from collections.abc import Iterator
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from data_prep.documents import Source, read_documents
+from data_prep.engines import ProcessEngine
 from data_prep.errors import UserError
-from data_prep.store import FolderStore
+from data_prep.store import FolderStore, explained_write_errors, sync_folder
 from data_prep.tokenizer import (
     Tokenizer,
     TokenizerSettings,
     load_tokenizer,
     train_tokenizer,
+    training_lines,
     vocabulary_advice,
 )
-from data_prep.twin import UNIGRAM_NOTE, write_tokenizer
+from data_prep.twin import UNIGRAM_NOTE, tokenizer_files
 
-RECORD_NAME = "training.json"  # written last: what the tokenizer was trained on
+RECORD_NAME = "training.json"  # what the tokenizer was trained on
 
 
 def make_tokenizer(source: Source, settings: TokenizerSettings, output: Path) -> Iterator[str]:
     """Trains and writes a tokenizer folder, or finds it there; yields lines to show.
 
+    The work is done in a process of its own, which Ctrl-C ends whatever it is at.
+
     Raises UserError if the folder holds another tokenizer, or the text cannot be read or is too small.
     """
-    subject: dict[str, Any] = {
-        "source": {"name": source.name, "settings": source.settings, "fingerprint": source.fingerprint()},
-        "settings": asdict(settings),
-    }
-    subject = json.loads(json.dumps(subject))
-    record = output / RECORD_NAME
-    if record.exists():
-        if json.loads(record.read_bytes()) != subject:
-            raise UserError(
-                f"{output}: holds a tokenizer made from another text or with other settings; "
-                "choose another folder, or delete this one"
-            )
+    store = FolderStore(output)
+    content = store.read(RECORD_NAME)
+    if content is None and (strangers := store.names()):
+        raise UserError(
+            f"{output}: the folder holds other files ({', '.join(strangers[:3])}); choose a new or empty folder"
+        )
+    with ProcessEngine(1).start(_Job(settings, train=content is None)) as run:
+        if content is None:
+            yield f"training a {settings.model_type} tokenizer of {settings.vocab_size:,} pieces on {source.name} …"
+        (done,) = run([source])  # type: ignore[list-item]
+    record = {"source": _described(source), "settings": asdict(settings), "texts_sha256": done.texts_sha256}
+    record = json.loads(json.dumps(record))
+    if content is not None:
+        _compare(output, content, record)
         yield f"{output}: this tokenizer is already there; left as it is"
         yield _summary(load_tokenizer(output))
         return
-    if output.exists() and any(output.iterdir()) and not (output / "tokenizer.model").exists():
-        raise UserError(f"{output}: the folder holds other files; choose a new or empty folder")
-    trained_bytes = 0
-
-    def texts() -> Iterator[str]:
-        nonlocal trained_bytes
-        for document in read_documents(source, "train"):
-            trained_bytes += len(document.text.encode())
-            yield document.text
-
-    yield f"training a {settings.model_type} tokenizer of {settings.vocab_size:,} pieces on {source.name} …"
-    tokenizer = train_tokenizer(texts(), settings)
+    tokenizer = Tokenizer(done.model, "the tokenizer just trained")
     if lossy := tokenizer.lossy_texts():
         raise UserError(f"the tokenizer does not give back {lossy[0]!r}; report this as a fault of the program")
-    write_tokenizer(output, tokenizer)
-    FolderStore(output).publish(RECORD_NAME, json.dumps(subject, indent=2, ensure_ascii=False).encode() + b"\n")
+    _write(output, {**tokenizer_files(tokenizer), RECORD_NAME: json.dumps(record, indent=2).encode() + b"\n"})
     yield _summary(tokenizer)
     if settings.model_type == "unigram":
         yield f"note: {UNIGRAM_NOTE}"
-    if advice := vocabulary_advice(settings.vocab_size, min(trained_bytes, settings.training_bytes)):
+    if advice := vocabulary_advice(settings.vocab_size, done.trained_bytes):
         yield f"note: {advice}"
+
+
+def _write(folder: Path, files: dict[str, bytes]) -> None:
+    """The whole folder or none of it: what lies there is nobody else's, however the writing ends."""
+    folder = folder.resolve()
+    partial = folder.with_name(f".{folder.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    for name, content in files.items():
+        FolderStore(partial).publish(name, content)
+    with explained_write_errors(folder):
+        partial.rename(folder)
+        sync_folder(folder.parent)
+
+
+def _described(source: Source) -> dict[str, Any]:
+    return {"name": source.name, "settings": source.settings, "fingerprint": source.fingerprint()}
+
+
+def _compare(output: Path, content: bytes, record: dict[str, Any]) -> None:
+    """Raises UserError, naming what differs, unless the tokenizer there was made of this text with these settings."""
+    try:
+        there = json.loads(content)
+        differing = [key for key in record if there.get(key) != record[key]]
+    except (ValueError, AttributeError):
+        raise UserError(f"{output}/{RECORD_NAME}: damaged; choose another folder, or delete this one") from None
+    if "texts_sha256" not in there:
+        raise UserError(
+            f"{output}: holds a tokenizer whose record does not say what text it was made of (an earlier version wrote "
+            "it); use it as it is, or choose another folder"
+        )
+    if differing:
+        names = {"source": "source options", "settings": "settings", "texts_sha256": "text"}
+        raise UserError(
+            f"{output}: holds a tokenizer made with another {' and another '.join(names[key] for key in differing)}; "
+            "choose another folder, or delete this one"
+        )
+
+
+@dataclass(frozen=True)
+class _Done:
+    model: bytes
+    texts_sha256: str
+    trained_bytes: int
+
+
+@dataclass(frozen=True)
+class _Job:
+    """Reads what a tokenizer is trained on, and trains it if `train`; pickles to the process that does it."""
+
+    settings: TokenizerSettings
+    train: bool
+
+    def __call__(self, source: Source) -> _Done:
+        sha256 = hashlib.sha256()
+        trained_bytes = 0
+
+        def lines() -> Iterator[str]:
+            nonlocal trained_bytes
+            texts = (document.text for document in read_documents(source, "train"))
+            for line in training_lines(texts, self.settings.training_bytes):
+                content = line.encode("utf-8", "replace") + b"\n"
+                sha256.update(content)
+                trained_bytes += len(content) - 1
+                yield line
+
+        model = b""
+        if self.train:
+            model = train_tokenizer(lines(), self.settings).model
+        else:
+            for _ in lines():
+                pass
+        if changed := source.changed("train"):
+            raise UserError([f"{name}: changed while it was read; run the same command again" for name in changed])
+        return _Done(model, sha256.hexdigest(), min(trained_bytes, self.settings.training_bytes))
 
 
 def _summary(tokenizer: Tokenizer) -> str:

@@ -27,6 +27,7 @@ from data_prep.manifest import (
     check_size,
     index_files,
     opened,
+    texts_name,
 )
 from data_prep.remote import UnreachableError
 from data_prep.store import Store
@@ -72,7 +73,15 @@ def _check_all(dataset: Dataset, depth: Depth, report: VerifyReport) -> bool:
     listed = MANIFEST_NAME in sizes
     if listed:
         report.problems += _extra_files(dataset, sizes)
+    report.problems += _check_counts(dataset)
     report.problems += _check_tokenizer(dataset, depth)
+    for split, sha256 in dataset.manifest.source.texts.items():
+        content = store.read(texts_name(split))
+        where = f"{store.where}/{texts_name(split)}"
+        actual = None if content is None else len(content)
+        report.problems += check_size(where, actual, 0 if actual is None else actual)
+        if content is not None and depth != "quick":
+            report.problems += check_hash(where, hashlib.sha256(content).hexdigest(), sha256)
     for index in dataset.indexes.values():
         for shard in range(index.num_shards):
             record = index.shards[shard]
@@ -126,6 +135,10 @@ def summary(manifest: Manifest) -> list[str]:
             f"({info.source_bytes / info.tokens:.3f} bytes a token) in {info.shards:,} shards; "
             f"{info.round_trip_documents:,} of {info.documents:,} documents decoded and compared"
         )
+        if lossy := info.documents - info.round_trip_documents:
+            lines.append(f"{name}: {lossy:,} documents that decoding does not give back (--allow-lossy)")
+        for split, count in info.also_in.items():
+            lines.append(f"{name}: {count:,} documents also stand in {split}; --drop-duplicates works within a split")
         for reason, count in info.dropped.items():
             lines.append(f"{name}: {count:,} documents dropped: {reason}")
         for reason, count in info.changed.items():
@@ -134,7 +147,7 @@ def summary(manifest: Manifest) -> list[str]:
 
 
 def _extra_files(dataset: Dataset, names: Iterable[str]) -> list[str]:
-    known = {*index_files(dataset.manifest)}
+    known = {*index_files(dataset.manifest), *map(texts_name, dataset.manifest.source.texts)}
     for index in dataset.indexes.values():
         known |= {name(i) for i in range(index.num_shards) for name in (index.shard_name, index.ids_name)}
     return [
@@ -142,6 +155,26 @@ def _extra_files(dataset: Dataset, names: Iterable[str]) -> list[str]:
         for name in sorted(names)
         if name not in known and re.search(r"\.(tar|npy|jsonl)$", name)
     ]
+
+
+def _check_counts(dataset: Dataset) -> list[str]:
+    """Do the manifest's own figures agree? Every row is a document or was dropped, and every document came back."""
+    where = f"{dataset.store.where}/{MANIFEST_NAME}"
+    problems = []
+    for split, info in dataset.manifest.splits.items():
+        accounted = info.documents + sum(info.dropped.values())
+        if accounted != info.source_rows:
+            problems.append(
+                f"{where}: split '{split}' was made of {info.source_rows:,} rows, but has {info.documents:,} documents "
+                f"and {accounted - info.documents:,} dropped; the text changed while it was prepared: prepare it again"
+            )
+        lossy = info.documents - info.round_trip_documents
+        if lossy and not dataset.manifest.filters.get("allow_lossy"):
+            problems.append(
+                f"{where}: split '{split}' has {lossy:,} documents that decoding did not give back, and --allow-lossy "
+                "was not given; prepare it again"
+            )
+    return problems
 
 
 def _check_tokenizer(dataset: Dataset, depth: Depth) -> list[str]:
@@ -239,14 +272,17 @@ def _check_tokens(dataset: Dataset, index: SplitIndex) -> list[str]:
     """Decodes every document and encodes the text with sentencepiece alone; ids must be the same."""
     tokenizer = load_tokenizer(dataset.tokenizer_folder)
     problems = []
+    info = dataset.manifest.splits[index.name]
+    lossy = info.documents - info.round_trip_documents  # what these decode to may be encoded in another way
     source_bytes = 0
     for number, tokens in enumerate(documents_of(dataset, index)):
         text = tokenizer.decode(tokens)
         source_bytes += len(text.encode())
         if not np.array_equal(tokenizer.processor.encode(text), tokens):
             problems.append(f"{index.name}: document {number}: encoding its text gives other ids than are stored")
-    info = dataset.manifest.splits[index.name]
+    if len(problems) <= lossy:
+        problems = []
     marks = info.changed.get("u2581_to_space", 0) * (len(SPACE_MARK.encode()) - 1)
-    if not info.changed.get("lossy_documents") and source_bytes + marks != info.source_bytes:
+    if not lossy and source_bytes + marks != info.source_bytes:
         problems.append(f"{index.name}: decodes to {source_bytes:,} bytes, the manifest says {info.source_bytes:,}")
     return problems

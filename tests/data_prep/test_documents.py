@@ -78,7 +78,7 @@ def test_tasks_go_on_from_any_of_them(kind, tmp_path, monkeypatch):
     for module in ("documents", "files"):
         monkeypatch.setattr(f"data_prep.{module}.TASK_BYTES", 300)
     source = write(tmp_path, kind, TEXTS)
-    monkeypatch.setattr(batch_tasks, "__defaults__", (0, 300))
+    monkeypatch.setattr(batch_tasks, "__defaults__", (0, "", 300))
     tasks = list(source.tasks("train"))
     assert len(tasks) > 3
     assert [task.position for task in tasks] == sorted({task.position for task in tasks})
@@ -154,7 +154,7 @@ def test_http_urls(kind, tmp_path):
 def test_shares_part_the_documents_by_their_text(tmp_path):
     texts = [f"document {i % 900}" for i in range(1000)]  # a hundred of them twice
     source = write(tmp_path, "jsonl", texts)
-    shared = FilesSource(FilesSettings(source.settings["paths"], id_column="id", valid_share=0.1, test_share=0.05))
+    shared = FilesSource(FilesSettings(source.paths, id_column="id", valid_share=0.1, test_share=0.05))
     assert shared.splits == ["train", "valid", "test"]
     parts = {split: texts_of(shared, split) for split in shared.splits}
     assert sorted(sum(parts.values(), [])) == sorted(texts)  # noqa: RUF017
@@ -169,10 +169,7 @@ def test_shares_do_not_depend_on_the_files(tmp_path):
     (tmp_path / "x").mkdir()
     (tmp_path / "y").mkdir()
     one, other = write(tmp_path / "x", "jsonl", texts), write(tmp_path / "y", "txt", texts[::-1])
-    held_out = [
-        sorted(texts_of(FilesSource(FilesSettings(s.settings["paths"], valid_share=0.2)), "valid"))
-        for s in (one, other)
-    ]
+    held_out = [sorted(texts_of(FilesSource(FilesSettings(s.paths, valid_share=0.2)), "valid")) for s in (one, other)]
     assert held_out[0] == held_out[1]
 
 
@@ -212,9 +209,10 @@ def test_all_problems_with_paths_at_once(tmp_path):
             FilesSettings({"train": [f"{tmp_path}/*.txt", f"{tmp_path}/a.pdf"], "valid": [f"{tmp_path}/b.txt"]})
         )
     assert caught.value.problems == [
-        f"{tmp_path}/*.txt: matches no file; check the pattern (quote it against the shell)",
+        f"{tmp_path}/*.txt: matches no file; check the pattern (quote it against the shell; "
+        "hidden files must be named)",
         f"{tmp_path}/a.pdf: unknown kind of file; known endings: .txt, .text, .md, .raw, .jsonl, .ndjson, .json, "
-        ".parquet (and .gz, .zst after them)",
+        ".parquet (txt and jsonl also with .gz or .zst after them)",
         f"{tmp_path}/b.txt: no such file",
     ]
 
@@ -223,7 +221,7 @@ def test_no_paths_and_bad_shares_are_refused(tmp_path):
     with pytest.raises(UserError, match="no files named; give some with --path PATTERN"):
         FilesSource(FilesSettings({}))
     (tmp_path / "a.txt").write_text("")
-    with pytest.raises(UserError, match=r"valid_share is 1.5; it must be between 0 and 1"):
+    with pytest.raises(UserError, match=r"valid_share is 1.5; it must be 0 or more, and less than 1"):
         FilesSource(FilesSettings({"train": [str(tmp_path / "a.txt")]}, valid_share=1.5))
     paths = {"train": [str(tmp_path / "a.txt")], "valid": [str(tmp_path / "a.txt")]}
     with pytest.raises(UserError, match="split 'valid' has files of its own and a share of train too; choose one"):

@@ -122,6 +122,9 @@ class ArticlesSource:
     def fingerprint(self):
         return ""
 
+    def changed(self, split):
+        return []
+
     def total_bytes(self, split):
         return None
 

@@ -26,7 +26,7 @@ def made(tokenizer, tmp_path_factory) -> Path:
     root = tmp_path_factory.mktemp("made")
     texts = write_texts(root / "train", TEXTS)
     held_out = write_texts(root / "valid", TEXTS[:30])
-    paths = {"train": texts.settings["paths"]["train"], "valid": held_out.settings["paths"]["train"]}
+    paths = {"train": texts.paths["train"], "valid": held_out.paths["train"]}
     source = FilesSource(FilesSettings(paths, id_column="id"))
     settings = PrepareSettings(source, tokenizer, root / "dataset", chunk_tokens=512, chunks_per_shard=3)
     prepare(settings)
@@ -239,7 +239,9 @@ def change_manifest(folder: Path, **changes) -> None:
 
 def test_manifest_of_another_version(folder):
     change_manifest(folder, format_version=9)
-    with pytest.raises(UserError, match="format version 9, this program reads 1; prepare the dataset again, or use"):
+    with pytest.raises(
+        UserError, match="format version 9, this program reads 1 to 2; prepare the dataset again, or use"
+    ):
         open_dataset(folder)
 
 

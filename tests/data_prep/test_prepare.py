@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,10 +20,10 @@ import pytest
 import data_prep
 from data_prep.documents import SampleSource
 from data_prep.encode import Filters
-from data_prep.engines import ProcessEngine
+from data_prep.engines import InProcess, ProcessEngine
 from data_prep.errors import UserError
 from data_prep.files import FilesSettings, FilesSource
-from data_prep.manifest import open_dataset
+from data_prep.manifest import canonical_json, open_dataset
 from data_prep.prepare import PrepareSettings, prepare
 from data_prep.store import FolderStore
 from data_prep.tokenizer import Tokenizer
@@ -71,12 +74,10 @@ def test_tokens_are_sentencepieces_own(whole: Path, tokenizer: Tokenizer):
 
 
 def test_manifest_names_no_place_and_no_time(whole: Path, source: FilesSource, tokenizer: Tokenizer, tmp_path: Path):
-    """The same text elsewhere, prepared later, is the same dataset but for the paths that were typed."""
+    """The same text elsewhere, prepared later, is the same dataset to the last byte."""
     elsewhere = write_texts(tmp_path / "texts", TEXTS)
-    assert elsewhere.fingerprint() == source.fingerprint()
-    manifest = prepare(small(elsewhere, tokenizer, tmp_path / "dataset"))
-    assert manifest.splits == open_dataset(whole).manifest.splits
-    assert str(tmp_path) not in json.dumps(manifest.tokenizer.model_dump())
+    prepare(small(elsewhere, tokenizer, tmp_path / "dataset"))
+    assert folder_bytes(tmp_path / "dataset") == folder_bytes(whole)
 
 
 @pytest.mark.parametrize("workers", [2, 3])
@@ -198,7 +199,7 @@ def test_torn_journal_line_is_as_if_never_written(source, tokenizer, whole, tmp_
 PROGRAM = """
 import sys
 from pathlib import Path
-from data_prep.engines import ProcessEngine
+from data_prep.engines import InProcess, ProcessEngine
 from data_prep.files import FilesSettings, FilesSource
 from data_prep.prepare import PrepareSettings, prepare
 from data_prep.tokenizer import load_tokenizer
@@ -216,7 +217,7 @@ if __name__ == "__main__":
 def start_program(source, tokenizer_folder, output: Path, workers: int) -> subprocess.Popen[str]:
     program = output.parent / "program.py"
     program.write_text(PROGRAM)
-    pattern = source.settings["paths"]["train"][0]
+    pattern = source.paths["train"][0]
     command = [sys.executable, program, pattern, tokenizer_folder, output, str(workers)]
     return subprocess.Popen(list(map(str, command)), stdout=subprocess.PIPE, text=True, cwd=Path(__file__).parents[2])
 
@@ -280,14 +281,132 @@ def test_output_that_is_a_file_is_refused(source, tokenizer, tmp_path):
         prepare(small(source, tokenizer, tmp_path / "file" / "dataset"))
 
 
-def test_source_that_changed_in_between_is_refused(tokenizer, tmp_path):
+def same_size(text: str) -> str:
+    """Another text of as many bytes."""
+    return text.translate(str.maketrans("etaoin", "aeotni"))
+
+
+def rewrite(source: FilesSource, texts: list[str]) -> FilesSource:
+    """Other texts in the files of a source, which is made anew as by a rerun of the command."""
+    write_texts(Path(source.paths["train"][0]).parent, texts)
+    return FilesSource(FilesSettings(source.paths, id_column="id"))
+
+
+@pytest.mark.parametrize("engine", [InProcess(), ProcessEngine(2)])
+def test_a_text_that_changed_where_it_was_read_is_refused_by_name(engine, tokenizer, tmp_path):
+    """Half of one text and half of another is no dataset, whatever the names and sizes of the files say."""
     source = write_texts(tmp_path / "texts", TEXTS)
+    settings = replace(small(source, tokenizer, tmp_path / "dataset"), engine=engine)
     with pytest.raises(Interrupted):
-        prepare(small(source, tokenizer, tmp_path / "dataset"), stop_after(100))
-    write_texts(tmp_path / "texts", [*TEXTS, "one more"])
-    source = FilesSource(FilesSettings(source.settings["paths"], id_column="id"))
-    with pytest.raises(UserError, match="unfinished preparation with source ="):
-        prepare(small(source, tokenizer, tmp_path / "dataset"))
+        prepare(settings, stop_after(200))
+    changed = [*TEXTS[:50], same_size(TEXTS[50]), *TEXTS[51:]]
+    assert len(changed[50]) == len(TEXTS[50]) and changed != TEXTS  # noqa: PT018
+    there = folder_bytes(tmp_path / "dataset")
+    source = rewrite(source, changed)
+    with pytest.raises(UserError, match=r"unfinished preparation of another text: .*part-000040.jsonl .* has changed"):
+        prepare(replace(settings, source=source))
+    assert folder_bytes(tmp_path / "dataset") == there
+    source = rewrite(source, TEXTS)
+    prepare(replace(settings, source=source))
+    assert verify_dataset(tmp_path / "dataset", "deep").problems == []
+
+
+@pytest.mark.parametrize("offset", range(0, 200, 7))
+def test_a_rerun_on_a_changed_text_is_refused_or_gives_what_a_fresh_one_gives(offset, tokenizer, tmp_path):
+    """Wherever the change falls: before, in or after the task that the last shard ends in."""
+    source = write_texts(tmp_path / "texts", TEXTS)
+    settings = small(source, tokenizer, tmp_path / "dataset")
+    with pytest.raises(Interrupted):
+        prepare(settings, stop_after(120))
+    source = rewrite(source, [*TEXTS[:offset], "another", *TEXTS[offset + 1 :], "one more"])
+    fresh = replace(settings, source=source, output=tmp_path / "fresh")
+    prepare(fresh)
+    with contextlib.suppress(UserError):
+        prepare(replace(settings, source=source))
+        assert folder_bytes(tmp_path / "dataset") == folder_bytes(tmp_path / "fresh")
+
+
+def test_a_file_that_is_gone_at_a_rerun_is_refused(tokenizer, tmp_path):
+    source = write_texts(tmp_path / "texts", TEXTS)
+    settings = small(source, tokenizer, tmp_path / "dataset")
+    with pytest.raises(Interrupted):
+        prepare(settings, stop_after(200))
+    (tmp_path / "texts" / "part-000000.jsonl").unlink()
+    with pytest.raises(UserError, match=r"another text: .*part-000040.jsonl"):
+        prepare(replace(settings, source=FilesSource(FilesSettings(source.paths, id_column="id"))))
+
+
+def test_a_finished_dataset_of_another_text_is_refused_by_name(tokenizer, tmp_path):
+    source = write_texts(tmp_path / "texts", TEXTS)
+    settings = small(source, tokenizer, tmp_path / "dataset")
+    prepare(settings)
+    there = folder_bytes(tmp_path / "dataset")
+    source = rewrite(source, [*TEXTS[:250], same_size(TEXTS[250]), *TEXTS[251:]])
+    with pytest.raises(UserError, match=r"the dataset of another text \(id \w+\): .*part-000240.jsonl .* has changed"):
+        prepare(replace(settings, source=source))
+    assert folder_bytes(tmp_path / "dataset") == there
+
+
+def test_a_text_that_changes_while_it_is_read_is_no_dataset(tokenizer, tmp_path):
+    source = write_texts(tmp_path / "texts", TEXTS)
+
+    def progress(state):
+        if state.documents == 80:
+            write_texts(tmp_path / "texts", [same_size(text) for text in TEXTS])
+
+    with pytest.raises(UserError, match=r"part-000000.jsonl: changed while it was read; run the same command again"):
+        prepare(small(source, tokenizer, tmp_path / "dataset"), progress)
+    assert not (tmp_path / "dataset" / "manifest.json").exists()
+
+
+def test_the_same_text_has_one_id_wherever_it_lies(tokenizer, tmp_path, monkeypatch):
+    for folder in ("t/p1", "elsewhere/deep"):
+        (tmp_path / folder).mkdir(parents=True)
+        (tmp_path / folder / "a.txt").write_text("one text")
+    monkeypatch.chdir(tmp_path)
+    ids = set()
+    for number, pattern in enumerate(
+        ["t/p1/a.txt", f"{tmp_path}/t/p1/a.txt", "t/p1", "t/*/a.txt", "elsewhere/deep/a.txt", "./t/p1/../p1/a.txt"]
+    ):
+        source = FilesSource(FilesSettings({"train": [pattern]}))
+        ids.add(prepare(small(source, tokenizer, tmp_path / f"d{number}")).dataset_id)
+    assert len(ids) == 1
+    source = FilesSource(FilesSettings({"train": ["t/p1/a.txt"]}))
+    (tmp_path / "t" / "p1" / "a.txt").write_text("two text")
+    source = FilesSource(FilesSettings({"train": ["t/p1/a.txt"]}))
+    assert prepare(small(source, tokenizer, tmp_path / "other")).dataset_id not in ids
+
+
+def test_equal_documents_across_splits_are_counted_even_after_a_kill(tokenizer, tmp_path):
+    texts = sentences(41, 120)
+    write_texts(tmp_path / "train", [*texts, *texts[:7], "own"])
+    write_texts(tmp_path / "valid", [texts[3], texts[3], texts[70], "also own"])
+    paths = {"train": [f"{tmp_path}/train"], "valid": [f"{tmp_path}/valid"]}
+    settings = small(FilesSource(FilesSettings(paths)), tokenizer, tmp_path / "whole")
+    manifest = prepare(settings)
+    assert manifest.splits["train"].also_in == {"valid": 3 + texts.count(texts[70]) - 1}
+    assert list(manifest.splits) == ["train", "valid"]
+    broken = replace(settings, output=tmp_path / "broken")
+    for documents in (2, 50):
+        with pytest.raises(Interrupted):
+            prepare(broken, stop_after(documents))
+    prepare(broken)
+    assert folder_bytes(tmp_path / "broken") == folder_bytes(tmp_path / "whole")
+
+
+def test_datasets_of_the_first_format_still_load_under_their_ids(whole, tmp_path):
+    manifest = json.loads((whole / "manifest.json").read_bytes())
+    del manifest["dataset_id"], manifest["source"]["texts"]
+    manifest["format_version"], manifest["source"]["fingerprint"] = 1, "0" * 64
+    manifest["source"]["settings"]["paths"] = {"train": ["/some/where/*.txt"]}
+    for split in manifest["splits"].values():
+        del split["also_in"]
+    id = hashlib.sha256(canonical_json(manifest)).hexdigest()
+    shutil.copytree(whole, tmp_path / "old")
+    (tmp_path / "old" / "train.texts.npy").unlink()
+    (tmp_path / "old" / "manifest.json").write_text(json.dumps({"dataset_id": id, **manifest}))
+    assert open_dataset(tmp_path / "old").dataset_id == id
+    assert verify_dataset(tmp_path / "old", "deep").problems == []
 
 
 def test_split_without_documents_is_refused(tokenizer, tmp_path):
@@ -341,12 +460,14 @@ def test_source_gone_half_way_is_one_clear_line_and_a_rerun_goes_on(tokenizer, w
     content = victim.read_bytes()
     victim.unlink()
     settings = small(source, tokenizer, tmp_path / "dataset")
-    with pytest.raises(UserError, match=r"part-000160.jsonl: cannot be read .* check the path"):
+    with pytest.raises(
+        UserError, match=r"part-000160.jsonl: cannot be read \(No such file or directory\); check the path"
+    ):
         prepare(settings)
     assert not (tmp_path / "dataset" / "manifest.json").exists()
     assert (tmp_path / "dataset" / "train-000000.tar").exists()
     victim.write_bytes(content)
-    manifest = prepare(settings)
+    manifest = prepare(replace(settings, source=FilesSource(FilesSettings(source.paths, id_column="id"))))
     assert manifest.splits == open_dataset(whole).manifest.splits
 
 
@@ -411,8 +532,12 @@ def test_lossy_tokenizer_is_refused_with_the_place_or_counted(tmp_path):
     )
     with pytest.raises(UserError, match=message):
         prepare(settings)
-    info = prepare(replace(settings, filters=Filters(allow_lossy=True))).splits["train"]
+    settings = replace(settings, filters=Filters(allow_lossy=True), output=tmp_path / "lossy")
+    info = prepare(settings).splits["train"]
     assert (info.documents, info.round_trip_documents) == (2, 1)
+    report = verify_dataset(tmp_path / "lossy", "deep")
+    assert report.problems == []
+    assert "train: 1 documents that decoding does not give back (--allow-lossy)" in report.lines
 
 
 def test_u2581_is_counted(tokenizer, tmp_path):

@@ -266,23 +266,45 @@ def test_same_command_again_reuses_the_folder_and_another_is_refused(tmp_path):
     again = list(make_tokenizer(source, TokenizerSettings(300), output))
     assert again[0] == f"{output}: this tokenizer is already there; left as it is"
     assert {path: path.stat().st_mtime_ns for path in output.iterdir()} == times
-    with pytest.raises(UserError, match="holds a tokenizer made from another text or with other settings"):
+    with pytest.raises(UserError, match="holds a tokenizer made with another settings; choose another folder"):
         list(make_tokenizer(source, TokenizerSettings(301), output))
 
 
-def test_interrupted_folder_is_made_whole(tmp_path):
+def test_a_tokenizer_of_another_text_is_refused_whatever_names_and_sizes_say(tmp_path):
     source, output = corpus(tmp_path / "text"), tmp_path / "tokenizer"
     list(make_tokenizer(source, TokenizerSettings(300), output))
-    expected = {path.name: path.read_bytes() for path in output.iterdir()}
-    (output / "training.json").unlink()
-    (output / "tokenizer.json").write_text("half")
-    list(make_tokenizer(source, TokenizerSettings(300), output))
-    assert {path.name: path.read_bytes() for path in output.iterdir()} == expected
+    file = next((tmp_path / "text").iterdir())
+    file.write_bytes(file.read_bytes().replace(b"e", b"a"))
+    with pytest.raises(UserError, match="holds a tokenizer made with another text; choose another folder"):
+        list(make_tokenizer(FilesSource(FilesSettings(source.paths)), TokenizerSettings(300), output))
+
+
+def test_the_same_text_by_another_path_is_the_same_tokenizer(tmp_path):
+    output = tmp_path / "tokenizer"
+    list(make_tokenizer(corpus(tmp_path / "text"), TokenizerSettings(300), output))
+    again = list(make_tokenizer(corpus(tmp_path / "elsewhere"), TokenizerSettings(300), output))
+    assert again[0] == f"{output}: this tokenizer is already there; left as it is"
+
+
+def test_interrupted_writing_leaves_no_folder_and_the_next_one_is_whole(tmp_path):
+    (tmp_path / ".tokenizer.partial").mkdir()
+    (tmp_path / ".tokenizer.partial" / "tokenizer.json").write_text("half")
+    list(make_tokenizer(corpus(tmp_path / "text"), TokenizerSettings(300), tmp_path / "tokenizer"))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["text", "tokenizer"]
+    assert load_tokenizer(tmp_path / "tokenizer").vocab_size == 300
+
+
+def test_a_tokenizer_of_somebody_else_is_never_overwritten(tokenizer, tmp_path):
+    write_tokenizer(tmp_path / "theirs", tokenizer)
+    before = {path.name: path.read_bytes() for path in (tmp_path / "theirs").iterdir()}
+    with pytest.raises(UserError, match=r"the folder holds other files \(tokenizer.json, .*\); choose a new or empty"):
+        list(make_tokenizer(corpus(tmp_path / "text"), TokenizerSettings(300), tmp_path / "theirs"))
+    assert {path.name: path.read_bytes() for path in (tmp_path / "theirs").iterdir()} == before
 
 
 def test_folder_with_other_files_is_refused(tmp_path):
     (tmp_path / "thesis.tex").write_text("all my work")
-    with pytest.raises(UserError, match="holds other files; choose a new or empty folder"):
+    with pytest.raises(UserError, match=r"holds other files \(thesis.tex\); choose a new or empty folder"):
         list(make_tokenizer(SampleSource(), TokenizerSettings(300), tmp_path))
 
 
