@@ -15,7 +15,7 @@ from functools import cached_property
 from importlib.util import find_spec
 from itertools import chain
 from pathlib import Path
-from typing import Any, ClassVar, Protocol
+from typing import Any, Protocol
 
 from data_prep.errors import UserError
 from data_prep.packing import START, Position
@@ -73,7 +73,11 @@ class Source(Protocol):
     """Text by split."""
 
     name: str
-    notes: list[str]  # lines to show before anything is read
+
+    @property
+    def notes(self) -> list[str]:
+        """Lines to show before anything is read."""
+        ...
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -204,7 +208,7 @@ class SampleSource:
     """
 
     name = "sample"
-    notes: ClassVar[list[str]] = []
+    notes: list[str] = []  # noqa: RUF012
     FILE = "enwiki-latest-pages-articles1.xml-p000000010p000030302-shortened.bz2"
     SHA256 = "a53f4648dec40467ebdcbc7a1307eddb51fe6e28e9309f6ebde81ba0d04bea2d"
     PERIOD, VALID, TEST = 18, 5, 14

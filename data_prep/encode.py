@@ -43,6 +43,10 @@ class Filters:
     drop_duplicates: bool = False
     allow_lossy: bool = False
 
+    def __post_init__(self) -> None:
+        if self.minimum_characters < 0:
+            raise UserError(f"minimum_characters is {self.minimum_characters}; it must be 0 or more")
+
     def settings(self) -> dict[str, Any]:
         """As JSON values."""
         return asdict(self)

@@ -17,6 +17,7 @@ from typing import Any, Protocol
 from data_prep.documents import Task
 from data_prep.errors import UserError
 
+MAX_WORKERS = 1024
 WINDOW = 4  # tasks in flight for each worker: bounds memory, hides uneven tasks
 
 # Maps tasks to results, in the order of the tasks; the first error of a task is raised in the caller.
@@ -26,7 +27,7 @@ OrderedMap = Callable[[Iterable[Task]], Iterator[Any]]
 class Engine(Protocol):
     """Workers, to be started once for a whole preparation."""
 
-    def start(self, function: Callable[[Task], Any]) -> Any:
+    def start(self, function: Callable[[Any], Any]) -> Any:
         """A context manager that yields an `OrderedMap` of `function`."""
         ...
 
@@ -43,12 +44,12 @@ class ProcessEngine:
     """Local processes. An error or Ctrl-C ends them at once, whatever they are at."""
 
     def __init__(self, workers: int) -> None:
-        if workers < 1:
-            raise UserError(f"workers is {workers}; it must be 1 or more")
+        if not 1 <= workers <= MAX_WORKERS:
+            raise UserError(f"workers is {workers}; it must be 1 to {MAX_WORKERS:,}")
         self.workers = workers
 
     @contextmanager
-    def start(self, function: Callable[[Task], Any]) -> Iterator[OrderedMap]:
+    def start(self, function: Callable[[Any], Any]) -> Iterator[OrderedMap]:
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(["data_prep.encode", "data_prep.files"])  # imported once, not by each
         _start_forkserver()

@@ -263,6 +263,7 @@ class TextFilesTask:
 def _lines(file: FoundFile) -> Iterator[tuple[bytes, dict[str, int]]]:
     """The lines of a text file, and what was changed in each."""
     with opened(file) as stream:
+        beginning(stream.peek(4096), file.shown)  # type: ignore[attr-defined]
         for number, line in enumerate(stream):
             yield beginning(line, file.shown) if number == 0 else (line, {})
 
@@ -377,7 +378,9 @@ def row_document(
     if isinstance(text, bytes):
         text, changed = decode_utf8(text)
     if not isinstance(text, str):
-        raise UserError(f"{where}: column '{text_column}' holds {type(text).__name__}, not text")
+        raise UserError(
+            f"{where}: column '{text_column}' holds {type(text).__name__}, not text; name another with --text-column"
+        )
     text, more = repair_surrogates(text)
     id = id if id_column is None else repair_surrogates(str(row[id_column]))[0]
     return Document(id, text, {**changed, **more})

@@ -120,6 +120,9 @@ def _path(url: str) -> str:
 
 def _expand(pattern: str, problems: list[str], notes: list[str]) -> list[FoundFile]:
     pattern = pattern.removeprefix("file://")
+    if not pattern or "\0" in pattern:
+        problems.append(f"{pattern!r}: no path; give a file, a folder, a pattern or a URL")
+        return []
     try:
         states, literal = _remote_files(pattern) if "://" in pattern else _local_files(pattern, problems)
     except FileNotFoundError:

@@ -277,6 +277,8 @@ def read_manifest(folder: Path) -> Manifest:
     """Reads and checks manifest.json alone."""
     path = folder / MANIFEST_NAME
     if not path.is_file():
+        if folder.is_file():
+            raise UserError(f"{folder}: a file, not a dataset folder; give the folder that `globallocal prepare` made")
         if not folder.exists():
             raise UserError(f"{folder}: no such dataset folder; make one with `globallocal prepare`")
         raise UserError(

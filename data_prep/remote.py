@@ -325,11 +325,9 @@ def _blocks(answer: Any) -> Iterator[bytes]:
         began = time.monotonic()
         try:
             block: bytes = answer.raw.read1(BLOCK_BYTES, decode_content=False)
-        except IncompleteRead:
-            return  # the caller compares sizes
-        except HTTPError:
-            if got:
-                return
+        except HTTPError as error:
+            if got or isinstance(error.__cause__ or error, IncompleteRead):
+                return  # the caller compares sizes
             raise
         if not block:
             return

@@ -75,6 +75,8 @@ def _document_start(dataset: Dataset, index: SplitIndex, number: int) -> int:
 def show_sample(dataset: Dataset, split: str, number: int, sequence_length: int) -> list[str]:
     """A training sample's text and tokens, the last target included."""
     index = dataset.split(split)
+    if sequence_length < 1:
+        raise UserError(f"sequence_length is {sequence_length}; it must be 1 or more")
     total = max((index.tokens - 1) // sequence_length, 0)
     if not 0 <= number < total:
         raise UserError(

@@ -24,6 +24,7 @@ class SourceName(StrEnum):
 class Separator(StrEnum):
     file = "file"
     blank_lines = "blank-lines"
+    wikitext_headings = "wikitext-headings"
 
 
 class ModelType(StrEnum):
@@ -80,7 +81,8 @@ SeparatorOption = Annotated[
     typer.Option(
         rich_help_panel=SOURCE,
         metavar="NAME",
-        help="txt: 'file', a document a file, or 'blank-lines', what stands between blank lines.",
+        help="txt: 'file', a document a file; 'blank-lines', what stands between blank lines; 'wikitext-headings', an "
+        "article of a file in WikiText's form.",
     ),
 ]
 ValidShareOption = Annotated[
@@ -135,6 +137,7 @@ def tokenizer(
 
         globallocal tokenizer --source files --path 'corpus/*.jsonl.zst' --output data/tokenizer
     """
+    from data_prep.errors import interruptible
     from data_prep.tokenizer import TokenizerSettings
     from data_prep.train_tokenizer import make_tokenizer
 
@@ -142,8 +145,10 @@ def tokenizer(
         source, path, dataset, config, revision, text_column, id_column, separator, valid_share, test_share
     )
     settings = TokenizerSettings(vocab_size, model_type.value, training_bytes)
-    for line in make_tokenizer(text, settings, output):
-        typer.echo(line)
+    show_notes(text)
+    with interruptible(f"{output}: nothing was written; the same command begins anew"):
+        for line in make_tokenizer(text, settings, output):
+            typer.echo(line)
     typer.echo(f"next: globallocal prepare --source {source.value} --tokenizer {output} --output DATASET")
 
 
@@ -218,6 +223,7 @@ def prepare(
         globallocal prepare --source files --path 's3://b/*.jsonl.zst' --path valid=v.jsonl --tokenizer T --output D
     """
     from data_prep.encode import Filters
+    from data_prep.errors import interruptible
     from data_prep.prepare import PrepareSettings, finished
     from data_prep.prepare import prepare as run
     from data_prep.tokenizer import load_tokenizer
@@ -234,13 +240,15 @@ def prepare(
         filters=Filters(minimum_characters, drop_duplicates, allow_lossy),
         engine=make_engine(engine, workers, ray_address),
     )
-    there = finished(output, settings.subject())
-    if there:
-        typer.echo(f"{output}: already prepared from this text with these settings; left as it is")
-        manifest = there
-    else:
-        with PrepareReporter() as reporter:
-            manifest = run(settings, reporter)
+    show_notes(text)
+    with interruptible(f"{output}: what is finished stays; the same command goes on from there"):
+        there = finished(settings)
+        if there:
+            typer.echo(f"{output}: already prepared from this text with these settings; left as it is")
+            manifest = there
+        else:
+            with PrepareReporter() as reporter:
+                manifest = run(settings, reporter)
     for line in summary(manifest):
         typer.echo(line)
     if "valid" not in manifest.splits:
@@ -268,10 +276,13 @@ def verify(
 
         globallocal verify s3://bucket/data --quick
     """
-    from data_prep.errors import UserError
+    from data_prep.errors import UserError, interruptible
     from data_prep.verify import verify_dataset
 
-    report = verify_dataset(dataset, "deep" if deep else "quick" if quick else "full")
+    if quick and deep:
+        raise UserError("--quick and --deep contradict each other; choose one")
+    with interruptible(f"{dataset}: nothing was changed; the same command checks it from the beginning"):
+        report = verify_dataset(dataset, "deep" if deep else "quick" if quick else "full")
     if report.problems:
         raise UserError(report.problems)
     for line in report.lines:
@@ -298,10 +309,12 @@ def inspect_dataset(
 
         globallocal inspect s3://bucket/data --html data.html
     """
+    from data_prep.errors import interruptible
     from data_prep.manifest import opened
     from data_prep.report import describe, show_document, show_sample
 
-    with opened(dataset) as there:
+    nothing = f"{dataset}: nothing was changed; the same command begins anew"
+    with interruptible(nothing), opened(dataset) as there:
         if document is not None:
             lines = show_document(there, split, document)
         elif sample is not None:
@@ -315,6 +328,12 @@ def inspect_dataset(
 
             write_page(there, html)
             typer.echo(f"page: {html}")
+
+
+def show_notes(source: Source) -> None:
+    """What a person should know before the text is read."""
+    for note in source.notes:
+        typer.echo(f"note: {note}")
 
 
 def make_source(
@@ -378,7 +397,7 @@ def paths_by_split(paths: list[str]) -> dict[str, list[str]]:
     splits: dict[str, list[str]] = {}
     for path in paths:
         split, equals, pattern = path.partition("=")
-        if equals and split in ("train", "valid", "test"):
+        if equals and not os.path.lexists(path) and split in ("train", "valid", "test"):
             splits.setdefault(split, []).append(pattern)
         else:
             splits.setdefault("train", []).append(path)

@@ -48,8 +48,8 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def copy_with_another_id(dataset: Path, folder: Path) -> Path:
     shutil.copytree(dataset, folder)
     manifest = read_manifest(folder)
-    source = manifest.source.model_copy(update={"fingerprint": "0" * 64})
-    (folder / "manifest.json").write_bytes(manifest.model_copy(update={"source": source}).to_json())
+    filters = {**manifest.filters, "drop_duplicates": not manifest.filters["drop_duplicates"]}
+    (folder / "manifest.json").write_bytes(manifest.model_copy(update={"filters": filters}).to_json())
     return folder
 
 

@@ -21,8 +21,8 @@ from tests.conftest import missing
 class FaultyServer(http.server.ThreadingHTTPServer):
     """Serves a folder with ranges; `faults[name]` are spent one a request, then it answers as it should.
 
-    A fault is a status, "cut" (half the body, then the connection closes), "garble" (one bit is wrong), "stall"
-    (nothing is answered until the server closes), or a tuple ("always", fault).
+    A fault is a status, "cut" (half the body, then the connection closes), "empty" (none of it), "garble" (one bit is
+    wrong), "stall" (nothing is answered until the server closes), or a tuple ("always", fault).
     """
 
     daemon_threads = True
@@ -67,15 +67,16 @@ class _Handler(http.server.BaseHTTPRequestHandler):
             body = body[int(wanted[1]) : int(wanted[2]) + 1]
         if fault == "garble":
             body = bytes([body[0] ^ 1]) + body[1:]
-        self._answer(206 if wanted and self.server.ranges else 200, body, cut=fault == "cut")
+        sent = {"cut": len(body) // 2, "empty": 0}.get(str(fault))
+        self._answer(206 if wanted and self.server.ranges else 200, body, sent)
 
-    def _answer(self, status: int, body: bytes, cut: bool = False) -> None:
+    def _answer(self, status: int, body: bytes, sent: int | None = None) -> None:
         with contextlib.suppress(BrokenPipeError, ConnectionResetError):
             self.send_response(status)
             self.send_header("Content-Length", str(len(body)))
             self.end_headers()
-            self.wfile.write(body[: len(body) // 2] if cut else body)
-        self.close_connection = cut
+            self.wfile.write(body if sent is None else body[:sent])
+        self.close_connection = sent is not None
 
     def log_message(self, *_: object) -> None:
         pass
