@@ -388,5 +388,7 @@ def storage(url: str) -> tuple[Any, str]:
     try:
         found: tuple[Any, str] = url_to_fs(url, **options)
     except (ImportError, ValueError) as error:
-        raise UserError(f"{shown(url)}: {error} (for s3:// run `pip install globallocal[s3]`)") from None
+        raise UserError(
+            f"{shown(url)}: {error}; known are http://, https:// and s3:// (`pip install 'globallocal[s3]'`)"
+        ) from None
     return found
