@@ -6,10 +6,12 @@ function that needs them, so that `--help` answers at once.
 
 import sys
 from collections.abc import Sequence
+from typing import Annotated
 
 import typer
 
 from data_prep.errors import UserError
+from launch.about import version
 from launch.commands import checkpoints as checkpoint_commands
 from launch.commands import data as data_commands
 from launch.commands import model as model_commands
@@ -19,10 +21,26 @@ app = typer.Typer(
     name="globallocal",
     help="Raw text in, a trained GlobalLocal language model out: tokenizer → prepare → train → evaluate → export.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode="markdown",
 )
+
+
+def show_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"globallocal {version()}")
+        raise typer.Exit()
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=show_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    pass
+
+
 for commands in (data_commands, run_commands, checkpoint_commands, model_commands):
     commands.register(app)
 

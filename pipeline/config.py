@@ -23,6 +23,12 @@ CATCHABLE_SIGNALS = ("SIGTERM", "SIGUSR1", "SIGUSR2", "SIGINT", "SIGHUP", "SIGCO
 """What schedulers and people send; SIGKILL and SIGSTOP cannot be caught, and others mean a crash."""
 
 MOST_PROFILED_STEPS = 50
+
+PROJECT = Path(__file__).resolve().parents[1]
+"""Where the project lies: a checkout, or site-packages."""
+RUN_FILES = "launch/runs"
+DEEPSPEED_FILES = "ds_configs"
+
 DEFAULT_CACHE_FOLDER = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "globallocal"
 DEFAULT_CACHE_BYTES = 64 << 30
 
@@ -312,14 +318,29 @@ class RunConfig(Section):
         OmegaConf.save(OmegaConf.create(redact(self.model_dump(mode="json"))), path)
 
 
+def find_shipped(path: Path, folder: str, suffix: str) -> Path:
+    """A file as a person names it: its path, its path in the project, or the name alone of one that the project ships.
+
+    Args:
+        folder: where the project keeps such files: `launch/runs`, `ds_configs`.
+        suffix: theirs, so that `quickstart` and `zero2` are names.
+    """
+    by_name = [PROJECT / folder / f"{path}{suffix}"] if path.parent == Path() and not path.suffix else []
+    return next((item for item in (path, PROJECT / path, *by_name) if item.is_file()), path)
+
+
+def find_run_file(path: Path) -> Path:
+    return find_shipped(path, RUN_FILES, ".yaml")
+
+
 def load_config(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> RunConfig:
-    """Read a run file and apply `section.key=value` overrides.
+    """Read a run file (its path, or the name of one that the project ships) and apply `section.key=value` overrides.
 
     Raises:
         UserError: the file cannot be read, or settings are wrong: every problem, one a line.
     """
     try:
-        file = OmegaConf.load(Path(path))
+        file = OmegaConf.load(find_run_file(Path(path)))
         bad = [item for item in overrides if "=" not in item or item.startswith("-")]
         if bad:
             raise UserError([f"{item!r} is not an override; write section.key=value" for item in bad])
@@ -400,8 +421,9 @@ def _unknown(key: str, known: Sequence[str]) -> str:
 
 
 def _missing_file(path: Path) -> str:
-    known = sorted({str(item) for folder in (path.parent, Path("launch/runs")) for item in folder.glob("[!.]*.yaml")})
-    return f"{path}: no such file" + (f"; there are: {', '.join(known)}" if known else "")
+    here = {str(item) for item in path.parent.glob("[!.]*.yaml")}
+    shipped = {f"{RUN_FILES}/{item.name}" for item in (PROJECT / RUN_FILES).glob("[!.]*.yaml")}
+    return f"{path}: no such file; there are: {', '.join(sorted(here | shipped))}"
 
 
 def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -51,12 +51,13 @@ ROOMS: dict[str, dict[str, set[str]]] = {
         "train": {"build", "checkpoints", "config", "distributed", "exit_codes"},
     },
     "launch": {
+        "about": set(),
         "hosts": set(),
         "quickstart": set(),
         "jobs": {"hosts"},
-        "preflight": {"hosts", "jobs"},
+        "preflight": {"about", "hosts", "jobs"},
         "commands": {"jobs", "preflight"},
-        "cli": {"commands"},
+        "cli": {"about", "commands"},
         "__main__": {"cli"},
     },
 }

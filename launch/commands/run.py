@@ -10,7 +10,7 @@ import typer
 if TYPE_CHECKING:
     from pipeline.config import RunConfig
 
-ConfigOption = Annotated[Path, typer.Option(help="Run file, such as launch/runs/quickstart.yaml.")]
+ConfigOption = Annotated[Path, typer.Option(help="Run file, or the name of one that is shipped: quickstart.")]
 Overrides = Annotated[
     list[str] | None,
     typer.Argument(metavar="[section.key=value]...", help="Settings that replace those of the run file."),
@@ -26,7 +26,7 @@ def register(app: typer.Typer) -> None:
 
 
 def estimate(
-    config: Annotated[Path | None, typer.Option(help="Run file.")] = None,
+    config: Annotated[Path | None, typer.Option(help="Run file, or the name of a shipped one.")] = None,
     preset: Annotated[
         str | None, typer.Option(help="Or a model preset: quickstart, seed, small, base, large, xl.")
     ] = None,

@@ -13,6 +13,7 @@ from data_prep.errors import UserError
 from launch.hosts import node
 from launch.jobs.command import Job, cpu_environment, deepspeed_program
 from launch.jobs.session import TRAIN_PROGRAM
+from pipeline.config import find_run_file
 
 DEFAULT_PORT = 29500
 KEEP_ALIVE = "-o BatchMode=yes -o ServerAliveInterval=5 -o ServerAliveCountMax=4"
@@ -91,7 +92,7 @@ def hostfile_job(
         f"--master_port={port}",
         f"--venv_script={script}",  # sourced on every node
         str(TRAIN_PROGRAM),
-        *(for_remote_shell(word) for word in ("--config", str(job.config.absolute()), *job.overrides)),
+        *(for_remote_shell(word) for word in ("--config", str(find_run_file(job.config).absolute()), *job.overrides)),
     ]
     return Job(command, {"PDSH_SSH_ARGS_APPEND": f"{KEEP_ALIVE} {job.ssh}".strip()}), files
 

@@ -23,6 +23,7 @@ from data_prep.errors import UserError
 from launch.hosts import node
 from launch.jobs import environment as cluster
 from launch.jobs.session import TRAIN_PROGRAM, grace_seconds
+from pipeline.config import find_run_file
 
 if TYPE_CHECKING:
     from pipeline.config import RunConfig
@@ -134,7 +135,7 @@ class SlurmRun:
         ]
         rank = RANK.format(environment=shlex.quote(str(self.job.folder / cluster.ENVIRONMENT)))
         train = [
-            *(sys.executable, "-u", str(TRAIN_PROGRAM), "--config", str(self.job.config.absolute())),
+            *(sys.executable, "-u", str(TRAIN_PROGRAM), "--config", str(find_run_file(self.job.config).absolute())),
             *self.job.overrides,
         ]
         return "\n".join(

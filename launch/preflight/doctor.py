@@ -19,6 +19,7 @@ from rich.table import Table
 
 from data_prep.errors import UserError
 from data_prep.manifest import check_shards
+from launch.about import requirements
 from launch.hosts import node
 from launch.hosts.hostfile import read_hostfile
 from launch.jobs.local import LocalRun, local_devices
@@ -59,7 +60,7 @@ def local_findings() -> Iterator[Finding]:
 
 def packages() -> Iterator[Finding]:
     """Installed versions against those that the project asks for."""
-    wanted = [Requirement(line) for line in importlib.metadata.requires("globallocal") or []]
+    wanted = [Requirement(line) for line in requirements()]
     shown = []
     for requirement in wanted:
         if requirement.marker is not None and not requirement.marker.evaluate({"extra": ""}):

@@ -10,6 +10,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from data_prep.errors import UserError
+from pipeline.config import DEEPSPEED_FILES, PROJECT, find_shipped
 
 # DeepSpeed ignores a misspelt key at the top level, so the ones it knows are listed here (0.19 documentation).
 _KEYS = """
@@ -35,12 +36,10 @@ AUTO_STAGE_3 = {**AUTO, "reduce_bucket_size": 50_000_000}
 def read_deepspeed_json(path: Path) -> dict[str, Any]:
     """Raises UserError where the file is absent, is no JSON object or holds a key that DeepSpeed does not know."""
     try:
-        values = json.loads(path.read_text())
+        values = json.loads(find_shipped(path, DEEPSPEED_FILES, ".json").read_text())
     except FileNotFoundError:
-        known = ", ".join(sorted(str(item) for item in Path("ds_configs").glob("*.json")))
-        raise UserError(
-            f"deepspeed.config: {path}: no such file" + (f"; there are: {known}" if known else "")
-        ) from None
+        known = sorted(f"{DEEPSPEED_FILES}/{item.name}" for item in (PROJECT / DEEPSPEED_FILES).glob("*.json"))
+        raise UserError(f"deepspeed.config: {path}: no such file; there are: {', '.join(known)}") from None
     except (OSError, ValueError) as error:
         raise UserError(f"deepspeed.config: {path}: {error}") from None
     if not isinstance(values, dict):
