@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 
 from data_prep.manifest import Dataset, SplitIndex
 from data_prep.report import document_lengths, read_chunk, read_tokens
-from data_prep.store import publish_file
+from data_prep.store import explained_write_errors, publish_file
 from data_prep.tokenizer import SPACE_MARK, Tokenizer, load_tokenizer
 
 EXAMPLES = 3  # documents shown of each split: the first, the middle, the last
@@ -51,8 +51,9 @@ def write_page(dataset: Dataset, path: Path) -> None:
         f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{title}</title><style>{STYLE}</style>'
         f"<h1>{title}</h1>{''.join(parts)}</html>\n"
     )
-    path.parent.mkdir(parents=True, exist_ok=True)
-    publish_file(path, page.encode())
+    with explained_write_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        publish_file(path, page.encode())
 
 
 def _counts(dataset: Dataset) -> str:

@@ -242,7 +242,7 @@ def _wait(url: str, error: Exception, failures: int) -> None:
 
 def _passing_fault(url: str, error: Exception) -> str:
     """One line for an error that may pass; raises UserError for one that will not."""
-    name, text = type(error).__name__, " ".join(str(error).split())[:200]
+    name, text = type(error).__name__, _reason(url, error)
     status = getattr(error, "status", None)
     if isinstance(error, FileNotFoundError) or status in (404, 410):
         raise MissingError(f"{shown(url)}: missing; restore the file, or prepare the dataset again") from None
@@ -257,6 +257,15 @@ def _passing_fault(url: str, error: Exception) -> str:
     if status is not None and 400 <= status < 500 and status not in (408, 416, 425, 429):
         raise UserError(f"{shown(url)}: the server refuses ({text}); check the URL and your access to it") from None
     return text if isinstance(error, (_IncompleteError, _StatusError)) else f"{name} {text}".strip()
+
+
+def _reason(url: str, error: Exception) -> str:
+    """What an exception says, in one short line that repeats no secret of the URL."""
+    inner = error.args[0] if error.args else None
+    if reason := getattr(inner, "reason", None):  # of a failed connection, without the request around it
+        return str(reason).rpartition(": ")[2][:200]
+    text = re.sub(r"with url: \S+", "", str(error).replace(url, shown(url)))
+    return " ".join(text.split())[:200]
 
 
 def _answer(

@@ -78,6 +78,11 @@ def show_sample(dataset: Dataset, split: str, number: int, sequence_length: int)
     if sequence_length < 1:
         raise UserError(f"sequence_length is {sequence_length}; it must be 1 or more")
     total = max((index.tokens - 1) // sequence_length, 0)
+    if total == 0:
+        raise UserError(
+            f"split '{split}' has {index.tokens:,} tokens, too few for a sample of {sequence_length:,}; ask for a "
+            "shorter --sequence-length"
+        )
     if not 0 <= number < total:
         raise UserError(
             f"sample is {number}; split '{split}' has samples 0 to {total - 1:,} of {sequence_length} tokens"

@@ -70,8 +70,8 @@ class Store(Protocol):
 
 def open_store(where: str | Path) -> Store:
     """The store at a path or URL; nothing is created yet."""
-    if str(where) in ("", "."):
-        raise UserError(f"output is '{where}', the folder you are in; give a new folder of its own")
+    if str(where) == "":
+        raise UserError("'' names no folder; give one, or a URL")
     if "://" in str(where) and not str(where).startswith("file://"):
         return RemoteStore(str(where))
     return FolderStore(Path(str(where).removeprefix("file://")))

@@ -39,6 +39,7 @@ class HubServer:
     def __init__(self, repository: str, revision: str, files: dict[str, bytes]) -> None:
         self.repository, self.revision, self.files = repository, revision, files
         self.faults = Faults()
+        self.moved: dict[str, str] = {}  # old ids
         self.requests: list[str] = []
         self._port = 0
         self._server: ThreadingHTTPServer | None = None
@@ -98,6 +99,10 @@ class _Handler(BaseHTTPRequestHandler):
             self._send(502, b"bad gateway")
             return
         path = self.path.split("?")[0]
+        for old, new in hub.moved.items():
+            if re.match(rf"/(api/)?datasets/{old}(/|$)", path):
+                self._send(307, b"", {"Location": hub.url + self.path.replace(f"datasets/{old}", f"datasets/{new}", 1)})
+                return
         api = f"/api/datasets/{hub.repository}"
         if match := re.fullmatch(f"/datasets/{hub.repository}/resolve/[^/]+/(.*)", path):
             self._file(match[1])

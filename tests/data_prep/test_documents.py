@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import io
 import json
 import threading
 from functools import partial
@@ -260,6 +261,65 @@ def test_cut_compressed_files_are_named(kind, cut, tmp_path):
     path.write_bytes(path.read_bytes()[:-cut])
     with pytest.raises(UserError, match=rf"a.{kind}: cannot be read \(OSError: Truncated.*\).*, or restore the file"):
         texts_of(source)
+
+
+def test_a_file_of_two_splits_is_left_out_of_train_or_refused(tmp_path):
+    for name in ("a.txt", "held-out.txt"):
+        (tmp_path / name).write_text(name)
+    held = [f"{tmp_path}/held-out.txt"]
+    source = FilesSource(FilesSettings({"train": [f"{tmp_path}/*.txt"], "valid": held}))
+    assert (texts_of(source), texts_of(source, "valid")) == (["a.txt"], ["held-out.txt"])
+    assert source.notes == [f"{held[0]}: left out of train, as it is named for valid"]
+    with pytest.raises(UserError, match=r"held-out.txt: named for valid and for test; .* belongs to one split: choose"):
+        FilesSource(FilesSettings({"train": [f"{tmp_path}/*.txt"], "valid": held, "test": held}))
+
+
+def test_a_line_longer_than_many_tasks_is_read_once(tmp_path, monkeypatch):
+    """Each task looks for the end of a line that began before it in its own bytes alone."""
+    monkeypatch.setattr("data_prep.files.TASK_BYTES", 1000)
+    texts = ["a", "x" * 100_000, "b"]
+    source = write(tmp_path, "jsonl", texts)
+    read = 0
+
+    def counted(*arguments):
+        stream = io.open(*arguments)  # noqa: SIM115, UP020
+        original = stream.readline
+
+        class Counting(io.BufferedReader):
+            def readline(self, limit=-1):
+                nonlocal read
+                line = original(limit)
+                read += len(line)
+                return line
+
+            def seek(self, *place):
+                return stream.seek(*place)
+
+        return Counting(io.BytesIO())
+
+    monkeypatch.setattr("data_prep.files.open", counted, raising=False)
+    assert texts_of(source) == texts
+    assert read < 3 * (tmp_path / "a.jsonl").stat().st_size
+
+
+def test_a_byte_order_mark_is_dropped_and_counted_and_utf16_refused(tmp_path):
+    for name, content in (("a.txt", "one"), ("b.jsonl", '{"text": "two"}\n')):
+        (tmp_path / name).write_bytes(b"\xef\xbb\xbf" + content.encode())
+    source = FilesSource(FilesSettings({"train": [str(tmp_path)]}))
+    assert texts_of(source) == ["one", "two"]
+    assert counts_of(source).changed == {"byte_order_mark": 2}
+    (tmp_path / "a.txt").write_text("one", encoding="utf-16")
+    with pytest.raises(UserError, match=r"a.txt: not UTF-8 .*; write it as UTF-8, for example with `iconv"):
+        texts_of(FilesSource(FilesSettings({"train": [str(tmp_path)]})))
+
+
+def test_a_wikitext_file_becomes_its_articles(tmp_path):
+    text = " \n = One = \n \n text \n = 1 rad / s = \n more \n \n = Two = \n \n text"
+    (tmp_path / "a.raw").write_text(text)
+    source = FilesSource(FilesSettings({"train": [str(tmp_path)]}, separator="wikitext-headings"))
+    documents = list(read_documents(source, "train"))
+    assert [document.id for document in documents] == ["a.raw:0:One", "a.raw:1:Two"]
+    assert "".join(document.text for document in documents) == text
 
 
 # --- wikitext and the sample --------------------------------------------------------------------------------------

@@ -21,7 +21,7 @@ import pyarrow.parquet
 import pytest
 
 from data_prep.documents import BatchTask, Document, ReadCounts
-from data_prep.hub import WikitextSource, join_articles
+from data_prep.hub import HubSettings, HubSource, WikitextSource, join_articles
 from data_prep.manifest import open_dataset
 from data_prep.packing import START, Position
 from data_prep.prepare import PrepareSettings, prepare
@@ -242,3 +242,31 @@ def test_any_dataset_of_the_hub(tmp_path):
         unknown = ask(hub, tmp_path, "someone/else", "default", "text", "0")
         assert unknown.startswith("someone/else (default): not on the hub, or not open to you (404 Client Error.")
         assert unknown.endswith("check the id, the revision and your token\n")
+
+
+def test_words_replaced_are_said_and_the_raw_text_named():
+    source = HubSource(HubSettings("Salesforce/wikitext", "wikitext-103-v1"))
+    assert source.notes == [
+        "Salesforce/wikitext (wikitext-103-v1): rare words are replaced by <unk> in it; "
+        "--config wikitext-103-raw-v1 is the whole text"
+    ]
+    assert HubSource(HubSettings("Salesforce/wikitext", "wikitext-103-raw-v1")).notes == []
+
+
+def test_an_old_id_is_the_one_that_the_hub_answers_with(tmp_path):
+    buffer = io.BytesIO()
+    pyarrow.parquet.write_table(pyarrow.table({"text": ["a"]}), buffer)
+    with HubServer("someone/text", "c" * 40, {"data/train-00000-of-00001.parquet": buffer.getvalue()}) as hub:
+        hub.moved["text"] = "someone/text"
+        assert json.loads(ask(hub, tmp_path, "text", "default", "text", "0")) == [
+            "c" * 40,
+            {"train": [["train:0", "a"]]},
+        ]
+
+
+def test_offline_is_one_line_at_once(tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    with HubServer("someone/text", "c" * 40, {}) as hub:
+        said = ask(hub, tmp_path, "someone/text", "default", "text", "0")
+    assert said == "someone/text (default): HF_HUB_OFFLINE is set, so the hub is not asked; unset it\n"
+    assert hub.requests == []

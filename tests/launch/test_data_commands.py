@@ -1,0 +1,107 @@
+"""Commands about data: contradictory and impossible options are one line at once; exit codes hold every time."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pyarrow
+import pyarrow.parquet
+import pytest
+
+from data_prep import remote
+from data_prep.tokenizer import TokenizerSettings, train_tokenizer
+from data_prep.twin import write_tokenizer
+from launch.cli import main
+from tests.conftest import ROOT
+from tests.data_prep.conftest import sentences
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("commands")
+    for name in ("a.txt", "b.txt"):
+        (folder / name).write_text(f"some text in {name} of more than a few words\n" * 20)
+    write_tokenizer(folder / "tokenizer", train_tokenizer(sentences(0, 400), TokenizerSettings(vocab_size=400)))
+    return folder
+
+
+FILES = ["--source", "files", "--path", "{place}/a.txt"]
+PREPARE = ["prepare", "--tokenizer", "{place}/tokenizer", "--output", "{place}/never"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "line"),
+    [
+        (
+            [*PREPARE, *FILES, "--valid-share", "0.6", "--test-share", "0.6"],
+            "leave nothing for train; together they",
+        ),
+        ([*PREPARE, *FILES, "--valid-share", "nan"], "valid_share is nan; it must be 0 or more, and less than 1"),
+        ([*PREPARE, *FILES, "--minimum-characters", "-3"], "minimum_characters is -3; it must be 0 or more"),
+        ([*PREPARE, *FILES, "--workers", "0"], "workers is 0; it must be 1 to 1,024"),
+        ([*PREPARE, *FILES, "--workers", "1000000"], "workers is 1000000; it must be 1 to 1,024"),
+        ([*PREPARE, "--source", "files"], "no files named; give some with --path PATTERN"),
+        ([*PREPARE, "--source", "files", "--path", ""], "no path; give a file, a folder, a pattern or a URL"),
+        ([*PREPARE[:-1], "", *FILES], "'' names no folder; give one, or a URL"),
+        ([*PREPARE, *FILES, "--path", "valid={place}/a.txt"], "no file is left for train: all are named for valid too"),
+        (
+            ["tokenizer", "--output", "{place}/never", *FILES, "--vocab-size", "-1"],
+            "vocab_size is -1; the least is",
+        ),
+        (
+            ["tokenizer", "--output", "{place}/never", *FILES, "--training-bytes", "0"],
+            "training_bytes is 0; it must be",
+        ),
+        (["verify", "{place}/a.txt"], "a file, not a dataset folder; give the folder that `globallocal prepare` made"),
+        (["verify", "{place}", "--quick", "--deep"], "--quick and --deep contradict each other; choose one"),
+    ],
+)
+def test_contradictory_options_are_one_line_at_once(arguments, line, place, capfd):
+    assert main([word.replace("{place}", str(place)) for word in arguments]) == 2
+    errors = capfd.readouterr().err.splitlines()
+    assert len(errors) == 1
+    assert errors[0].startswith("error: ")
+    assert line in errors[0]
+    assert not (place / "never").exists()
+
+
+def test_what_cannot_be_shown_or_written_is_one_line(place, capfd):
+    options = ["--source", "files", "--path", str(place / "a.txt"), "--workers", "1"]
+    assert main(["prepare", *options, "--tokenizer", str(place / "tokenizer"), "--output", str(place / "data")]) == 0
+    capfd.readouterr()
+    for options, line in (
+        (["--sample", "0", "--sequence-length", "0"], "sequence_length is 0; it must be 1 or more"),
+        (["--sample", "0", "--sequence-length", "100000"], "too few for a sample of 100,000; ask for a shorter"),
+        (["--html", "/proc/page.html"], "/proc/page.html: cannot be written; "),
+    ):
+        assert main(["inspect", str(place / "data"), *options]) == 2
+        errors = capfd.readouterr().err
+        assert line in errors
+        assert errors.count("\n") == 1
+
+
+def test_no_secret_of_a_url_is_printed(place, capfd, monkeypatch):
+    monkeypatch.setattr(remote, "_FIRST_DELAY_SECONDS", 0.001)
+    url = "http://bob:hidden@127.0.0.1:9/a.jsonl?token=secret"
+    options = ["--source", "files", "--path", url, "--tokenizer", str(place / "tokenizer")]
+    assert main(["prepare", *options, "--output", str(place / "never")]) == 2
+    said = "".join(capfd.readouterr())
+    assert "http://127.0.0.1:9/a.jsonl: ConnectionError [Errno 111] Connection refused, after 8 tries; check" in said
+    assert "hidden" not in said
+    assert "secret" not in said
+
+
+def test_a_parquet_column_of_integers_is_exit_code_2_every_time(place):
+    """The process must also end well: a thread that still reads would abort it."""
+    file = place / "integers.parquet"
+    pyarrow.parquet.write_table(pyarrow.table({"text": list(range(1000))}), file, row_group_size=10)
+    options = ["--source", "files", "--path", str(file), "--workers", "1"]
+    command = [sys.executable, "-m", "launch", "prepare", *options, "--tokenizer", str(place / "tokenizer")]
+    for number in range(5):
+        job = subprocess.run(
+            [*command, "--output", str(place / f"out-{number}")], cwd=ROOT, capture_output=True, text=True
+        )
+        line = f"error: {file}: column 'text' holds int64, not text; name another with --text-column\n"
+        assert (job.returncode, job.stderr) == (2, line)
