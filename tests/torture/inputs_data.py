@@ -434,7 +434,7 @@ def run(folder: Path, share: int = 1) -> dict[str, object]:
     """The figures of the tour; of a short one with `share`, every so many inputs only."""
     tokenizer = train_tokenizer(["a few words to learn from, and no more"] * 20, TokenizerSettings(300))
     broken: list[str] = []
-    shared_memory, began = set(os.listdir("/dev/shm")), time.monotonic()
+    shared_memory, began = mapped_shared_memory(), time.monotonic()
     counts = {"files": 0, "servers": 0, "done": 0, "refused": 0}
     for number, case in enumerate(list(file_cases())[::share]):
         place = folder / f"file-{number}"
@@ -453,7 +453,7 @@ def run(folder: Path, share: int = 1) -> dict[str, object]:
                 lambda f=fault, n=left, r=reader, p=place: read_case(f, n, r, p, files, tokenizer), place / "dataset"
             )
             note(verdict, f"server: {fault}, {'always' if left > 2 else 'twice'}, {reader}", broken, counts)
-    if left_behind := set(os.listdir("/dev/shm")) - shared_memory:
+    if left_behind := mapped_shared_memory() - shared_memory:
         broken.append(f"left in /dev/shm: {', '.join(sorted(left_behind))}")
     if children := multiprocessing.active_children():
         broken.append(f"left running: {children}")
@@ -467,6 +467,11 @@ def run(folder: Path, share: int = 1) -> dict[str, object]:
         "longest allowed wait, seconds": LIMIT_SECONDS,
         "took, seconds": round(time.monotonic() - began),
     }
+
+
+def mapped_shared_memory() -> set[str]:
+    """What this process has in /dev/shm, where other processes have files too."""
+    return set(re.findall(r"/dev/shm/\S+", Path("/proc/self/maps").read_text()))
 
 
 def note(verdict: str, name: str, broken: list[str], counts: dict[str, int]) -> None:
