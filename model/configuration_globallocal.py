@@ -5,7 +5,10 @@ D pool_dim, R router_hidden_size, k router_top_k, K conv_kernel_size, L num_hidd
 """
 
 import math
-from dataclasses import field, fields
+import re
+import reprlib
+from collections.abc import Mapping
+from dataclasses import field
 from typing import Any
 
 from huggingface_hub.dataclasses import strict
@@ -88,6 +91,9 @@ class GlobalLocalConfig(PreTrainedConfig):
     pad_token_id: int | None = None
 
     def __post_init__(self, **kwargs: Any) -> None:
+        problems = setting_problems({name: getattr(self, name) for name in type(self).__annotations__})
+        if problems:
+            raise ValueError("\n".join(problems))
         if self.intermediate_size == 0:
             self.intermediate_size = 4 * self.hidden_size
         if self.pool_dim == 0:
@@ -96,7 +102,7 @@ class GlobalLocalConfig(PreTrainedConfig):
             self.router_hidden_size = min(1024, self.pool_size)
         if self.summary_heads == 0:
             self.summary_heads = math.gcd(8, self.hidden_size)
-        if self.initializer_range == 0 and self.hidden_size > 0:
+        if self.initializer_range == 0:
             self.initializer_range = 0.5 / math.sqrt(self.hidden_size)
         problems = self._problems()
         if problems:
@@ -108,16 +114,11 @@ class GlobalLocalConfig(PreTrainedConfig):
         """The preset `name` with some settings replaced.
 
         Raises:
-            ValueError: if no preset or setting has such a name; the message lists the known ones.
+            ValueError: if no preset or setting has such a name, or a value cannot work: one line for each.
         """
         if name not in PRESETS:
             raise ValueError(f"unknown model preset {name!r}; known presets: {', '.join(PRESETS)}")
-        known = {setting.name for setting in fields(cls)}
-        problems = [
-            f"unknown model setting {key!r}; known settings: {', '.join(sorted(known))}"
-            for key in overrides
-            if key not in known
-        ]
+        problems = setting_problems(overrides)
         if problems:
             raise ValueError("\n".join(problems))
         return cls(**(PRESETS[name] | overrides))
@@ -215,46 +216,27 @@ class GlobalLocalConfig(PreTrainedConfig):
         return 6.0 * trained + 2.0 * forward_only
 
     def _problems(self) -> list[str]:
-        """Every setting that cannot work, one line each: value, bound, remedy."""
-        problems = [
-            f"{name} is {getattr(self, name)}; it must be at least 1"
-            for name in _POSITIVE_SIZES
-            if getattr(self, name) < 1
-        ]
+        """Every pair of settings that cannot work together, one line each: value, bound, remedy."""
+        problems = []
         if self.router_top_k > self.pool_size:
             problems.append(
                 f"router_top_k is {self.router_top_k}, but the pool has only {self.pool_size} rows; "
                 f"lower router_top_k or raise pool_size"
             )
-        schedules: list = self.conv_dilations if self._cycles_dilations else [self.conv_dilations]
-        if not all(layer and min(layer) >= 1 for layer in schedules):
-            problems.append(
-                f"conv_dilations is {self.conv_dilations}; every layer needs one dilation or more, each at least 1"
-            )
         problems += self._score_problems()
-        if self.router_context not in ("token", "summary"):
-            problems.append(f"router_context is {self.router_context!r}; it must be 'token' or 'summary'")
-        if self.summary_heads < 1 or self.hidden_size % self.summary_heads:
+        if self.hidden_size % self.summary_heads:
             problems.append(f"summary_heads is {self.summary_heads}; it must divide hidden_size, {self.hidden_size}")
-        if self.norm_placement not in ("pre", "post"):
-            problems.append(f"norm_placement is {self.norm_placement!r}; it must be 'pre' or 'post'")
-        if not 0.0 <= self.dropout < 1.0:
-            problems.append(f"dropout is {self.dropout}; it must be at least 0 and below 1")
-        if self.initializer_range < 0:
-            problems.append(
-                f"initializer_range is {self.initializer_range}; it must be above 0, or 0 for 0.5 / √hidden_size"
-            )
-        if checkpointed_blocks(self.activation_checkpointing, 1) is None:
-            problems.append(
-                f"activation_checkpointing is {self.activation_checkpointing!r}; "
-                f"it must be 'none', 'full', 'selective', 'deepspeed' or 'every-N' with N at least 1"
-            )
+        for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+            given = getattr(self, name)
+            for token_id in given if isinstance(given, list) else [] if given is None else [given]:
+                if not 0 <= token_id < self.vocab_size:
+                    problems.append(
+                        f"{name} is {_short(token_id)}; it must be from 0 to vocab_size - 1, {self.vocab_size - 1}"
+                    )
         return problems
 
     def _score_problems(self) -> list[str]:
-        if self.router_scores not in ("dense", "product_key"):
-            return [f"router_scores is {self.router_scores!r}; it must be 'dense' or 'product_key'"]
-        if self.router_scores == "dense" or self.pool_size < 1:
+        if self.router_scores == "dense":
             return []
         problems = []
         if self.router_hidden_size % 2:
@@ -275,16 +257,102 @@ def checkpointed_blocks(policy: str, num_layers: int) -> list[bool] | None:
     """Which blocks recompute their activations under `policy`; None if there is no such policy."""
     if policy in ("full", "selective", "deepspeed", "none"):
         return [policy != "none"] * num_layers
-    prefix, _, number = policy.partition("-")
-    if prefix == "every" and number.isdigit() and int(number) > 0:
-        return [layer % int(number) == 0 for layer in range(num_layers)]
+    every = re.fullmatch(r"every-([1-9][0-9]{0,8})", policy)
+    return [layer % int(every[1]) == 0 for layer in range(num_layers)] if every else None
+
+
+def setting_problems(settings: Mapping[str, Any]) -> list[str]:
+    """One line for each name that is no setting of the model, and each value of another kind or out of its range."""
+    known = GlobalLocalConfig.__annotations__
+    problems = []
+    for name, value in settings.items():
+        if name not in known:
+            problems.append(f"unknown model setting {name!r}; known settings: {', '.join(sorted(known))}")
+        elif wanted := (_kind_wanted(name, value) or _range_wanted(name, value)):
+            problems.append(f"{name} is {_short(value)}; {wanted}")
+    return problems
+
+
+def _kind_wanted(name: str, value: Any) -> str | None:
+    """What the setting takes, if `value` is of another kind."""
+    kind = GlobalLocalConfig.__annotations__[name]
+    try:
+        for validator in GlobalLocalConfig.__validators__[name]:  # type: ignore[attr-defined]
+            validator(value)
+    except (ValueError, TypeError):
+        return f"it must be {_KINDS[kind]}"
+    truth = isinstance(value, bool) and kind is not bool  # a whole number to Python
+    return f"it must be {_KINDS[kind]}" if truth else None
+
+
+def _range_wanted(name: str, value: Any) -> str | None:
+    """The bound that `value`, of the right kind, does not keep."""
+    if name in _RANGES:
+        low, high = _RANGES[name]
+        if low <= value <= high or (value == 0 and name in _DERIVED):  # NaN is in no range
+            return None
+        bound = f"at least {low}" if value < low else f"at most {high}" if value > high else f"from {low} to {high}"
+        return f"it must be {bound}" + (f", or 0 for {_DERIVED[name]}" if name in _DERIVED else "")
+    if name == "dropout":
+        return None if 0.0 <= value < 1.0 else "it must be at least 0 and below 1"
+    if name in _CHOICES:
+        return None if value in _CHOICES[name] else f"it must be {' or '.join(map(repr, _CHOICES[name]))}"
+    if name == "conv_dilations":
+        layers = value if value and isinstance(value[0], list) else [value]
+        whole = all(layer and all(type(item) is int and 1 <= item <= _LARGEST for item in layer) for layer in layers)
+        return None if whole else f"every layer needs one dilation or more, each from 1 to {_LARGEST}"
+    if name == "activation_checkpointing" and checkpointed_blocks(value, 1) is None:
+        return "it must be 'none', 'full', 'selective', 'deepspeed' or 'every-N' with N at least 1"
     return None
 
 
-_POSITIVE_SIZES = (
-    "vocab_size", "hidden_size", "num_hidden_layers", "intermediate_size", "max_position_embeddings",
-    "pool_size", "pool_dim", "conv_kernel_size", "router_top_k", "router_hidden_size", "summary_key_size",
+def _short(value: Any) -> str:
+    """As Python writes it, cut in the middle where it is long."""
+    return _SHORT.repr(value)
+
+
+_SHORT = reprlib.Repr()
+_SHORT.maxstring = _SHORT.maxother = 60
+_SHORT.maxlist = 20
+
+_LARGEST = 2**31 - 1
+_SIZES = (
+    "vocab_size", "hidden_size", "intermediate_size", "max_position_embeddings", "pool_size", "pool_dim",
+    "conv_kernel_size", "router_top_k", "router_hidden_size", "summary_heads", "summary_key_size",
 )  # fmt: skip
+_RANGES: dict[str, tuple[float, float]] = {
+    **dict.fromkeys(_SIZES, (1, _LARGEST)),
+    "num_hidden_layers": (1, 10_000),
+    "pool_seed": (0, 2**63 - 1),
+    "router_temperature": (0.1, 5),
+    "diversity_loss_scale": (0, 1e6),
+    "layer_norm_eps": (1e-12, 1),
+    "initializer_range": (1e-6, 10),
+}
+"""Lowest and highest value of each number; what a model may cost is for the machine to say."""
+_DERIVED = {
+    "intermediate_size": "4 · hidden_size",
+    "pool_dim": "4 · hidden_size",
+    "router_hidden_size": "min(1024, pool_size)",
+    "summary_heads": "gcd(8, hidden_size)",
+    "initializer_range": "0.5 / √hidden_size",
+}
+"""What 0 stands for."""
+_CHOICES = {
+    "router_scores": ("dense", "product_key"),
+    "router_context": ("token", "summary"),
+    "norm_placement": ("pre", "post"),
+}
+_KINDS: dict[Any, str] = {
+    int: "a whole number",
+    float | int: "a number",
+    str: "text",
+    bool: "true or false",
+    int | None: "a whole number or null",
+    int | list[int] | None: "a whole number, a list of them, or null",
+    list[int] | list[list[int]]: "a list of whole numbers, or a list of such lists",
+}
+"""How a person says what a setting takes."""
 
 # Each layer looks further than the one below it: 1,173 positions after four layers, and on from there.
 _WIDENING = [[1, 2], [4, 8], [16, 64], [128, 512]]

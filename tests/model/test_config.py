@@ -86,32 +86,68 @@ def test_derived_sizes_and_a_round_trip(tmp_path):
 
 
 def test_all_problems_are_named_at_once():
-    with pytest.raises(ValueError, match="router_top_k is 9") as caught:
+    with pytest.raises(ValueError, match="num_hidden_layers is 0") as caught:
         tiny_config(
-            router_top_k=9,
-            pool_size=4,
             norm_placement="middle",
             router_context="all",
-            summary_heads=5,
+            router_temperature=0,
             dropout=1.0,
             initializer_range=-0.1,
             conv_dilations=[[1], []],
             activation_checkpointing="every-0",
             num_hidden_layers=0,
+            pool_size=10**30,
+            layer_norm_eps=float("nan"),
         )
-    lines = str(caught.value).splitlines()
-    assert lines == [
+    assert str(caught.value).splitlines() == [
         "num_hidden_layers is 0; it must be at least 1",
-        "router_top_k is 9, but the pool has only 4 rows; lower router_top_k or raise pool_size",
-        "conv_dilations is [[1], []]; every layer needs one dilation or more, each at least 1",
+        "pool_size is 1000000000000000000000000000000; it must be at most 2147483647",
+        "conv_dilations is [[1], []]; every layer needs one dilation or more, each from 1 to 2147483647",
+        "router_temperature is 0; it must be at least 0.1",
         "router_context is 'all'; it must be 'token' or 'summary'",
-        "summary_heads is 5; it must divide hidden_size, 12",
-        "norm_placement is 'middle'; it must be 'pre' or 'post'",
         "dropout is 1.0; it must be at least 0 and below 1",
-        "initializer_range is -0.1; it must be above 0, or 0 for 0.5 / √hidden_size",
+        "norm_placement is 'middle'; it must be 'pre' or 'post'",
+        "layer_norm_eps is nan; it must be from 1e-12 to 1",
+        "initializer_range is -0.1; it must be at least 1e-06, or 0 for 0.5 / √hidden_size",
         "activation_checkpointing is 'every-0'; "
         "it must be 'none', 'full', 'selective', 'deepspeed' or 'every-N' with N at least 1",
     ]
+
+
+def test_all_pairs_that_contradict_are_named_at_once():
+    with pytest.raises(ValueError, match="router_top_k is 9") as caught:
+        tiny_config(router_top_k=9, pool_size=4, summary_heads=5, eos_token_id=[3, 31], pad_token_id=-1)
+    assert str(caught.value).splitlines() == [
+        "router_top_k is 9, but the pool has only 4 rows; lower router_top_k or raise pool_size",
+        "summary_heads is 5; it must divide hidden_size, 12",
+        "eos_token_id is 31; it must be from 0 to vocab_size - 1, 30",
+        "pad_token_id is -1; it must be from 0 to vocab_size - 1, 30",
+    ]
+
+
+def test_values_of_another_kind_are_named_at_once():
+    wrong = {
+        "hidden_size": "big",
+        "num_hidden_layers": 32.5,
+        "pool_size": None,
+        "pool_dim": True,
+        "dropout": "none",
+        "conv_dilations": ["a"],
+        "tie_word_embeddings": "x" * 100_000,
+    }
+    with pytest.raises(ValueError, match="hidden_size is 'big'") as caught:
+        GlobalLocalConfig.from_preset("quickstart", **wrong)
+    lines = str(caught.value).splitlines()
+    assert lines[:-1] == [
+        "hidden_size is 'big'; it must be a whole number",
+        "num_hidden_layers is 32.5; it must be a whole number",
+        "pool_size is None; it must be a whole number",
+        "pool_dim is True; it must be a whole number",
+        "dropout is 'none'; it must be a number",
+        "conv_dilations is ['a']; it must be a list of whole numbers, or a list of such lists",
+    ]
+    assert lines[-1].endswith("; it must be true or false")
+    assert len(lines[-1]) < 200
 
 
 def test_product_keys_need_a_pool_with_two_similar_factors():
