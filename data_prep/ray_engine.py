@@ -67,7 +67,7 @@ def _import_ray() -> Any:
     try:
         import ray
     except ImportError:
-        raise UserError("--engine ray needs Ray; install it with `pip install 'globallocal[ray]'`") from None
+        raise UserError("--engine ray needs Ray; install it with `pip install 'ray>=2.40'`") from None
     return ray
 
 

@@ -4,9 +4,10 @@ Each module of sub-commands offers `register(app)` and imports torch, DeepSpeed 
 function that needs them, so that `--help` answers at once.
 """
 
+import os
 import sys
 from collections.abc import Sequence
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -16,6 +17,9 @@ from launch.commands import checkpoints as checkpoint_commands
 from launch.commands import data as data_commands
 from launch.commands import model as model_commands
 from launch.commands import run as run_commands
+from launch.interrupt import INTERRUPTED, bounded_interrupt, next_time
+
+UsageError: Any = typer.BadParameter.__mro__[1]  # typer carries a copy of click, and gives this class no public name
 
 app = typer.Typer(
     name="globallocal",
@@ -46,16 +50,36 @@ for commands in (data_commands, run_commands, checkpoint_commands, model_command
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one sub-command and return its exit code.
+    """Run one sub-command and return its exit code: the one door for mistakes and Ctrl-C.
 
-    0: done. 2: something to fix, one `error:` line each on stderr. 130: interrupted. Else the job's own code.
+    0: done. 2: something to fix, one `error:` line each on stderr. 130: interrupted, with a line that says what the
+    same command does next. Else the job's own code.
     """
+    words = list(sys.argv[1:] if arguments is None else arguments)
     try:
-        app(list(sys.argv[1:] if arguments is None else arguments))
+        with bounded_interrupt(words):
+            code = app(words, standalone_mode=False)
     except UserError as error:
-        for problem in error.problems:
-            print(f"{error.word}: {problem}", file=sys.stderr)
-        return error.exit_code
-    except SystemExit as leaving:
-        return leaving.code if isinstance(leaving.code, int) else int(leaving.code is not None)
-    return 0
+        return _refuse(error.problems, error.exit_code, error.word)
+    except UsageError as error:
+        if not words or words == ["checkpoints"]:
+            error.show()  # the help
+            return error.exit_code
+        where = error.ctx.command_path.replace("python -m launch", "globallocal") if error.ctx else "globallocal"
+        return _refuse([f"{' '.join(error.format_message().split())[:500]}; {where} --help lists what is valid"])
+    except BrokenPipeError:  # the reader has seen enough: `globallocal … | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except OSError as error:
+        if not error.filename:
+            raise
+        return _refuse([f"{error.filename}: {error.strerror}; give a path that is there and that you may use"])
+    if code == INTERRUPTED:
+        print(next_time(words), file=sys.stderr, flush=True)
+    return code if isinstance(code, int) else 0
+
+
+def _refuse(problems: Sequence[str], exit_code: int = 2, word: str = "error") -> int:
+    for problem in problems:
+        print(f"{word}: {problem}", file=sys.stderr)
+    return exit_code

@@ -21,16 +21,17 @@ from pipeline.checkpoints.snapshot import HostBuffers
 from pipeline.checkpoints.space import checkpoint_bytes, retained, start_problems
 from pipeline.checkpoints.write import DeferringCheckpointEngine, logit_fingerprint
 from pipeline.config import RunConfig
-from pipeline.data.corpus import Corpus, open_corpus
+from pipeline.data.corpus import Corpus
 from pipeline.data.loader import BatchLayout, BatchLoader, batch_hash, data_step
 from pipeline.data.samples import Source
 from pipeline.distributed.clock import Clock
 from pipeline.distributed.stop import StopRequest
 from pipeline.distributed.world import World
-from pipeline.engine.engine import check_machine, deepspeed_config, initialize, resolve_precision, zero_stage
+from pipeline.engine.engine import initialize, resolve_precision, zero_stage
 from pipeline.engine.optim import describe_groups, parameter_groups
 from pipeline.evaluate import continuations, held_out
-from pipeline.export.load import build_model_config, load_tokenizer
+from pipeline.export.load import keep_model, load_tokenizer
+from pipeline.fitting import fit
 from pipeline.health.guard import Guard
 from pipeline.health.state import HealthState
 from pipeline.profiler import StepProfiler
@@ -46,21 +47,25 @@ log = logging.getLogger("globallocal")
 
 def build(config: RunConfig, world: World, stop: StopRequest, clock: Clock) -> Trainer:
     """Every part of a run, from its settings. All that can be wrong is found here, before step 0."""
-    with world.together():
-        corpus = open_corpus(config.data)
-        data = config.data
-        source = corpus.source(data.train_split, data.sequence_length, config.order_seed, data.window_tokens)
-        layout = BatchLayout(config.training.global_batch_size, config.training.micro_batch_size, world.size)
-        model_config = build_model_config(config, corpus)
     precision = resolve_precision(config.training.precision, world)
     with world.together():
-        settings = deepspeed_config(config, layout, precision)
-        check_machine(config, settings, world.size, world.device.type == "cuda")
+        fitted = fit(config, world.size, precision, world.device)
+    corpus, source, layout, model_config = fitted.corpus, fitted.source, fitted.layout, fitted.model
+    settings, steps = fitted.deepspeed, fitted.steps
+    assert corpus is not None
+    assert source is not None
+    assert layout is not None
+    assert model_config is not None
+    assert steps is not None
     check_corpus(config, corpus, world, clock)
-    with world.together():
-        steps = max_steps(config, source.num_samples)
     clock.move()
 
+    with world.together():
+        if world.is_main:
+            try:
+                keep_model(model_config, corpus.tokenizer_folder, config.run_folder)
+            except OSError as error:
+                raise UserError(f"{config.run_folder}: {error.strerror}; make room, or free its rights") from None
     transformers.set_seed(config.run.seed)
     model = GlobalLocalForCausalLM(model_config)
     torch.nn.Module.to(model, world.device)  # transformers' own `to` is typed too narrowly
@@ -168,16 +173,6 @@ def build(config: RunConfig, world: World, stop: StopRequest, clock: Clock) -> T
     return trainer
 
 
-def max_steps(config: RunConfig, num_samples: int) -> int:
-    """Raises UserError where the run has no such steps as are to be profiled."""
-    steps = config.training.steps(num_samples)
-    try:
-        config.training.check_profile(steps)
-    except ValueError as error:
-        raise UserError(f"training: {error}") from None
-    return steps
-
-
 def build_utilisation(config: RunConfig, world: World, model_config: GlobalLocalConfig, precision: str) -> Utilisation:
     """Says what MFU is measured against, or why there is none."""
     given, name = config.training.peak_teraflops_per_device, device_name(world.device)
@@ -217,10 +212,6 @@ def check_corpus(config: RunConfig, corpus: Corpus, world: World, clock: Clock) 
     """Look at every shard before step 0, each rank at its share."""
     problems: list[str] = []
     wanted = [name for name in dict.fromkeys([config.data.train_split, config.evaluation.split]) if name]
-    with world.together():
-        for part in corpus.parts:
-            for name in wanted:
-                part.dataset.split(name)
     if config.data.verify != "none":
         hashes = config.data.verify == "hashes"
         problems = corpus.check_shards(wanted, world.rank, world.size, hashes, clock.touch)
@@ -237,13 +228,18 @@ def start_tracker(
 ) -> Any:
     if not (world.is_main and config.tracking.enabled):
         return NullTracker()
+    # Another run's checkpoint is where this one begins; its MLflow run stays its own.
+    own = resumed.folder is None or resumed.folder.parent.absolute() == config.checkpoints.absolute()
+    parent = {} if own else {"globallocal.begins_from": str(resumed.folder)}
+    if not own and resumed.mlflow_run_id:
+        parent |= {"mlflow.parentRunId": resumed.mlflow_run_id}
     return open_tracker(
         config.tracking,
         config.run_folder,
         config.run.name,
-        resumed.mlflow_run_id,
+        resumed.mlflow_run_id if own else None,
         {**config.flat(), "precision": precision, "world_size": world.size},
-        {"dataset_id": corpus.dataset_id} | restart_tags(config.run_folder),
+        {"dataset_id": corpus.dataset_id} | parent | restart_tags(config.run_folder),
         [
             {
                 "source": part.location,

@@ -137,6 +137,12 @@ def _exp(value: float) -> float:
     return math.exp(value) if value < 700 else math.inf
 
 
+def prompt_ids(tokenizer: Any, prompt: str) -> torch.Tensor:
+    """int64 [1, n]; an empty prompt begins as a document does, behind the token that ends the one before."""
+    ids = tokenizer(prompt, add_special_tokens=False).input_ids
+    return torch.tensor([ids or [tokenizer.eos_token_id]], dtype=torch.int64)
+
+
 @torch.no_grad()
 def continuations(
     model: Any,
@@ -159,7 +165,7 @@ def continuations(
         torch.manual_seed(seed)
         for prompt in prompts:
             before_text()
-            ids = tokenizer(prompt, add_special_tokens=False, return_tensors="pt").input_ids.to(device)
+            ids = prompt_ids(tokenizer, prompt).to(device)
             output = model.generate(
                 input_ids=ids,
                 attention_mask=torch.ones_like(ids),

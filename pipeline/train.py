@@ -14,18 +14,23 @@ if not __package__:  # started as a file: `pipeline/` must not shadow other peop
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import logging
+import os
 import platform
 import signal
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
+from pipeline.distributed.stop import Stopped, StopRequest
+
+EARLY = StopRequest() if __name__ == "__main__" else None
+"""What follows takes seconds to import, and a signal in these is a wish to stop like any other."""
+
 from data_prep.errors import UserError
 from pipeline.build import build
 from pipeline.checkpoints.folder import lock
 from pipeline.config import RunConfig, load_config
 from pipeline.distributed.clock import Clock
-from pipeline.distributed.stop import StopRequest
 from pipeline.distributed.watchdog import Watch
 from pipeline.distributed.world import SharedUserError, World, outlast, shutdown, start
 from pipeline.exit_codes import PREEMPTED
@@ -39,8 +44,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--local_rank", type=int, default=0, help="set by the deepspeed launcher")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
     options = parser.parse_intermixed_args(arguments)
-    stop = StopRequest()
-    world = start()
+    stop = EARLY or StopRequest()
+    try:
+        world = start(stop)
+    except Stopped:
+        print(f"{stop.reason}: stopped before the first step; nothing to save", flush=True)
+        sys.stderr.flush()
+        os._exit(PREEMPTED)  # a thread may be in a compiler's hands
     try:
         with world.together():
             config = load_config(options.config, options.overrides)

@@ -2,7 +2,8 @@
 
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -26,6 +27,18 @@ from pipeline.random_state import random_state, set_random_state
 from pipeline.utilisation import Utilisation, describe, peak_memory_bytes
 
 log = logging.getLogger("globallocal")
+
+
+@contextmanager
+def decorating(what: str) -> Iterator[None]:
+    """What only shows how a run is doing: a fault in it is a line in the log, never the end of the run."""
+    try:
+        yield
+    except Stopped:
+        raise
+    except Exception as error:
+        said = " ".join(str(error).split())[:300]
+        log.warning(f"{what}: {type(error).__name__}: {said}; training goes on without")
 
 
 @dataclass
@@ -244,7 +257,9 @@ class Trainer:
         assert self.evaluate is not None
         with self.clock.phase("evaluation"):
             result = self.evaluate(self.stop_if_asked)
-            texts = self.generate(self.stop_if_asked)
+            texts: list[str] = []
+            with decorating("samples"):
+                texts = self.generate(self.stop_if_asked)
         self.pending_evaluation = False
         self.evaluation = {"step": self.step, **result}
         self.tracker.log_metrics({f"valid/{name}": value for name, value in result.items()}, self.step)
@@ -254,7 +269,8 @@ class Trainer:
             f"({result['tokens']:,.0f} tokens)"
         )
         if texts:
-            self.tracker.log_text("\n\n---\n\n".join(texts), f"samples/step-{self.step:08d}.txt")
+            with decorating("samples"):
+                self.tracker.log_text("\n\n---\n\n".join(texts), f"samples/step-{self.step:08d}.txt")
             for text in texts:
                 log.info(f"sample: {text!r}")
 

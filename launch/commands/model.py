@@ -29,9 +29,11 @@ def evaluate(
         str | None, typer.Option(help="Folder or URL of a prepared dataset; what was trained on when absent.")
     ] = None,
     split: Annotated[str, typer.Option(help="Which of its splits.")] = "valid",
-    sequence_length: Annotated[int | None, typer.Option(help="Tokens a sample; that of training when absent.")] = None,
-    batch_size: Annotated[int, typer.Option(help="Samples at once.")] = 8,
-    max_samples: Annotated[int | None, typer.Option(help="Only the first so many samples.")] = None,
+    sequence_length: Annotated[
+        int | None, typer.Option(min=1, max=2**31 - 1, help="Tokens a sample; that of training when absent.")
+    ] = None,
+    batch_size: Annotated[int, typer.Option(min=1, max=65536, help="Samples at once.")] = 8,
+    max_samples: Annotated[int | None, typer.Option(min=1, help="Only the first so many samples.")] = None,
 ) -> None:
     """Measure held-out loss, token and word perplexity and bits per byte.
 
@@ -64,6 +66,12 @@ def evaluate(
             "evaluate on a dataset of the model's tokenizer"
         )
     length = sequence_length or loaded.model.config.max_position_embeddings
+    tokens = max((part.dataset.split(split).tokens for part in corpus.parts), default=0)
+    if sequence_length and length >= tokens > 1:
+        raise UserError(
+            f"--sequence-length {length:,} is longer than split {split}, {tokens:,} tokens; give {tokens - 1:,} or less"
+        )
+    batch_size = min(batch_size, max_samples or batch_size, -(-tokens // length))  # no padding beyond the split
     device = best_device()
     result = held_out(loaded.model.to(device), corpus, split, length, batch_size, max_samples, device)
     for part in corpus.parts:
@@ -84,8 +92,8 @@ def evaluate(
 def generate(
     path: ModelPath,
     prompt: Annotated[list[str], typer.Option(help="Text to continue; may be given several times.")],
-    max_new_tokens: Annotated[int, typer.Option(help="Tokens added to each prompt.")] = 64,
-    seed: Annotated[int, typer.Option(help="Same seed, same text.")] = 0,
+    max_new_tokens: Annotated[int, typer.Option(min=1, max=100_000, help="Tokens added to each prompt.")] = 64,
+    seed: Annotated[int, typer.Option(min=0, max=2**31 - 1, help="Same seed, same text.")] = 0,
 ) -> None:
     """Continue prompts by sampling (temperature 0.8, the 50 likeliest tokens).
 

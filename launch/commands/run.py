@@ -97,7 +97,7 @@ def rehearse(
 
     Example:
 
-        globallocal rehearse --config launch/runs/wikitext103-base.yaml --ranks 1024 training.global_batch_size=4096
+        globallocal rehearse --config launch/runs/wikitext103-base.yaml --ranks 1024 training.global_batch_size=8192
     """
     from launch.jobs.local import choose_accelerator
 
@@ -188,7 +188,9 @@ def train(
     from launch.jobs.local import LocalRun, run
 
     settings = checked_config(config, overrides)
-    raise typer.Exit(run(LocalRun(config, tuple(overrides or ()), settings, processes), max_restarts=0))
+    job = LocalRun(config, tuple(overrides or ()), settings, processes)
+    check_fit(settings, job.ranks)
+    raise typer.Exit(run(job, max_restarts=0))
 
 
 def launch(
@@ -204,7 +206,12 @@ def launch(
     master_addr: Annotated[
         str, typer.Option(help="hostfile, slurm: address of the first host; asked of it when absent.")
     ] = "",
-    master_port: Annotated[int, typer.Option(help="Port of the first host; another where it is taken.")] = 29500,
+    master_port: Annotated[
+        int | None,
+        typer.Option(
+            min=1, max=65535, help="Port of the first host, 29500 when absent; local: a free one when absent."
+        ),
+    ] = None,
     interface: Annotated[
         str, typer.Option(help="hostfile, slurm: network interface; found on each node when absent.")
     ] = "",
@@ -245,6 +252,7 @@ def launch(
         --time 24:00:00 --sbatch=--gpus-per-node=8 --dry-run
     """
     from data_prep.errors import UserError
+    from launch.jobs.environment import DEFAULT_PORT
     from launch.jobs.local import LocalRun, Run, run
     from launch.jobs.over_hosts import HostfileRun
 
@@ -268,6 +276,7 @@ def launch(
         if dry_run:
             typer.echo(queued.describe())
             return
+        check_fit(settings, None)
         raise typer.Exit(queued.submit(wait))
     if hostfile is not None:
         job = HostfileRun.from_options(
@@ -279,7 +288,7 @@ def launch(
             exclude=exclude,
             ssh=ssh,
             master_address=master_addr,
-            master_port=master_port,
+            master_port=master_port or DEFAULT_PORT,
             interface=interface,
             names=tuple(env or ()),
             min_nodes=min_nodes,
@@ -289,6 +298,7 @@ def launch(
     if dry_run:
         typer.echo(job.describe())
     else:
+        check_fit(settings, job.ranks if isinstance(job, LocalRun) else None)
         raise typer.Exit(run(job, max_restarts))
 
 
@@ -297,3 +307,20 @@ def checked_config(config: Path, overrides: list[str] | None) -> RunConfig:
     from pipeline.config import load_config
 
     return load_config(config, overrides or [])
+
+
+def check_fit(settings: RunConfig, ranks: int | None) -> None:
+    """Settings against each other, the dataset, the DeepSpeed JSON and this machine, before any rank has started.
+
+    Args:
+        ranks: None for a job on other hosts: what they have is for them to say.
+    """
+    from launch.jobs.local import choose_accelerator, local_devices
+
+    choose_accelerator()
+    import torch
+
+    from pipeline.fitting import fit, local_precision
+
+    device = torch.device("cuda" if local_devices() and torch.cuda.is_available() else "cpu")
+    fit(settings, ranks, local_precision(settings, device), device, dataset_is_here=ranks is not None)

@@ -106,7 +106,7 @@ def environment_script(job: ClusterJob, given: Mapping[str, str]) -> str:
     Raises:
         UserError: a variable asked for by name that is not set.
     """
-    values = {name: value for name, value in os.environ.items() if FORWARDED.match(name)}
+    values = {name: value for name, value in os.environ.items() if FORWARDED.match(name)} | deepspeed_env()
     missing = [name for name in job.names if name not in os.environ]
     if missing:
         raise UserError([f"--env {name}: it is not set in this shell; export it first" for name in missing])
@@ -147,7 +147,28 @@ def write_files(files: Mapping[Path, str]) -> None:
 
 def runner_environment(environment: Mapping[str, str]) -> dict[str, str]:
     """The environment of DeepSpeed's runner without what it would print."""
-    return {name: value for name, value in environment.items() if not EXPORTED_BY_DEEPSPEED.match(name)}
+    plain = {name: value for name, value in environment.items() if not EXPORTED_BY_DEEPSPEED.match(name)}
+    return {**plain, "DS_ENV_FILE": os.devnull}  # read by us already: DeepSpeed trips over comments and blank lines
+
+
+def deepspeed_env() -> dict[str, str]:
+    """What DeepSpeed's own `.deepspeed_env` (at home, or here) sets: NAME=value lines, comments, blank lines.
+
+    Raises:
+        UserError: another line.
+    """
+    values, problems = {}, []
+    for folder in (Path.home(), Path.cwd()):
+        path = folder / os.environ.get("DS_ENV_FILE", ".deepspeed_env")
+        for number, line in enumerate(path.read_text().splitlines() if path.is_file() else [], start=1):
+            name, equals, value = line.strip().removeprefix("export ").partition("=")
+            if name.isidentifier() and equals:
+                values[name] = value
+            elif name and not name.startswith("#"):
+                problems.append(f"{path}, line {number}: {line.strip()[:60]!r} is no NAME=value; correct or remove it")
+    if problems:
+        raise UserError(problems)
+    return values
 
 
 def hide_values(script: str) -> str:

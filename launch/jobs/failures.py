@@ -4,12 +4,13 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from pipeline.exit_codes import PREEMPTED
+from pipeline.exit_codes import HANG, PREEMPTED
 
 CHATTER = re.compile(rb"\[(INFO|ERROR)\] \[(launch|runner|multinode_runner)\.py:")
 """What DeepSpeed's launcher says of itself: kept in the log only."""
 _CONSEQUENCE = re.compile(r"[Cc]onnection (reset|closed|refused)|[Bb]roken pipe|timed? ?out|[Rr]emote", re.ASCII)
 """What a rank says when another one has gone."""
+_OWN_CODES = (1, 2, HANG)
 _KILLED = re.compile(r"Killed|Segmentation|Aborted|Bus error|Out Of Memory")
 
 
@@ -62,7 +63,8 @@ def _launcher(match: "re.Match[str]") -> Blame | None:
     if code == PREEMPTED:
         return None
     how = f"ended by signal {-code}" if code < 0 else f"failed (exit code {code})"
-    return Blame(node, f"local rank {match['rank']}{f' on {node}' if node else ''} {how}", code < 0)
+    certain = code not in _OWN_CODES  # a rank that fails in our hands says why before it ends
+    return Blame(node, f"local rank {match['rank']}{f' on {node}' if node else ''} {how}", certain)
 
 
 def _pdsh(match: "re.Match[str]") -> Blame | None:

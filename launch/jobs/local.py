@@ -17,6 +17,7 @@ from launch.jobs.session import TRAIN_PROGRAM, Ended, Launch, grace_seconds, run
 if TYPE_CHECKING:
     from pipeline.config import RunConfig
 
+VISIBLE = "CUDA_VISIBLE_DEVICES"
 CPU_RANKS = 2
 """Ranks started on a machine without accelerators, where it has the cores."""
 
@@ -54,11 +55,19 @@ class LocalRun:
     port: int | None = None
     job_id: str = field(default_factory=lambda: secrets.token_hex(8))
 
+    @property
+    def ranks(self) -> int:
+        return self.processes or default_ranks()
+
     def describe(self) -> str:
         return str(self.job(self.port or cluster.DEFAULT_PORT))
 
     def start(self, failures: list[Failure]) -> Ended:
-        job = self.job(self.port if self.port and node.port_is_free(self.port) else node.free_port())
+        if self.port and not node.port_is_free(self.port):
+            raise UserError(
+                f"--master-port {self.port} is taken on this machine; leave it out, and a free one is found"
+            )
+        job = self.job(self.port or node.free_port())
         environment = {**job.whole_environment(), node.JOB_VARIABLE: self.job_id}
         return run_session(Launch(job.command, environment, launch_log(self.settings), grace_seconds(self.settings)))
 
@@ -67,22 +76,27 @@ class LocalRun:
         Raises:
             UserError: more processes than devices.
         """
-        devices = local_devices()
-        if self.processes and devices and self.processes > devices:
-            raise UserError(f"{self.processes} processes, but this machine has {devices} devices; ask for fewer")
-        ranks = self.processes or default_ranks()
+        devices, ranks, visible = local_devices(), self.ranks, os.environ.get(VISIBLE)
+        if devices and ranks > devices:
+            raise UserError(f"{ranks} processes, but this machine has {devices} devices; ask for fewer")
+        environment = {} if devices else cpu_environment(ranks)
+        chosen = [f"--num_accelerators={ranks}"]
+        if devices and visible:  # DeepSpeed's launcher keeps to it where it is not told a number
+            if not visible.replace(",", "").isdigit():
+                raise UserError(f"{VISIBLE}={visible}: DeepSpeed's launcher takes device numbers, such as 2,3")
+            chosen, environment = [], {VISIBLE: ",".join(visible.split(",")[:ranks])}
         command = [
             str(deepspeed_program()),
             "--log_level=error",  # the log gets which rank failed, and how
             "--hostfile=none",  # DeepSpeed takes /job/hostfile, should there be one
-            f"--num_accelerators={ranks}",
+            *chosen,
             f"--master_port={port}",
             str(TRAIN_PROGRAM),
             "--config",
             str(self.config),
             *self.overrides,
         ]
-        return Job(command, {} if devices else cpu_environment(ranks))
+        return Job(command, environment)
 
 
 def local_devices() -> int:

@@ -9,7 +9,7 @@ from pathlib import Path
 from launch.jobs.failures import first_cause
 from launch.jobs.session import Ended
 from pipeline.exit_codes import HANG, PREEMPTED, USER_ERROR
-from pipeline.tracking.restarts import RESTARTS_FILE
+from pipeline.tracking.restarts import RESTARTS_FILE, read_restarts
 
 SAME_STEP_FAILURES = 3
 """As many failures without a new checkpoint in between are a crash loop."""
@@ -132,17 +132,20 @@ def failure_of(ended: Ended, run_folder: Path) -> Failure:
 def record(run_folder: Path, failure: Failure, verdict: Verdict, job: str = "") -> None:
     """A line of `restarts.jsonl` in the run folder, which the ranks hand on to MLflow at their next start."""
     entry = {"time": time.time(), "job": job, **asdict(failure), **asdict(verdict)}
-    with open(run_folder / RESTARTS_FILE, "a") as file:
-        file.write(json.dumps(entry) + "\n")
+    path = run_folder / RESTARTS_FILE
+    try:
+        torn = path.exists() and path.read_bytes()[-1:] not in (b"", b"\n")
+        with open(path, "a") as file:
+            file.write("\n" * torn + json.dumps(entry) + "\n")
+    except OSError as error:
+        print(f"{path}: {error.strerror}; this end of the job is not recorded", flush=True)
 
 
 def recorded(run_folder: Path, job: str) -> list[Failure]:
     """The failures of a job that were recorded so far."""
-    path = run_folder / RESTARTS_FILE
-    lines = path.read_text().splitlines() if path.exists() else []
-    entries = [entry for entry in map(json.loads, lines) if entry["job"] == job]
     names = [item.name for item in fields(Failure)]
-    return [Failure(**{name: entry[name] for name in names}) for entry in entries]
+    entries = [entry for entry in read_restarts(run_folder) if entry.get("job") == job]
+    return [Failure(**{name: entry[name] for name in names}) for entry in entries if entry.keys() >= set(names)]
 
 
 def fitting_hosts(

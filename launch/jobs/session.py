@@ -23,7 +23,8 @@ import psutil
 import pipeline
 from launch.hosts.ssh import Elsewhere
 from launch.jobs.failures import CHATTER, Blame, blame
-from pipeline.exit_codes import HANG
+from pipeline.exit_codes import HANG, PREEMPTED
+from pipeline.redact import redact_text
 
 if TYPE_CHECKING:
     from pipeline.config import RunConfig
@@ -82,6 +83,7 @@ class _Watch:
     """What happens to a running job, as told by signals and by its output."""
 
     asked: list[signal.Signals] = field(default_factory=list)
+    ranks_seen: bool = False
     blames: list[Blame] = field(default_factory=list)
 
 
@@ -127,6 +129,8 @@ def run_session(launch: Launch) -> Ended:
         copier.join(timeout=5)
     code = job.returncode if job.returncode >= 0 else 128 - job.returncode
     code = code or (ABANDONED_EXIT_CODE if abandoned else 0)
+    if code and watch.asked and not launch.elsewhere and not watch.ranks_seen:
+        code = PREEMPTED  # no rank was there yet, and nothing is lost
     if code and any(told.is_hang for told in watch.blames):
         code = HANG  # the launcher itself may have been killed, waiting for a rank that is stopped
     return Ended(code, watch.asked[0] if watch.asked else None, tuple(watch.blames))
@@ -138,14 +142,16 @@ def _wait(job: "subprocess.Popen[bytes]", launch: Launch, watch: _Watch) -> None
     told: set[int] = set()
     while job.poll() is None:
         if watch.asked and deadline is None:
-            print(f"{watch.asked[0].name}: the ranks save and stop (at most {launch.grace_seconds:.0f} s)", flush=True)
+            if launch.echo:
+                patience = f"at most {launch.grace_seconds:.0f} s"
+                print(f"{watch.asked[0].name}: the ranks save and stop ({patience})", flush=True)
             deadline = time.monotonic() + launch.grace_seconds
             if launch.elsewhere and not launch.elsewhere.stop(signal.SIGTERM):
                 deadline = 0.0  # no rank has started
         elif watch.blames and deadline is None:
             deadline = time.monotonic() + FAILURE_GRACE_SECONDS
         if watch.asked and not launch.elsewhere:
-            _tell(job.pid, told, launch.stop_signal)
+            watch.ranks_seen |= _tell(job.pid, told, launch.stop_signal)
         over = any(moment is not None and time.monotonic() > moment for moment in (deadline, limit))
         insisted = [number for number in watch.asked if number != signal.SIGUSR1]  # a notice in advance, no order
         if over or len(insisted) > 1:
@@ -153,9 +159,13 @@ def _wait(job: "subprocess.Popen[bytes]", launch: Launch, watch: _Watch) -> None
         time.sleep(0.1)
 
 
-def _tell(session: int, told: set[int], number: signal.Signals) -> None:
-    """Signal each rank once, those that start late included; before there is one, the launcher itself."""
+def _tell(session: int, told: set[int], number: signal.Signals) -> bool:
+    """Signal each rank once, those that start late included; before there is one, the launcher itself.
+
+    Returns whether there was a rank.
+    """
     ranks = ranks_of(session)
+    seen = bool(ranks)
     if not ranks and not told:
         with suppress(psutil.NoSuchProcess):
             ranks = [psutil.Process(session)]
@@ -163,6 +173,7 @@ def _tell(session: int, told: set[int], number: signal.Signals) -> None:
         if process.pid not in told:
             told.add(process.pid)
             _signal(process, number)
+    return seen
 
 
 def session_members(session: int) -> list[psutil.Process]:
@@ -212,6 +223,8 @@ def _copy(source: BinaryIO, launch: Launch, watch: _Watch) -> None:
     """Line by line to our standard output and to the log, with an eye on what it says."""
     with open(launch.log or os.devnull, "ab") as file:
         for line in source:
+            if b"://" in line:  # whoever prints a URL, its password stays here
+                line = redact_text(line.decode(errors="surrogateescape")).encode(errors="surrogateescape")
             file.write(line)
             file.flush()
             if launch.echo and not CHATTER.search(line):

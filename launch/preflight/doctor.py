@@ -4,6 +4,7 @@ import importlib.metadata
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -51,6 +52,9 @@ def exit_code(findings: Sequence[Finding]) -> int:
     return 2 if "problem" in levels else 1 if "warning" in levels else 0
 
 
+SHOWN = ("torch", "deepspeed", "transformers", "mlflow")
+
+
 def local_findings() -> Iterator[Finding]:
     """This machine, whatever the run."""
     yield from packages()
@@ -77,7 +81,7 @@ def packages() -> Iterator[Finding]:
                 f"{requirement.name} {version}, needed: {requirement.specifier}",
                 f"pip install '{requirement}'",
             )
-        if requirement.name in ("torch", "deepspeed", "transformers", "mlflow"):
+        if requirement.name in SHOWN:
             shown.append(f"{requirement.name} {version}")
     yield Finding("packages", "ok", ", ".join(shown))
 
@@ -334,7 +338,11 @@ STEP_OVERRIDES = (
     "training.max_steps=1",
     "training.max_epochs=null",
     "tracking.enabled=false",
+    "optimizer.warmup_steps=0",
+    "health.spike_action=none",
+    "checkpoint.keep_best=0",
     "evaluation.split=null",
+    "evaluation.prompts=[]",
     "data.verify=none",
     "checkpoint.resume=none",
 )
@@ -350,7 +358,11 @@ def step(path: Path, overrides: Sequence[str], processes: int | None) -> Finding
         run = LocalRun(path, extra, load_config(path, extra), processes)
         job = run.job(node.free_port())
         log = Path(tempfile.gettempdir()) / f"globallocal-doctor-{os.getpid()}.log"
-        ended = run_session(Launch(job.command, job.whole_environment(), log, echo=False, limit_seconds=STEP_SECONDS))
+        ended = run_session(
+            Launch(job.command, job.whole_environment(), log, 0.0, echo=False, limit_seconds=STEP_SECONDS)
+        )
+        if ended.stopped_by is signal.SIGINT:
+            raise KeyboardInterrupt
     text = log.read_text(errors="replace")
     if ended.code:
         return Finding("step", "problem", last_error(text, ended.code), f"the whole output is in {log}")

@@ -73,6 +73,8 @@ def _contents(reader: ParameterReader, say: Callable[[str], None]) -> dict[str, 
         if time.monotonic() - said > LINE_SECONDS:
             said = time.monotonic()
             say(f"read {index + 1:,} of {len(reader.elements):,} parameters")
+    if "lm_head.weight" not in module and (tied := module.get("model.embed_tokens.weight")) is not None:
+        module["lm_head.weight"] = tied  # one matrix under both names, as DeepSpeed and transformers write it
     optimizer = {**reader.loss_scale, "state": states}
     model = {"module": module, "buffer_names": list(reader.buffers), "optimizer": optimizer, **reader.counters}
     return {MODEL_FILE: model, zero_layout.file_name(0): zero_layout.to_plain(pieces)}

@@ -3,6 +3,7 @@
 A folder without a whole `integrity.json` does not exist. `write.py` writes and reads them.
 """
 
+import difflib
 import fcntl
 import hashlib
 import itertools
@@ -159,9 +160,18 @@ def read_listing(folder: Path) -> tuple[dict[str, dict[str, Any]], list[str]]:
             return {}, [f"{folder / INTEGRITY}: is not what was written: its own sha256 differs"]
         return files, []
     except FileNotFoundError:
+        if not folder.is_dir():
+            return {}, [f"{folder}: no such folder; {nearest_checkpoints(folder)}"]
         return {}, [f"{folder}: has no {INTEGRITY}: it was never finished"]
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         return {}, [f"{folder / INTEGRITY}: cannot be read: {failure_message(error)}"]
+
+
+def nearest_checkpoints(folder: Path) -> str:
+    """Words for a person who mistyped a checkpoint's name."""
+    standing = [str(item) for item in list_checkpoints(folder.parent)]
+    near = difflib.get_close_matches(str(folder), standing, n=3, cutoff=0.3)
+    return f"nearest: {', '.join(near)}" if near else "globallocal checkpoints list RUN shows those that stand"
 
 
 def verify_sizes(folder: Path) -> list[str]:

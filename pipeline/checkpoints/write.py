@@ -222,8 +222,11 @@ def load_random_state(folder: Path, world: World) -> None:
     path, problems = folder / _rng_name(world.rank), []
     try:
         set_random_state(torch.load(path, weights_only=True))
-    except OSError as error:
-        problems.append(f"{path}: {error.strerror}")
+    except Exception as error:  # whatever torch makes of bytes that are no random state
+        said = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+        problems.append(
+            f"{path}: is no random state ({said}); move {folder.name} away to go on from an older checkpoint"
+        )
     world.raise_together(problems)
 
 

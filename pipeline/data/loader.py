@@ -76,10 +76,12 @@ class BatchLayout:
         total, micro, world = self.global_batch_size, self.micro_batch_size, self.world_size
         worlds = ", ".join(map(str, _divisors(total // micro))) if total % micro == 0 else "none"
         micros = ", ".join(map(str, _divisors(total // world))) if total % world == 0 else "none"
+        below = total // (micro * world) * micro * world
+        nearest = [str(size) for size in (below, below + micro * world) if size]
         return (
             f"global_batch_size ({total}) must be divisible by micro_batch_size ({micro}) × "
             f"world_size ({world}); valid world sizes for this micro-batch: {worlds}; "
-            f"valid micro-batches for this world size: {micros}"
+            f"valid micro-batches for this world size: {micros}; nearest global batches: {', '.join(nearest)}"
         )
 
 

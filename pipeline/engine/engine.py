@@ -9,12 +9,13 @@ from deepspeed.utils import logger as deepspeed_logger
 from torch import nn
 
 from data_prep.errors import UserError
-from pipeline.config import OptimizerSection, RunConfig
+from pipeline.config import OptimizerSection, RunConfig, short
 from pipeline.data.loader import BatchLayout
 from pipeline.distributed.world import World, load_operator
 from pipeline.engine.deepspeed_json import autos, device, faults, fill_autos, lacks, operators, read_deepspeed_json
 from pipeline.engine.internals import Engine, clip_by_the_norm_that_is_checked, let_the_loss_scale_fall
 from pipeline.engine.optim import build_optimizer, parameter_groups
+from pipeline.engine.schema import OWNED, knob_problems
 
 
 def resolve_precision(wanted: str, world: World) -> str:
@@ -30,26 +31,25 @@ def has_bf16(device: torch.device) -> bool:
     return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
 
 
-def deepspeed_config(config: RunConfig, layout: BatchLayout, precision: str) -> dict[str, Any]:
+def deepspeed_config(config: RunConfig, layout: BatchLayout | None, precision: str) -> dict[str, Any]:
     """Merge the run's settings with DeepSpeed's own knobs.
 
     The run owns batch sizes, precision, optimizer, schedule and clipping. The JSON may repeat one of them as
-    "auto" or with the same value.
+    "auto" or with the same value. `layout` is None where the ranks are not known yet: nothing is said of batch sizes.
 
     Raises:
         UserError: every contradiction, naming both sides; every knob that DeepSpeed would refuse or ignore.
     """
     path = config.deepspeed.config
     knobs = read_deepspeed_json(path)
+    for key in ("bf16", "fp16"):
+        if isinstance(knobs.get(key), bool):
+            knobs[key] = {"enabled": knobs[key]}
+    misspelt = knob_problems(knobs)
     if isinstance(knobs.get("zero_optimization"), dict):
         knobs["zero_optimization"] = fill_autos(knobs["zero_optimization"])
-    problems = _batch_clash(knobs, layout) + _optimizer_clashes(knobs, config.optimizer)
-    owned: dict[str, Any] = {
-        "train_batch_size": layout.global_batch_size,
-        "train_micro_batch_size_per_gpu": layout.micro_batch_size,
-        "gradient_accumulation_steps": layout.gradient_accumulation_steps,
-        "gradient_clipping": config.optimizer.max_gradient_norm,
-    }
+    problems = misspelt + _batch_clash(knobs, layout) + _optimizer_clashes(knobs, config.optimizer)
+    owned = {**_batch_sizes(layout), "gradient_clipping": config.optimizer.max_gradient_norm}
     clipping = knobs.pop("gradient_clipping", "auto")
     if clipping not in ("auto", owned["gradient_clipping"]):
         problems.append(
@@ -57,13 +57,13 @@ def deepspeed_config(config: RunConfig, layout: BatchLayout, precision: str) -> 
         )
     for key in ("bf16", "fp16"):
         wanted, given = precision == key, knobs.pop(key, "auto")
-        given = {} if given == "auto" else given if isinstance(given, dict) else {"enabled": given}
+        given = given if isinstance(given, dict) else {}
         owned[key] = {**given, "enabled": wanted}
         if given.get("enabled", wanted) not in ("auto", wanted):
             problems.append(_clash(f"{key}.enabled", given["enabled"], "training.precision", wanted))
     left = autos({**knobs, **owned})
     problems += [f'{key} = "auto" cannot be filled in by the run; give a value' for key in left]
-    problems += (faults(knobs) + _unchecked({**knobs, **owned})) if not left else []
+    problems += [] if left or misspelt else faults({**knobs, **owned}) + _unchecked({**knobs, **owned})
     if problems:
         raise UserError([f"{path}: {problem}" for problem in problems])
     settings = {"steps_per_print": 2**31, **knobs, **owned}
@@ -76,18 +76,26 @@ def deepspeed_config(config: RunConfig, layout: BatchLayout, precision: str) -> 
 
 
 def _clash(key: str, given: Any, setting: str, value: Any) -> str:
-    return f'{key} = {given}, but {setting} gives {value}; remove it from the JSON, or write "auto"'
+    return f'{key} = {short(given)}, but {setting} gives {value}; remove it from the JSON, or write "auto"'
 
 
-def _batch_clash(knobs: dict[str, Any], layout: BatchLayout) -> list[str]:
-    """Takes the batch sizes out of `knobs`; one line with all four numbers where one contradicts the run."""
-    values = {
+def _batch_sizes(layout: BatchLayout | None) -> dict[str, Any]:
+    if layout is None:
+        return {}
+    return {
         "train_batch_size": layout.global_batch_size,
         "train_micro_batch_size_per_gpu": layout.micro_batch_size,
         "gradient_accumulation_steps": layout.gradient_accumulation_steps,
     }
-    given = {key: knobs.pop(key, "auto") for key in values}
-    wrong = [f"{key} = {given[key]}" for key, value in values.items() if given[key] not in ("auto", value)]
+
+
+def _batch_clash(knobs: dict[str, Any], layout: BatchLayout | None) -> list[str]:
+    """Takes the batch sizes out of `knobs`; one line with all four numbers where one contradicts the run."""
+    given = {key: knobs.pop(key, "auto") for key in OWNED[:3]}
+    if layout is None:
+        return []
+    values = _batch_sizes(layout)
+    wrong = [f"{key} = {short(given[key])}" for key, value in values.items() if given[key] not in ("auto", value)]
     if not wrong:
         return []
     return [
@@ -100,10 +108,10 @@ def _batch_clash(knobs: dict[str, Any], layout: BatchLayout) -> list[str]:
 def _optimizer_clashes(knobs: dict[str, Any], section: OptimizerSection) -> list[str]:
     """Takes `optimizer` and `scheduler` out of `knobs`: AdamW may be repeated there, another one not."""
     problems = []
-    if knobs.pop("scheduler", "auto") != "auto":
+    if (scheduler := knobs.pop("scheduler", "auto")) != "auto":
         problems.append(
-            "scheduler is set there, and by optimizer.warmup_steps and optimizer.min_learning_rate_ratio in the run "
-            "file (linear warm-up, cosine decay); remove it from the JSON"
+            f"scheduler = {short(scheduler)} is set there, and by optimizer.warmup_steps and "
+            "optimizer.min_learning_rate_ratio in the run file (linear warm-up, cosine decay); remove it from the JSON"
         )
     given = knobs.pop("optimizer", "auto")
     if given == "auto":
@@ -112,7 +120,7 @@ def _optimizer_clashes(knobs: dict[str, Any], section: OptimizerSection) -> list
     if name != "AdamW":
         return [
             *problems,
-            f"optimizer.type = {name}, but `optimizer` in the run file is AdamW; remove it from the JSON",
+            f"optimizer.type = {str(name)[:60]}, but `optimizer` in the run file is AdamW; remove it from the JSON",
         ]
     owned = {
         "lr": ("learning_rate", section.learning_rate),
@@ -120,9 +128,12 @@ def _optimizer_clashes(knobs: dict[str, Any], section: OptimizerSection) -> list
         "eps": ("epsilon", section.epsilon),
         "weight_decay": ("weight_decay", section.weight_decay),
     }
-    for key, value in given.get("params", {}).items():
+    parameters = given.get("params", {}) if isinstance(given, dict) else {}
+    if not isinstance(parameters, dict):
+        return [*problems, f"optimizer.params = {short(parameters)}: must be an object; remove it from the JSON"]
+    for key, value in parameters.items():
         if key not in owned:
-            problems.append(f"optimizer.params.{key} = {value}: the run file has no such setting; remove it")
+            problems.append(f"optimizer.params.{key} = {short(value)}: the run file has no such setting; remove it")
         elif value not in ("auto", owned[key][1]):
             setting, ours = owned[key]
             problems.append(_clash(f"optimizer.params.{key}", value, f"optimizer.{setting}", ours))

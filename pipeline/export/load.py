@@ -1,6 +1,7 @@
 """A run, a checkpoint or an exported folder → the model in memory, in one process, without DeepSpeed's engine."""
 
 import os
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -8,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from data_prep.errors import UserError
+from data_prep.manifest import hash_file
 from pipeline.checkpoints.folder import (
     STATE,
     CheckpointState,
@@ -15,6 +17,7 @@ from pipeline.checkpoints.folder import (
     read_state,
     verify,
 )
+from pipeline.files import write_atomically
 
 if TYPE_CHECKING:
     from model.configuration_globallocal import GlobalLocalConfig
@@ -48,7 +51,14 @@ def load_model(path: Path) -> Loaded:
 
     disable_progress_bar()
     if (path / "config.json").is_file():
-        model = GlobalLocalForCausalLM.from_pretrained(path, dtype=torch.float32, local_files_only=True)
+        model_config = read_model_config(path)
+        try:
+            model = GlobalLocalForCausalLM.from_pretrained(
+                path, config=model_config, dtype=torch.float32, local_files_only=True
+            )
+        except Exception as error:  # of several libraries: no weights, weights cut short, of another shape
+            said = " ".join(str(error).split())[:300]
+            raise UserError(f"{path}: its weights cannot be read: {said}; export the model again") from None
         # Out of the mapped file into aligned memory, as a checkpoint's are: else products differ in the last bit.
         for tensor in (*model.parameters(), *model.buffers()):
             tensor.data = tensor.data.clone()
@@ -61,7 +71,7 @@ def load_model(path: Path) -> Loaded:
     elif problems := verify(path):
         raise UserError(problems)
     state = read_state(folder)
-    model_config, tokenizer_folder = _rebuild(state)
+    model_config, tokenizer_folder = _rebuild(state, folder)
     model = GlobalLocalForCausalLM(model_config)
     os.environ.setdefault("DS_ACCELERATOR", "cpu")  # reading needs no device, and DeepSpeed none to warn about
     from pipeline.checkpoints.reshard import ParameterReader, fill
@@ -74,10 +84,51 @@ def load_tokenizer(folder: Path) -> Any:
     """The sentencepiece tokenizer's Hugging Face twin; its class is named here so that no code of `folder` is run."""
     from transformers import PreTrainedTokenizerFast
 
-    return PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True)
+    try:
+        return PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True)
+    except Exception as error:  # of several libraries
+        said = " ".join(str(error).split())[:300]
+        raise UserError(f"{folder}: its tokenizer cannot be read: {said}; restore its files") from None
 
 
-def _rebuild(state: CheckpointState) -> tuple[Any, Path]:
+MODEL_FOLDER = "model"
+"""In the run folder: the model's configuration and the tokenizer, so that a run can be used without its dataset."""
+
+
+def keep_model(config: "GlobalLocalConfig", tokenizer_folder: Path, run_folder: Path) -> None:
+    """Write the run folder's `model/`. Raises OSError."""
+    folder = run_folder / MODEL_FOLDER
+    folder.mkdir(exist_ok=True)
+    for file in tokenizer_folder.iterdir():
+        if file.is_file():
+            shutil.copyfile(file, folder / f".{file.name}")
+            os.replace(folder / f".{file.name}", folder / file.name)
+    write_atomically(folder / "config.json", config.to_json_string(use_diff=False))
+
+
+def _kept_model(state: CheckpointState, folder: Path) -> "tuple[GlobalLocalConfig, Path] | None":
+    """What `keep_model` wrote, where `folder` is a checkpoint in its run and the tokenizer is the checkpoint's."""
+    kept = folder.absolute().parent.parent / MODEL_FOLDER
+    tokenizer = kept / "tokenizer.model"
+    if not tokenizer.is_file() or hash_file(tokenizer) != state.tokenizer_sha256:
+        return None
+    return read_model_config(kept), kept
+
+
+def read_model_config(folder: Path) -> "GlobalLocalConfig":
+    """Raises UserError where `config.json` is none of a model of ours, or holds what cannot work."""
+    from model.configuration_globallocal import GlobalLocalConfig
+
+    try:
+        return GlobalLocalConfig.from_pretrained(folder, local_files_only=True)
+    except Exception as error:  # of several libraries
+        said = " ".join(str(error).split())[:300]
+        raise UserError(f"{folder / 'config.json'}: {said}; export the model again") from None
+
+
+def _rebuild(state: CheckpointState, folder: Path) -> tuple[Any, Path]:
+    if kept := _kept_model(state, folder):
+        return kept
     from pipeline.config import validate
     from pipeline.data.corpus import open_corpus
 

@@ -19,6 +19,7 @@ import uuid
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
+from urllib.parse import unquote, urlsplit
 
 from data_prep.errors import UserError
 from pipeline.redact import failure_message, redact_text
@@ -37,8 +38,19 @@ LOCK_WAIT_SECONDS = 10.0
 
 
 def tracking_uri(uri: str | None) -> str:
-    """The store: `uri`, else MLFLOW_TRACKING_URI, else `sqlite:///<cwd>/mlflow.db`; SQLite paths absolute."""
+    """The store: `uri`, else MLFLOW_TRACKING_URI, else `sqlite:///<cwd>/mlflow.db`; SQLite paths absolute.
+
+    A server's user and password go from the URL, which MLflow prints, into the variables that it reads them from.
+    """
     uri = uri or os.environ.get("MLFLOW_TRACKING_URI") or "sqlite:///mlflow.db"
+    server = urlsplit(uri)
+    if server.scheme in ("http", "https") and server.username is not None:
+        uri = server._replace(netloc=server.netloc.rpartition("@")[2]).geturl()
+        os.environ |= {
+            "MLFLOW_TRACKING_USERNAME": unquote(server.username),
+            "MLFLOW_TRACKING_PASSWORD": unquote(server.password or ""),
+            "MLFLOW_TRACKING_URI": uri,
+        }
     path = uri.removeprefix("sqlite:///")
     return uri if path == uri else f"sqlite:///{Path(path).absolute()}"
 
@@ -131,9 +143,10 @@ def _open(config: "TrackingSection", run_folder: Path, run_name: str, run_id: st
     if history.attempts and shipper.undelivered_bytes:
         say(f"tracking: {shipper.undelivered_bytes:,} bytes that had not reached MLflow are sent first")
     shipper.start()
-    if not shipper.first_attempt.wait(START_WAIT_SECONDS):
+    answered = shipper.first_attempt.wait(START_WAIT_SECONDS)
+    if not answered:
         say(f"tracking: MLflow at {delivery.store} takes its time; training goes on, all is kept in {spool.path}")
-    if first_start and shipper.first_error and needs_a_person(shipper.first_error):
+    elif first_start and shipper.first_error and needs_a_person(shipper.first_error):
         shipper.finish(0.0)
         spool.path.unlink(missing_ok=True)
         lock.close()

@@ -11,7 +11,7 @@ from data_prep.prepare import PrepareSettings, prepare
 from data_prep.ray_engine import RayEngine
 from tests.data_prep.conftest import folder_bytes, sentences, write_texts
 
-ray = pytest.importorskip("ray", reason="--engine ray needs the extra: pip install 'globallocal[ray]'")
+ray = pytest.importorskip("ray", reason="--engine ray needs Ray: pip install ray")
 
 TEXTS = sentences(31, 600)
 

@@ -1,5 +1,6 @@
 """What doctor says of a run before anything is started."""
 
+import importlib.metadata
 from pathlib import Path
 
 import pytest
@@ -40,3 +41,16 @@ def test_a_disk_without_room_for_all_that_is_kept(small_dataset: Path, tmp_path:
     settings += ["training.max_steps=1000000", "checkpoint.interval_steps=1", "checkpoint.keep_every_steps=1"]
     with pytest.raises(UserError, match="free, but the run keeps up to 1000001 checkpoints of about"):
         doctor.disk(load_config("launch/runs/quickstart.yaml", settings), ranks=2)
+
+
+def test_on_the_path_and_not_installed_is_no_fault(monkeypatch: pytest.MonkeyPatch) -> None:
+    real = importlib.metadata.requires
+
+    def absent(name: str) -> list[str] | None:
+        if name == "globallocal":
+            raise importlib.metadata.PackageNotFoundError(name)
+        return real(name)
+
+    monkeypatch.setattr(importlib.metadata, "requires", absent)
+    findings = list(doctor.packages())
+    assert "torch " in findings[-1].found

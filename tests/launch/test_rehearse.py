@@ -8,9 +8,11 @@ import pytest
 
 import launch.preflight.rehearse as room
 from data_prep.errors import UserError
+from launch.cli import main
 from launch.preflight.rehearse import Fleet, check_positions, rehearse
 from pipeline.config import RunConfig, load_config
 from pipeline.data.loader import BatchLayout
+from tests.conftest import ROOT
 
 TINY = ["model.hidden_size=64", "model.num_hidden_layers=2", "model.vocab_size=512", "data.dataset=none"]
 
@@ -67,3 +69,21 @@ def test_a_loader_that_reads_wrongly_is_caught(wrong: str, monkeypatch: pytest.M
     monkeypatch.setattr(room, "micro_batches", loader)
     with pytest.raises(AssertionError, match="steps 0 to 4 are not shared out exactly"):
         check_positions(layout, 4)
+
+
+DOCUMENTED = [
+    line.split("#")[0].strip().removeprefix("globallocal ")
+    for page in (*ROOT.glob("docs/*.md"), ROOT / "launch" / "commands" / "run.py")
+    for line in page.read_text().splitlines()
+    if line.strip().startswith("globallocal rehearse --config launch/runs/")
+]
+
+
+@pytest.mark.parametrize("command", DOCUMENTED)
+def test_every_documented_line_runs(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    assert main([*command.split(), "--steps", "1"]) == 0
+
+
+def test_some_lines_are_documented() -> None:
+    assert len(DOCUMENTED) >= 2

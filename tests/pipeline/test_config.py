@@ -25,8 +25,8 @@ def test_shipped_run_files_load() -> None:
 
 
 def test_overrides_replace_settings_of_the_file() -> None:
-    config = load_config("launch/runs/quickstart.yaml", ["training.max_steps=7", "model.hidden_size=96"])
-    assert config.training.max_steps == 7
+    config = load_config("launch/runs/quickstart.yaml", ["training.max_steps=70", "model.hidden_size=96"])
+    assert config.training.max_steps == 70
     assert config.model.build(vocab_size=300).hidden_size == 96
 
 

@@ -82,7 +82,7 @@ def test_every_contradiction_is_told_naming_both_sides(tmp_path: Path) -> None:
             "unknown key zero_optimization.reduce_bucket_sise; nearest: zero_optimization.reduce_bucket_size",
         ),
         ({"zero_optimization": {"stage": 4}}, "zero_optimization.stage = 4: input should be 0, 1, 2"),
-        ({"zero_optimization": 2}, "zero_optimization must hold an object, holds 2"),
+        ({"zero_optimization": 2}, "zero_optimization = 2: must be an object"),
         (
             {"zero_optimization": {"stage": 2, "offload_param": {"device": "cpu"}}},
             "zero_optimization.offload_param does nothing at stage 2; set stage to 3 or more",
@@ -92,7 +92,7 @@ def test_every_contradiction_is_told_naming_both_sides(tmp_path: Path) -> None:
             "zero_optimization.offload_optimizer.device = nvme needs stage 3, the file has stage 2",
         ),
         ({"compile": {"deepcompile": True}}, "compile.deepcompile = true: training does not use DeepCompile"),
-        ({"scheduler": {"type": "WarmupLR"}}, "scheduler is set there, and by optimizer.warmup_steps"),
+        ({"scheduler": {"type": "WarmupLR"}}, "is set there, and by optimizer.warmup_steps"),
         (
             {"optimizer": {"type": "AdamW", "params": {"lr": 1, "betas": [0.9, 0.95]}}},
             "optimizer.params.lr = 1, but optimizer.learning_rate gives",
@@ -152,8 +152,8 @@ NEEDS = {
     "zero3_hpz.json": ["zero_hpz_partition_size (8) must divide the ranks (2); set it to the ranks of a node"],
     "zero3_zeropp.json": [
         "zero_hpz_partition_size (8) must divide the ranks (2)",
-        "zero_quantized_weights and zero_quantized_gradients need CUDA kernels, this machine has CPU cores only; "
-        "take ds_configs/zero3_hpz.json",
+        "zero_quantized_weights = true and zero_quantized_gradients = true need CUDA kernels, this machine has CPU "
+        "cores only; take ds_configs/zero3_hpz.json",
     ],
 }
 """What keeps a shipped file from two ranks on CPU cores; the others train there (test_ds_configs.py)."""

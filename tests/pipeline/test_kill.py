@@ -148,6 +148,6 @@ def test_a_compilation_killed_earlier_does_not_stop_later_starts(
     shutil.copytree(built, tmp_path / "extensions" / built.name)
     (tmp_path / "extensions" / built.name / "lock").touch()
     monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path / "extensions"))
-    words = [*arguments("run", tmp_path, small_dataset), "training.max_steps=1"]
+    words = [*arguments("run", tmp_path, small_dataset), "training.max_steps=1", "optimizer.warmup_steps=1"]
     codes = wait(start_ranks(words, tmp_path), tmp_path)
     assert codes == [0, 0], outputs(tmp_path)
