@@ -29,13 +29,14 @@ time.sleep(0 if mode == "done" else 600)
 CALLER = """
 import os, signal, sys
 from pathlib import Path
+from launch.hosts.node import free_port
 from launch.jobs import session as processes
 from launch.jobs.command import Job
 folder, mode, grace = Path(sys.argv[1]), sys.argv[2], float(sys.argv[3])
 processes.TRAIN_PROGRAM = folder / "rank.py"
 bin = Path(sys.executable).parent
 job = Job([str(bin / "deepspeed"), "--hostfile=none", "--log_level=critical", "--num_accelerators=2",
-           "--master_port=29871", "--no_local_rank", str(folder / "rank.py"), mode], {"DS_ACCELERATOR": "cpu"})
+           f"--master_port={free_port()}", "--no_local_rank", str(folder / "rank.py"), mode], {"DS_ACCELERATOR": "cpu"})
 ended = processes.run_session(processes.Launch(job.command, job.whole_environment(), folder / "log", grace))
 print("ended", ended.code, ended.stopped_by)
 sys.exit(ended.code)
