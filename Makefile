@@ -8,7 +8,7 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 export TORCH_EXTENSIONS_DIR ?= $(CURDIR)/.cache/torch_extensions
 
 .DEFAULT_GOAL := help
-.PHONY: help setup quickstart test cluster lint format bench torture clean
+.PHONY: help setup quickstart test cluster lint format bench gpu torture clean
 
 help: ## list the targets
 	@awk -F':.*## ' '/^[a-z]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -43,6 +43,9 @@ format: $(READY) ## let ruff mend what it can
 
 bench: $(READY) ## measure, and write docs/benchmarks.md (arguments: ARGS="reading")
 	$(BIN)/python -m tests.benchmarks $(ARGS)
+
+gpu: $(READY) ## on one GPU, in ten minutes: kernels, passes, the trainer, decoding, into docs/benchmarks.md (ARGS="trainer")
+	$(BIN)/python -m tests.benchmarks.bench_gpu $(ARGS)
 
 torture: $(READY) ## hours of kills and hangs; the last figures in docs/reliability.md (arguments: ARGS="kills")
 	$(BIN)/python -m tests.torture $(ARGS)

@@ -15,6 +15,7 @@ from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 
 ROUTERS_PER_LAYER = 2
+PIECE_ENTRIES = 64  # of the tokens that chose one pool row: what one program of a kernel sums
 SUMMARY_CHUNK = 64  # positions that attend to each other, before a state stands for them
 
 

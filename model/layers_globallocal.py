@@ -17,6 +17,7 @@ class CausalConvolution(nn.Module):
         super().__init__()
         h, self.kernel_size = config.hidden_size, config.conv_kernel_size
         self.layer, self.dilations = layer, config.dilations_of_layer(layer)
+        self.dilation_numbers = torch.tensor(self.dilations, device="cpu")
         self.reach = (self.kernel_size - 1) * max(self.dilations)
         num_branches = len(self.dilations)
         self.branch_weight = nn.Parameter(torch.empty(num_branches, h, self.kernel_size * h))
@@ -31,8 +32,8 @@ class CausalConvolution(nn.Module):
         if cache is not None:
             padded = F.pad(x, (0, 0, self.reach, 0)) if history is None else torch.cat([history, x], dim=1)
             cache.history[self.layer] = padded[:, -self.reach - 1 :].clone()  # a view would keep a long prompt whole
-        bias = self.branch_bias.view(len(self.dilations), -1)
-        branches = causal_convolutions(x, self.branch_weight, bias, self.dilations, history)
+        bias = self.branch_bias.view(len(self.branch_weight), -1)
+        branches = causal_convolutions(x, self.branch_weight, bias, self.dilation_numbers, history)
         return self.projection(F.gelu(branches))
 
 

@@ -1,13 +1,28 @@
-"""Functions that `torch.compile` calls whole: their inside is a kernel, or would only break the graph."""
+"""Where kernels run, and functions that `torch.compile` calls whole."""
 
 import functools
+import os
 import re
 from collections.abc import Callable
 from typing import Any, TypeVar
 
 import torch
+from torch import Tensor
 
+try:
+    import triton
+except ImportError:  # no GPU here: plain torch does everything
+    triton = None
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # the kernels, step by step on the CPU: for tests
+
+_LIBRARIES: list[torch.library.Library] = []  # an operator lives as long as its library
 Function = TypeVar("Function", bound=Callable[..., Any])
+
+
+def has_kernels(x: Tensor) -> bool:
+    """Whether Triton kernels can serve tensors like this one; float64 is plain torch's, which decides what is right."""
+    on_gpu = x.is_cuda and torch.version.cuda is not None
+    return triton is not None and (on_gpu or INTERPRETED) and x.dtype != torch.float64
 
 
 def opaque(shapes: Callable[..., Any]) -> Callable[[Function], Function]:
@@ -22,9 +37,14 @@ def opaque(shapes: Callable[..., Any]) -> Callable[[Function], Function]:
     """
 
     def register(function: Function) -> Function:
-        module = re.sub(r"\W", "_", function.__module__)
-        operator = torch.library.custom_op(f"{module}::{function.__name__}", function, mutates_args=())
-        operator.register_fake(shapes)
+        namespace, name = re.sub(r"\W", "_", function.__module__), function.__name__
+        library = torch.library.Library(namespace, "FRAGMENT")
+        library.define(name + torch.library.infer_schema(function, mutates_args=()))
+        # `custom_op` does the same, with checks at every call that cost more than a kernel's launch.
+        library.impl(name, function, "CompositeExplicitAutograd")
+        torch.library.register_fake(f"{namespace}::{name}", shapes, lib=library)
+        _LIBRARIES.append(library)
+        operator = getattr(getattr(torch.ops, namespace), name)
 
         @functools.wraps(function)
         def call(*arguments: Any) -> Any:

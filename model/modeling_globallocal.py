@@ -93,6 +93,19 @@ class GlobalLocalPreTrainedModel(PreTrainedModel):
     _no_split_modules = ["GlobalLocalBlock"]  # noqa: RUF012
     _is_stateful = True  # the cache cannot be cut back to an earlier position
 
+    def compile(self, **options: Any) -> None:
+        """Compiles block by block, for training: evaluation and decoding stay as they are.
+
+        Blocks that differ in nothing but their weights share what was compiled. The choices of the compiler depend on
+        no timing, so that every start computes the same bits.
+
+        Args:
+            options: for `torch.compile`.
+        """
+        for module in self.modules():
+            if isinstance(module, GlobalLocalBlock):
+                module.compile(fullgraph=True, dynamic=False, **options)
+
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         """Weights of deviation 1/√fan_in, those that write to the residual stream less by its depth."""
@@ -178,10 +191,11 @@ class GlobalLocalModel(GlobalLocalPreTrainedModel):
         recompute = self._recomputed_blocks(cache)
         all_states, diversity_losses, statistics = [x], [], []
         for layer, recomputed in zip(self.layers, recompute, strict=True):
+            call = layer.__call__ if self.training else layer._call_impl  # hooks included, not what is compiled
             if recomputed:
-                x, diversity, numbers = self._gradient_checkpointing_func(layer.__call__, x, self.pool, mask)
+                x, diversity, numbers = self._gradient_checkpointing_func(call, x, self.pool, mask)
             else:
-                x, diversity, numbers = layer(x, self.pool, mask, cache)
+                x, diversity, numbers = call(x, self.pool, mask, cache)
             diversity_losses.append(diversity)
             statistics.append(numbers)
             all_states.append(x)

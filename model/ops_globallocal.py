@@ -1,7 +1,8 @@
 """Operations with their own backward: what autograd would do exactly, but with less work or memory.
 
 All of them are deterministic on the CPU for any number of threads, and on the GPU: sums over tokens that
-chose the same row are taken in the order of the tokens (a stable sort), never by atomic additions.
+chose the same row are taken in the order of the tokens (a stable sort), never by atomic additions. Plain torch stands
+here; on a GPU the kernels of `kernels_*_globallocal.py` do the same where Triton is installed.
 """
 
 from itertools import pairwise
@@ -11,30 +12,21 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import Function
 
-from .configuration_globallocal import SUMMARY_CHUNK
-from .library_globallocal import opaque
+from .configuration_globallocal import PIECE_ENTRIES, SUMMARY_CHUNK
+from .library_globallocal import has_kernels, opaque
 
-try:
+try:  # by their names: so the files travel with an exported model
     from .kernels_convolution_globallocal import convolve, input_gradient, suits_kernels, weight_gradient
-except ImportError:  # without Triton
-
-    def suits_kernels(x: Tensor, *others: Tensor) -> bool:
-        return False
-
-
-try:
+    from .kernels_loss_globallocal import cross_entropy_by_kernel_
+    from .kernels_router_globallocal import dot_by_kernel, mix_by_kernel, sum_by_row_by_kernel, top_rows_by_kernel
     from .kernels_summary_globallocal import fits, summary_attention
-except ImportError:  # without Triton everything is written out as tensor operations
-    summary_attention = None  # type: ignore[assignment]
+except ImportError:  # without Triton `has_kernels` is false
+    pass
 
 # Largest temporary, in elements: a block of pool scores or of vocabulary logits; on a GPU so many times as large.
 SCORE_BLOCK_ELEMENTS = 2**22
 LOGIT_BLOCK_ELEMENTS = 2**23
 GPU_BLOCK_FACTOR = 32
-# Where one thread would sum a whole row, long rows are summed in pieces side by side.
-SPLIT_ROWS_ON = {"cuda"}
-SUMMARY_KERNELS_ON = {"cuda"}
-PIECE_ENTRIES = 128
 SCAN_CHUNK = 8  # steps that the chunks of a linear recurrence take side by side
 
 
@@ -51,50 +43,83 @@ class RowChoice:
         indices: int64 [T, k], values in [0, N).
         num_rows: N.
         grouped: False where only the chosen rows are read: no sums by row, no gradients.
+
+    Attributes:
+        order: int64 [T·k], the choices sorted by row, within a row in the order of the tokens.
+        row_starts: int64 [N + 1], where each row begins in `order`.
+        piece_starts, piece_rows: the rows cut into pieces, for kernels; see `kernels_router_globallocal.py`.
     """
 
     def __init__(self, indices: Tensor, num_rows: int, grouped: bool = True) -> None:
         self.indices = indices
         if not grouped:
             return
-        ordered, self.order = indices.reshape(-1).sort(stable=True)
-        self.offsets = torch.searchsorted(ordered, torch.arange(num_rows, device=indices.device))
-        self.pieces: Tensor | None = None  # where every piece begins; `offsets` then counts pieces
-        if indices.device.type in SPLIT_ROWS_ON:
-            cuts = torch.arange(0, ordered.numel(), PIECE_ENTRIES, device=indices.device)
-            self.pieces = torch.cat([self.offsets, cuts]).sort().values
-            self.offsets = torch.searchsorted(self.pieces, self.offsets)
+        narrow = torch.int16 if num_rows < 2**15 else torch.int32  # short keys are sorted in fewer passes
+        ordered, self.order = indices.reshape(-1).to(narrow).sort(stable=True)
+        rows = torch.arange(num_rows + 1, device=indices.device, dtype=narrow)
+        self.row_starts = self.piece_starts = self.piece_rows = torch.searchsorted(ordered, rows)
+        if not has_kernels(indices):
+            return
+        pieces = (self.row_starts.diff() + (PIECE_ENTRIES - 1)) // PIECE_ENTRIES
+        self.piece_starts = F.pad(pieces.cumsum(0), (1, 0))
+        # How many pieces there are is only known on the device: at most so many.
+        most = -(-indices.numel() // PIECE_ENTRIES) + num_rows
+        numbers = torch.arange(most, device=indices.device)
+        self.piece_rows = torch.searchsorted(self.piece_starts, numbers, right=True) - 1
 
-    def sum_by_row(self, values: Tensor, tokens: Tensor | None = None) -> Tensor:
+    def sum_by_row(self, values: Tensor, tokens: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Σ over the choices of row n of `values` [T, k], each times its token's row of `tokens` [T, c].
 
-        Returns [N], or [N, c] with `tokens`.
+        Returns [N, c], or nothing to read without `tokens`, and the sums of the values alone, [N].
         """
-        ordered = values.reshape(-1)[self.order]
-        offsets = self.offsets if self.pieces is None else self.pieces
-        if tokens is None:
-            sums = _sum_bags(ordered.unsqueeze(1), offsets)
-        else:
-            sums = F.embedding_bag(
-                self.order // self.indices.shape[1], tokens, offsets, mode="sum", per_sample_weights=ordered
-            )
-        if self.pieces is not None:
-            sums = _sum_bags(sums, self.offsets)
-        return sums if tokens is not None else sums.squeeze(1)
+        return _sum_by_row(values, tokens, self.order, self.row_starts, self.piece_starts, self.piece_rows)
 
 
-def _sum_bags(rows: Tensor, offsets: Tensor) -> Tensor:
-    """Sums of the rows from each offset to the next: [M, c], int64 [N] → [N, c]."""
-    return F.embedding_bag(torch.arange(rows.shape[0], device=rows.device), rows, offsets, mode="sum")
+def _sum_by_row_shape(
+    values: Tensor, tokens: Tensor | None, order: Tensor, row_starts: Tensor, piece_starts: Tensor, piece_rows: Tensor
+) -> tuple[Tensor, Tensor]:
+    rows = row_starts.shape[0] - 1
+    return (values if tokens is None else tokens).new_empty(rows, 0 if tokens is None else tokens.shape[1]), (
+        values.new_empty(rows)
+    )
 
 
+@opaque(_sum_by_row_shape)
+def _sum_by_row(
+    values: Tensor, tokens: Tensor | None, order: Tensor, row_starts: Tensor, piece_starts: Tensor, piece_rows: Tensor
+) -> tuple[Tensor, Tensor]:
+    if has_kernels(values):
+        return sum_by_row_by_kernel(values, tokens, order, row_starts, piece_starts, piece_rows)
+    ordered, offsets = values.reshape(-1)[order], row_starts[:-1]
+    entries = torch.arange(len(order), device=order.device)
+    totals = F.embedding_bag(entries, ordered.unsqueeze(1), offsets, mode="sum").squeeze(1)
+    if tokens is None:
+        return values.new_empty(len(offsets), 0), totals.clone()
+    choice = order // values.shape[1]
+    return F.embedding_bag(choice, tokens, offsets, mode="sum", per_sample_weights=ordered), totals.clone()
+
+
+def _dot_shape(table: Tensor, indices: Tensor, tokens: Tensor) -> Tensor:
+    return table.new_empty(indices.shape)
+
+
+@opaque(_dot_shape)
 def _dot(table: Tensor, indices: Tensor, tokens: Tensor) -> Tensor:
     """tokens[t] · table[indices[t, j]] for every t, j: [T, k]."""
+    if has_kernels(tokens):
+        return dot_by_kernel(table, indices, tokens)
     return torch.bmm(table[indices], tokens.unsqueeze(2)).squeeze(2)
 
 
+def _mix_shape(table: Tensor, indices: Tensor, weights: Tensor) -> Tensor:
+    return table.new_empty(indices.shape[0], table.shape[1])
+
+
+@opaque(_mix_shape)
 def _mix(table: Tensor, indices: Tensor, weights: Tensor) -> Tensor:
     """Σ_j weights[t, j] · table[indices[t, j]] for every t: [T, c]."""
+    if has_kernels(weights):
+        return mix_by_kernel(table, indices, weights)
     return F.embedding_bag(indices, table, mode="sum", per_sample_weights=weights)
 
 
@@ -109,12 +134,8 @@ class _DotRows(Function):
     def backward(ctx, grad):
         tokens, table = ctx.saved_tensors
         grad = grad.contiguous()
-        return (
-            _mix(table, ctx.choice.indices, grad),
-            ctx.choice.sum_by_row(grad, tokens),
-            ctx.choice.sum_by_row(grad),
-            None,
-        )
+        grad_table, grad_bias = ctx.choice.sum_by_row(grad, tokens)
+        return _mix(table, ctx.choice.indices, grad), grad_table, grad_bias, None
 
 
 class _MixRows(Function):
@@ -128,7 +149,7 @@ class _MixRows(Function):
     def backward(ctx, grad):
         weights, table = ctx.saved_tensors
         grad = grad.contiguous()
-        grad_table = ctx.choice.sum_by_row(weights, grad) if ctx.needs_input_grad[1] else None
+        grad_table = ctx.choice.sum_by_row(weights, grad)[0] if ctx.needs_input_grad[1] else None
         return _dot(table, ctx.choice.indices, grad), grad_table, None
 
 
@@ -136,7 +157,7 @@ class _SumByRow(Function):
     @staticmethod
     def forward(ctx, values, choice):
         ctx.choice = choice
-        return choice.sum_by_row(values)
+        return choice.sum_by_row(values)[1]
 
     @staticmethod
     def backward(ctx, grad):
@@ -161,19 +182,30 @@ def sum_by_row(values: Tensor, choice: RowChoice) -> Tensor:
     return _SumByRow.apply(values, choice)
 
 
-@torch.no_grad()
-def top_rows(tokens: Tensor, table: Tensor, bias: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """Values and int64 indices, each [T, min(k, N)], of the largest of `tokens @ table.T + bias`.
+def _top_rows_shape(tokens: Tensor, table: Tensor, bias: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    values = tokens.new_empty(tokens.shape[0], k)
+    return values, torch.empty_like(values, dtype=torch.int64)
 
-    Works in blocks of tokens, so that the [T, N] scores never exist.
-    """
-    k = min(k, table.shape[0])
+
+@opaque(_top_rows_shape)
+def _top_rows(tokens: Tensor, table: Tensor, bias: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    if has_kernels(tokens):
+        return top_rows_by_kernel(tokens, table, bias, k)
     block = block_rows(SCORE_BLOCK_ELEMENTS, table, tokens.shape[0])
     scores = tokens.new_empty(block, table.shape[0])  # `out=`: no checkpointing policy keeps it
     parts = [
         _top_columns(torch.addmm(bias, part, table.T, out=scores[: part.shape[0]]), k) for part in tokens.split(block)
     ]
     return torch.cat([values for values, _ in parts]), torch.cat([indices for _, indices in parts])
+
+
+@torch.no_grad()
+def top_rows(tokens: Tensor, table: Tensor, bias: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """Values and int64 indices, each [T, min(k, N)], of the largest of `tokens @ table.T + bias`.
+
+    The [T, N] scores never exist: plain torch works in blocks of tokens, a kernel in blocks of both.
+    """
+    return _top_rows(tokens, table, bias, min(k, table.shape[0]))
 
 
 def _top_columns(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
@@ -211,22 +243,24 @@ def _pad(x: Tensor, weight: Tensor, dilations: list[int]) -> Tensor:
 
 
 @opaque(lambda x, weight, bias, dilations: x.new_empty(*x.shape[:2], weight.shape[0] * weight.shape[1]))
-def convolution_forward(x: Tensor, weight: Tensor, bias: Tensor, dilations: list[int]) -> Tensor:
+def convolution_forward(x: Tensor, weight: Tensor, bias: Tensor, dilations: Tensor) -> Tensor:
     """Output [B, S, n·h] of `causal_convolutions` without history."""
-    if suits_kernels(x, weight, bias):
-        return convolve(x, weight, bias, dilations)
-    return _convolve(_pad(x, weight, dilations), weight, bias, x.shape[1], dilations)
+    steps = dilations.tolist()
+    if has_kernels(x) and suits_kernels(x, weight, bias):
+        return convolve(x, weight, bias, steps)
+    return _convolve(_pad(x, weight, steps), weight, bias, x.shape[1], steps)
 
 
 @opaque(lambda grad, x, weight, dilations: (x.new_empty(x.shape), weight.new_empty(weight.shape)))
-def convolution_backward(grad: Tensor, x: Tensor, weight: Tensor, dilations: list[int]) -> tuple[Tensor, Tensor]:
+def convolution_backward(grad: Tensor, x: Tensor, weight: Tensor, dilations: Tensor) -> tuple[Tensor, Tensor]:
     """Gradients of x [B, S, h] and weight [n, h, K·h] from that of the output [B, S, n·h]."""
+    steps = dilations.tolist()
     length, kernel_size = x.shape[1], weight.shape[2] // x.shape[2]
-    if suits_kernels(x, weight, grad):
-        return input_gradient(grad, weight, dilations), weight_gradient(grad, x, kernel_size, dilations)
-    padded = _pad(x, weight, dilations)
+    if has_kernels(x) and suits_kernels(x, weight, grad):
+        return input_gradient(grad, weight, steps), weight_gradient(grad, x, kernel_size, steps)
+    padded = _pad(x, weight, steps)
     grad_padded, grad_weight = torch.zeros_like(padded), weight.new_empty(weight.shape)
-    for i, (part, dilation) in enumerate(zip(grad.chunk(len(weight), dim=-1), dilations, strict=True)):
+    for i, (part, dilation) in enumerate(zip(grad.chunk(len(weight), dim=-1), steps, strict=True)):
         rows = part.flatten(0, 1)
         taps = torch.cat(_taps(padded, length, kernel_size, dilation), dim=-1)
         torch.mm(rows.T, taps.flatten(0, 1), out=grad_weight[i])
@@ -241,19 +275,18 @@ class _CausalConvolutions(Function):
 
     @staticmethod
     def forward(ctx, x, weight, bias, dilations):
-        ctx.save_for_backward(x, weight)
-        ctx.dilations = dilations
+        ctx.save_for_backward(x, weight, dilations)
         return convolution_forward(x, weight, bias, dilations)
 
     @staticmethod
     def backward(ctx, grad):
-        x, weight = ctx.saved_tensors
-        grad_x, grad_weight = convolution_backward(grad.contiguous(), x, weight, ctx.dilations)
+        x, weight, dilations = ctx.saved_tensors
+        grad_x, grad_weight = convolution_backward(grad.contiguous(), x, weight, dilations)
         return grad_x, grad_weight, grad.sum(dim=(0, 1)).view(len(weight), -1), None
 
 
 def causal_convolutions(
-    x: Tensor, weight: Tensor, bias: Tensor, dilations: list[int], history: Tensor | None = None
+    x: Tensor, weight: Tensor, bias: Tensor, dilations: Tensor, history: Tensor | None = None
 ) -> Tensor:
     """Parallel dilated causal convolutions, each a matrix product over shifted inputs.
 
@@ -264,14 +297,14 @@ def causal_convolutions(
         weight: [n, h, K·h], one matrix a dilation; tap K − 1 is the current position, tap j lies
             (K − 1 − j) · dilation before it.
         bias: [n, h].
-        dilations: n of them.
+        dilations: int64 [n], on the CPU: as data, so that layers which differ in them share what is compiled.
         history: [B, P, h], P ≥ (K − 1) · max dilation positions before x; None for zeros.
 
     Returns:
         [B, S, n·h], the outputs side by side.
     """
     if history is not None:
-        return _convolve(torch.cat([history, x], dim=1), weight, bias, x.shape[1], dilations)
+        return _convolve(torch.cat([history, x], dim=1), weight, bias, x.shape[1], dilations.tolist())
     return _CausalConvolutions.apply(x, weight, bias, dilations)
 
 
@@ -344,14 +377,9 @@ def decayed_attention(
         Answers [B, S, H, p], and the last state [B, d, H, p], in the dtype of `log_keep`; a kernel on the GPU leaves
         the answers in the value's.
     """
-    if (
-        summary_attention is not None
-        and query.device.type in SUMMARY_KERNELS_ON
-        and state is None
-        and query.shape[1] > 1
-        and fits(query, key, value, log_keep)
-    ):
-        return summary_attention(query, key, value, log_keep)
+    parts = (query, key, value, log_keep)
+    if has_kernels(query) and state is None and query.shape[1] > 1 and fits(*parts):
+        return summary_attention(*parts)
     wide, length = log_keep.dtype, query.shape[1]
     size = min(SUMMARY_CHUNK, length)
     missing = -length % size
@@ -381,6 +409,20 @@ def decayed_attention(
     return answer.flatten(1, 2)[:, :length], states[:, -1]
 
 
+def _cross_entropy(logits: Tensor, targets: Tensor, memory: Tensor) -> tuple[Tensor, Tensor]:
+    """Losses [T], float32 or wider, of logits [T, V], and their gradients, in `memory`, which is as wide.
+
+    targets: int64 [T]; what stands at negative ones does not count and is left to the caller to drop.
+    """
+    goal = targets.clamp_min(0).unsqueeze(1)
+    error = torch.softmax(logits, dim=1, dtype=memory.dtype, out=memory)
+    # log Σ exp by way of the largest entry: its probability cannot vanish.
+    normaliser = logits.amax(dim=1, keepdim=True).to(error.dtype) - error.amax(dim=1, keepdim=True).log()
+    losses = (normaliser - logits.gather(1, goal)).squeeze(1)
+    error.scatter_add_(1, goal, torch.full_like(normaliser, -1.0))  # softmax − one-hot
+    return losses, error if logits.dtype == error.dtype else logits.copy_(error)
+
+
 class _VocabularyLoss(Function):
     """Sum of cross entropies; its gradient is computed block by block along with the loss."""
 
@@ -394,26 +436,25 @@ class _VocabularyLoss(Function):
         total = hidden.new_zeros((), dtype=wide)
         block = block_rows(LOGIT_BLOCK_ELEMENTS, weight, hidden.shape[0])
         memory = hidden.new_empty(block, weight.shape[0])  # the same for all blocks
-        wide_memory = torch.empty_like(memory, dtype=wide)
+        wide_memory = None if has_kernels(hidden) else torch.empty_like(memory, dtype=wide)
         for start in range(0, hidden.shape[0], block):
-            part, goal = hidden[start : start + block], targets[start : start + block].unsqueeze(1)
-            valid, goal = (goal >= 0).to(wide), goal.clamp_min(0)
+            part, goal = hidden[start : start + block], targets[start : start + block]
+            valid = (goal >= 0).to(hidden.dtype)
             logits = torch.addmm(bias, part, weight.T, out=memory[: len(part)])
-            error = torch.softmax(logits, dim=1, dtype=wide, out=wide_memory[: len(part)])
-            # log Σ exp by way of the largest entry: its probability cannot vanish.
-            normaliser = logits.amax(dim=1, keepdim=True).to(wide) - error.amax(dim=1, keepdim=True).log()
-            total += ((normaliser - logits.gather(1, goal)) * valid).sum()
+            if wide_memory is None:
+                losses, error = cross_entropy_by_kernel_(logits, goal), logits  # in place
+            else:
+                losses, error = _cross_entropy(logits, goal, wide_memory[: len(part)])
+            total += (losses * valid).sum()
             if not any(need):
                 continue
-            error.scatter_add_(1, goal, torch.full_like(valid, -1.0))  # softmax − one-hot
+            # Where nothing counts, the input is as good as absent.
             if grad_bias is not None:
-                grad_bias += torch.mv(error.T, valid.squeeze(1))
-            if part.dtype != wide:
-                error = logits.copy_(error)
+                grad_bias += error.sum(dim=0, dtype=wide) if wide_memory is None else torch.mv(error.T, valid)
             if grad_hidden is not None:
-                torch.mm(error, weight, out=grad_hidden[start : start + block]).mul_(valid)
-            if grad_weight is not None:  # where nothing counts, the input is as good as absent
-                grad_weight += error.T @ (part * valid.to(part.dtype))
+                torch.mm(error, weight, out=grad_hidden[start : start + block]).mul_(valid.unsqueeze(1))
+            if grad_weight is not None:
+                grad_weight += error.T @ (part * valid.unsqueeze(1))
         ctx.save_for_backward(grad_hidden, grad_weight, grad_bias)
         ctx.dtypes = (hidden.dtype, weight.dtype, bias.dtype)
         return total

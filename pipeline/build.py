@@ -27,6 +27,7 @@ from pipeline.data.samples import Source
 from pipeline.distributed.clock import Clock
 from pipeline.distributed.stop import StopRequest
 from pipeline.distributed.world import World
+from pipeline.engine.compilation import compile_blocks
 from pipeline.engine.engine import initialize, resolve_precision, zero_stage
 from pipeline.engine.optim import describe_groups, parameter_groups
 from pipeline.evaluate import continuations, held_out
@@ -72,6 +73,8 @@ def build(config: RunConfig, world: World, stop: StopRequest, clock: Clock) -> T
     expected_bytes = check_space(config, world, model, precision, zero_stage(settings), steps)
     narrate(config, world, corpus, source, layout, model, precision, settings)
     engine = initialize(model, config, settings)
+    if fitted.compiled:
+        compile_blocks(engine, layout.micro_batch_size, config.data.sequence_length)
     engine.checkpoint_engine = DeferringCheckpointEngine(HostBuffers() if config.checkpoint.background else None)
     clock.move()
     transformers.set_seed(config.run.seed + world.rank)  # dropout differs between ranks

@@ -211,6 +211,8 @@ class TrainingSection(Section):
     """Samples a rank holds at once; gradient_accumulation_steps = global / (micro × world size)."""
     precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
     """`auto`: bf16 where the hardware multiplies it, else fp32; what was chosen is printed."""
+    compile: bool | Literal["auto"] = "auto"
+    """Compile the model's blocks for training. `auto`: on a GPU, at ZeRO stages 0 to 2; what was chosen is printed."""
     log_interval_steps: int = Field(10, ge=1, le=MOST)
     stop_signals: tuple[str, ...] = ("SIGTERM", "SIGUSR1", "SIGINT")
     """At one of these, on any rank, all ranks save and leave with exit code 75: start it again to go on. SIGTERM and

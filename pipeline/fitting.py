@@ -18,7 +18,8 @@ from pipeline.config import RunConfig, short, warmup_problem
 from pipeline.data.corpus import Corpus, open_corpus
 from pipeline.data.loader import BatchLayout
 from pipeline.data.samples import Source
-from pipeline.engine.engine import check_machine, deepspeed_config, has_bf16
+from pipeline.engine.compilation import resolve_compile
+from pipeline.engine.engine import check_machine, deepspeed_config, has_bf16, zero_stage
 from pipeline.export.load import build_model_config
 
 Part = TypeVar("Part")
@@ -33,6 +34,7 @@ class Fitted:
         layout: None where the number of ranks is not known yet.
         steps: optimizer steps of the run; None without the dataset where they are counted in epochs.
         deepspeed: the merged configuration; empty without a layout.
+        compiled: whether the model's blocks are compiled.
     """
 
     corpus: Corpus | None
@@ -41,6 +43,7 @@ class Fitted:
     layout: BatchLayout | None
     steps: int | None
     deepspeed: dict[str, Any]
+    compiled: bool
 
 
 def fit(
@@ -81,6 +84,10 @@ def fit(
     settings = part(lambda: deepspeed_config(config, layout, precision)) or {}
     if settings and ranks is not None:
         part(lambda: check_machine(config, settings, ranks, device.type == "cuda"))
+    compiled = False
+    if settings and model is not None:
+        stage, policy = zero_stage(settings), model.activation_checkpointing
+        compiled = bool(part(lambda: resolve_compile(training.compile, device, stage, policy)))
     steps = training.steps(source.num_samples) if source else training.max_steps
     if steps is not None:
         part(lambda: _check_steps(config, int(steps)))
@@ -91,7 +98,7 @@ def fit(
         problems.append(f"checkpoint.resume: {resume}: no such folder; {nearest_checkpoints(Path(resume))}")
     if problems:
         raise UserError(list(dict.fromkeys(problems)))
-    return Fitted(corpus, source, model, layout, steps, settings)
+    return Fitted(corpus, source, model, layout, steps, settings, compiled)
 
 
 def local_precision(config: RunConfig, device: torch.device) -> str:

@@ -10,14 +10,14 @@ from typing import Any, NamedTuple
 
 from data_prep.errors import UserError
 from pipeline.checkpoints import folder as checkpoint
-from pipeline.checkpoints import reshard
+from pipeline.checkpoints import reshard, zero_layout
 from pipeline.checkpoints import write as checkpoint_io
 from pipeline.config import RunConfig, flatten
 from pipeline.data.corpus import Corpus
 from pipeline.data.loader import BatchLayout, batch_hash, data_step
 from pipeline.data.samples import Source
 from pipeline.distributed.world import World
-from pipeline.engine.internals import Engine
+from pipeline.engine.internals import Engine, pieces_of
 from pipeline.health.decisions import decisions_path, read_decisions
 from pipeline.health.state import HealthState
 from pipeline.random_state import seed_generators
@@ -179,7 +179,10 @@ def restore(
     folder: Path, state: checkpoint.CheckpointState, config: RunConfig, world: World, engine: Engine, shape: Shape
 ) -> None:
     """Model, optimizer and random state of a verified checkpoint, resharded where its shape is not the run's."""
-    if Shape.of(state) == shape:
+    if (
+        Shape.of(state) == shape
+        and world.agree({"moved": float(not lies_as_here(folder, world, engine))})["moved"] == 0
+    ):
         checkpoint_io.load(engine, folder, world)
     else:
         with world.together():
@@ -192,6 +195,15 @@ def restore(
     else:
         seed_generators(config.run.seed, state.step, world.rank)
         log.info("random state: each rank's generators are seeded anew from run.seed, the step and its rank")
+
+
+def lies_as_here(folder: Path, world: World, engine: Any) -> bool:
+    """Whether the checkpoint's parameters lie in this rank's optimizer as the engine's do; earlier versions had another
+    order. A checkpoint without layouts is taken for one of this order."""
+    try:
+        return zero_layout.read(folder, world.rank) == pieces_of(engine)
+    except UserError:
+        return True
 
 
 def _words(shape: Shape) -> str:

@@ -13,7 +13,12 @@ from pipeline.config import OptimizerSection, RunConfig, short
 from pipeline.data.loader import BatchLayout
 from pipeline.distributed.world import World, load_operator
 from pipeline.engine.deepspeed_json import autos, device, faults, fill_autos, lacks, operators, read_deepspeed_json
-from pipeline.engine.internals import Engine, clip_by_the_norm_that_is_checked, let_the_loss_scale_fall
+from pipeline.engine.internals import (
+    Engine,
+    clip_by_the_norm_that_is_checked,
+    let_the_loss_scale_fall,
+    look_at_all_gradients_at_once,
+)
 from pipeline.engine.optim import build_optimizer, parameter_groups
 from pipeline.engine.schema import OWNED, knob_problems
 
@@ -178,4 +183,5 @@ def initialize(model: nn.Module, config: RunConfig, settings: dict[str, Any]) ->
     deepspeed.checkpointing.configure(None, deepspeed_config=settings)  # its activation_checkpointing section
     clip_by_the_norm_that_is_checked(engine)
     let_the_loss_scale_fall(engine)
+    look_at_all_gradients_at_once(engine)
     return engine

@@ -37,7 +37,7 @@ def milliseconds(call: Callable[[], object]) -> float:
 def compare(batch: int, length: int, h: int) -> bool:
     """Prints a line a candidate; whether all of them agree with the products."""
     torch.manual_seed(0)
-    branches = len(DILATIONS)
+    branches, dilations = len(DILATIONS), torch.tensor(DILATIONS)
     x = torch.randn(batch, length, h, device="cuda", dtype=torch.bfloat16)
     weight = torch.randn(branches, h, TAPS * h, device="cuda", dtype=torch.bfloat16) * (TAPS * h) ** -0.5
     bias = torch.randn(branches, h, device="cuda", dtype=torch.bfloat16)
@@ -70,13 +70,14 @@ def compare(batch: int, length: int, h: int) -> bool:
             fastest.append((milliseconds(lambda tiles=tiles, call=call: call(tiles)), tiles))
             line(name, " ".join(f"{k}={v}" for k, v in tiles._asdict().items()), fastest[-1][0], 1, note)
         print(f'    ("{name}", {h}): {min(fastest)[1]},')
-    line("forward", "as wired", milliseconds(lambda: ops.convolution_forward(x, weight, bias, DILATIONS)), 1)
-    line("backward", "as wired", milliseconds(lambda: ops.convolution_backward(grad, x, weight, DILATIONS)), 2)
+    line("forward", "as wired", milliseconds(lambda: ops.convolution_forward(x, weight, bias, dilations)), 1)
+    line("backward", "as wired", milliseconds(lambda: ops.convolution_backward(grad, x, weight, dilations)), 2)
     return right
 
 
 def products(x: Tensor, weight: Tensor, bias: Tensor, grad: Tensor) -> tuple[Callable[[], Tensor], Callable[[], tuple]]:
     """Forward and backward without the kernels."""
+    dilations = torch.tensor(DILATIONS)
 
     def without(function: Callable, *arguments: object) -> object:
         suits, ops.suits_kernels = ops.suits_kernels, lambda x, *others: False
@@ -86,8 +87,8 @@ def products(x: Tensor, weight: Tensor, bias: Tensor, grad: Tensor) -> tuple[Cal
             ops.suits_kernels = suits
 
     return (
-        lambda: without(ops.convolution_forward, x, weight, bias, DILATIONS),
-        lambda: without(ops.convolution_backward, grad, x, weight, DILATIONS),
+        lambda: without(ops.convolution_forward, x, weight, bias, dilations),
+        lambda: without(ops.convolution_backward, grad, x, weight, dilations),
     )
 
 

@@ -30,7 +30,7 @@ def tensors(batch, length, h, taps, dilations, dtype=torch.float32):
 
 def results(function, x, weight, bias, grad, dilations):
     leaves = [tensor.clone().requires_grad_() for tensor in (x, weight, bias)]
-    output = function(*leaves, dilations)
+    output = function(*leaves, torch.tensor(dilations))
     return [output.detach(), *torch.autograd.grad(output, leaves, grad)]
 
 
@@ -74,7 +74,7 @@ def test_every_configuration_gives_the_same(name):
 @pytest.mark.parametrize("splits", [1, 3])
 def test_the_weights_gradient_is_the_same_in_any_number_of_parts(splits, monkeypatch):
     x, _, _, grad = tensors(2, 100, 64, 2, [7])
-    expected = convolution_backward(grad.double(), x.double(), torch.zeros(1, 64, 128).double(), [7])[1]
+    expected = convolution_backward(grad.double(), x.double(), torch.zeros(1, 64, 128).double(), torch.tensor([7]))[1]
     monkeypatch.setattr(kernels, "_splits", lambda num_tiles, num_blocks: splits)
     assert max(deviations([kernels.weight_gradient(grad, x, 2, [7])], [expected])) < 1e-6
 
@@ -90,9 +90,9 @@ def test_parts_follow_from_the_shapes_and_leave_few_processors_idle():
 
 def test_no_position_sees_a_later_one_or_another_sequence():
     x, weight, bias, _ = tensors(3, 90, 64, 3, [1, 40])
-    before = convolution_forward(x, weight, bias, [1, 40])
+    before = convolution_forward(x, weight, bias, torch.tensor([1, 40]))
     x[1, 50:] = torch.nan
-    after = convolution_forward(x, weight, bias, [1, 40])
+    after = convolution_forward(x, weight, bias, torch.tensor([1, 40]))
     assert torch.equal(after[1, :50], before[1, :50])
     assert torch.equal(after[0::2], before[0::2])
     assert after[1, 50:].isnan().all()
@@ -103,8 +103,8 @@ def test_parameters_may_lie_anywhere_in_memory():
     expected = results(causal_convolutions, x, weight, bias, grad, [3])
     moved = [torch.cat([t.new_zeros(1), t.flatten()])[1:].view_as(t) for t in (x, weight, bias, grad)]
     assert all(t.data_ptr() % 16 for t in moved)
-    output = convolution_forward(*moved[:3], [3])
-    gradients = convolution_backward(moved[3], moved[0], moved[1], [3])
+    output = convolution_forward(*moved[:3], torch.tensor([3]))
+    gradients = convolution_backward(moved[3], moved[0], moved[1], torch.tensor([3]))
     assert all(torch.equal(a, b) for a, b in zip([output, *gradients], expected[:3], strict=True))
 
 
@@ -118,6 +118,6 @@ def test_compiled_whole():
 
 def test_history_continues_a_sequence():
     x, weight, bias, _ = tensors(2, 90, 64, 3, [1, 20])
-    whole = causal_convolutions(x, weight, bias, [1, 20])
-    rest = causal_convolutions(x[:, 50:], weight, bias, [1, 20], x[:, :50])
+    whole = causal_convolutions(x, weight, bias, torch.tensor([1, 20]))
+    rest = causal_convolutions(x[:, 50:], weight, bias, torch.tensor([1, 20]), x[:, :50])
     assert max(deviations([rest], [whole[:, 50:].double()])) < 1e-6

@@ -130,11 +130,11 @@ class TestKernels:
         config = tiny_config(hidden_size=32, router_context="summary", summary_heads=2, summary_key_size=16)
         model = make_model(config, dtype=torch.float32).to(DEVICE)
         ids = random_ids(config, 2, 70).to(DEVICE)
-        calls = []
+        calls, original = [], kernels.summary_attention
 
         def counted(*tensors: Tensor) -> tuple[Tensor, Tensor]:
             calls.append(tensors)
-            return kernels.summary_attention(*tensors)
+            return original(*tensors)
 
         def logits_and_gradients() -> list[Tensor]:
             model.zero_grad()
@@ -142,10 +142,10 @@ class TestKernels:
             logits.square().mean().backward()
             return [logits, *(x.grad for x in model.parameters())]
 
-        monkeypatch.setattr(ops_globallocal, "SUMMARY_KERNELS_ON", set())
+        monkeypatch.setattr(ops_globallocal, "has_kernels", lambda x: False)
         wanted = logits_and_gradients()
-        monkeypatch.setattr(ops_globallocal, "SUMMARY_KERNELS_ON", {DEVICE})
-        monkeypatch.setattr(ops_globallocal, "summary_attention", counted)
+        monkeypatch.setattr(ops_globallocal, "has_kernels", lambda x: True)
+        monkeypatch.setattr(kernels, "summary_attention", counted)
         for one, other in zip(logits_and_gradients(), wanted, strict=True):
             torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5 * other.detach().abs().max().item())
         assert len(calls) == config.num_hidden_layers

@@ -129,15 +129,6 @@ def test_blocks_do_not_change_the_result(monkeypatch):
     assert max(*whole, *largest_difference(model, ids, labels)) < 1e-10
 
 
-@pytest.mark.parametrize("piece_entries", [1, 4, 1000])
-def test_rows_summed_in_pieces_as_on_a_gpu_agree(monkeypatch, piece_entries):
-    monkeypatch.setattr(ops_globallocal, "SPLIT_ROWS_ON", {"cpu"})
-    monkeypatch.setattr(ops_globallocal, "PIECE_ENTRIES", piece_entries)
-    model = make_model(tiny_config(pool_size=100, diversity_loss_scale=50.0))
-    ids = random_ids(model.config, 3, 40)
-    assert max(largest_difference(model, ids, ids)) < 1e-10
-
-
 @settings(max_examples=30, deadline=None)
 @given(length=st.integers(1, 150), seed=st.integers(0, 99))
 def test_the_recurrence_is_that_of_a_loop_over_any_number_of_chunks(length, seed):

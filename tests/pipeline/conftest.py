@@ -69,7 +69,7 @@ def runs(trained: Path, small_dataset: Path) -> dict[str, dict[str, Any]]:
     shard[len(shard) // 2] ^= 1
     (damaged / "train-000000.tar").write_bytes(bytes(shard))
     other = copy_with_another_id(small_dataset, trained / "other-data")
-    bf16 = ["training.precision=bf16"]
+    bf16, compiled = ["training.precision=bf16"], ["training.compile=true"]
     for policy in POLICIES:
         engine = write_engine(trained / f"{policy}.json", POLICIES[policy])
         settings = [f"deepspeed.config={engine}", f"model.activation_checkpointing={policy.partition('.')[0]}"]
@@ -80,6 +80,8 @@ def runs(trained: Path, small_dataset: Path) -> dict[str, dict[str, Any]]:
     plan += [
         Run("unbroken-bf16", bf16),
         Run("resumed-bf16", bf16, copy_checkpoint="unbroken-bf16/step-00000003"),
+        Run("unbroken-compiled", compiled),
+        Run("resumed-compiled", compiled, copy_checkpoint="unbroken-compiled/step-00000003"),
         Run("whole-batch", ["training.micro_batch_size=4", *comparable]),
         Run("accumulated", ["training.micro_batch_size=1", *comparable]),
         Run("damaged", [f"data.dataset={damaged}"]),

@@ -5,14 +5,16 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from model.configuration_globallocal import GlobalLocalConfig
+from model.modeling_globallocal import GlobalLocalForCausalLM
 from pipeline.config import OptimizerSection
-from pipeline.engine.optim import build_optimizer, describe_groups, learning_rate, parameter_groups
+from pipeline.engine.optim import ALIGNED_ELEMENTS, build_optimizer, describe_groups, learning_rate, parameter_groups
 
 
 @given(
     max_steps=st.integers(1, 10_000),
     warmup=st.integers(0, 500),
-    ratio=st.floats(0, 1),
+    ratio=st.floats(0, 1, allow_subnormal=False),
     step=st.integers(0, 20_000),
 )
 def test_learning_rate_stays_between_its_bounds(max_steps: int, warmup: int, ratio: float, step: int) -> None:
@@ -31,6 +33,15 @@ def test_learning_rate_rises_to_its_peak_and_falls_to_its_floor() -> None:
     assert rates[:10] == sorted(rates[:10])
     assert rates[10:] == sorted(rates[10:], reverse=True)
     assert rates[99] == pytest.approx(1e-4)
+
+
+def test_what_has_an_odd_size_moves_nothing_from_its_alignment() -> None:
+    model = GlobalLocalForCausalLM(GlobalLocalConfig.from_preset("quickstart", num_hidden_layers=1, vocab_size=64))
+    for group in parameter_groups(model, 0.1):
+        sizes = [parameter.numel() for parameter in group["params"]]
+        odd = next((place for place, size in enumerate(sizes) if size % ALIGNED_ELEMENTS), len(sizes))
+        assert all(sum(sizes[:place]) % ALIGNED_ELEMENTS == 0 for place in range(odd + 1))
+        assert all(size % ALIGNED_ELEMENTS for size in sizes[odd:])
 
 
 def test_matrices_decay_and_the_rest_does_not() -> None:

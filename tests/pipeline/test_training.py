@@ -56,7 +56,7 @@ def assert_same_state(one: Path, other: Path, apart_from: frozenset[str] = froze
                 assert left[key] == right[key], f"{name}: {key} differs"
 
 
-@pytest.mark.parametrize("kind", [*map(str, STAGES), "bf16"])
+@pytest.mark.parametrize("kind", [*map(str, STAGES), "bf16", "compiled"])
 def test_a_resumed_run_is_bitwise_the_unbroken_one(runs: Runs, trained: Path, kind: str) -> None:
     unbroken, resumed = f"unbroken-{kind}", f"resumed-{kind}"
     assert runs[unbroken]["code"] == 0, runs[unbroken]
