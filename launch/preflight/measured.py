@@ -36,7 +36,7 @@ class Measured:
 
 
 MEASURED = (
-    Measured("small", "H200", 345_000, 0.0879, "2026-11-27", "ab82ada", "1 GPU, ZeRO 2, bf16, 64 × 1,024 tokens"),
+    Measured("small", "H200", 909_000, 0.2316, "2026-11-27", "a3d237a", "1 GPU, ZeRO 2, bf16, 64 × 1,024 tokens"),
 )
 
 SAME_MODEL = 0.05
