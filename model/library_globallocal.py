@@ -38,6 +38,8 @@ def opaque(shapes: Callable[..., Any]) -> Callable[[Function], Function]:
 
     def register(function: Function) -> Function:
         namespace, name = re.sub(r"\W", "_", function.__module__), function.__name__
+        while hasattr(getattr(torch.ops, namespace), name):  # the module is loaded anew
+            namespace += "_"
         library = torch.library.Library(namespace, "FRAGMENT")
         library.define(name + torch.library.infer_schema(function, mutates_args=()))
         # `custom_op` does the same, with checks at every call that cost more than a kernel's launch.

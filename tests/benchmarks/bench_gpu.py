@@ -287,6 +287,7 @@ def train(name: str, dataset: Path, steps: int, *more: str, kill_after: str = ""
         "model.dropout=0", "training.global_batch_size=128", "training.micro_batch_size=64",
         f"training.max_steps={steps}",
         "training.log_interval_steps=5", f"checkpoint.interval_steps={steps // 2}", "evaluation.split=null",
+        "optimizer.warmup_steps=10",
         "evaluation.prompts=[]", "tracking.enabled=false", *more,
     ]  # fmt: skip
     lines = []
