@@ -215,3 +215,28 @@ def test_compiles_without_graph_breaks(context, pool_dim):
     assert output.loss.item() == pytest.approx(expected.loss.item(), rel=1e-5)
     for parameter, goal in zip(model.parameters(), expected_gradients, strict=True):
         assert torch.allclose(parameter.grad, goal, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("policy", ["none", "full", "every-2"])
+def test_blocks_share_one_graph_which_evaluation_does_not_use(policy):
+    dilations = [[1, 2], [4, 8], [16, 3]]
+    config = tiny_config(
+        num_hidden_layers=3, router_context="summary", conv_dilations=dilations, activation_checkpointing=policy
+    )
+    model = make_model(config, dtype=torch.float32).train()
+    ids = random_ids(config, 2, 9)
+    _, expected = loss_and_gradients(model, ids, ids)
+    torch._dynamo.reset()
+    model.compile(backend="aot_eager")
+    graphs = torch._dynamo.utils.counters["stats"]
+    graphs.clear()
+    for _ in range(3):
+        _, gradients = loss_and_gradients(model, ids, ids)
+        assert graphs["unique_graphs"] == 1
+    for gradient, goal in zip(gradients, expected, strict=True):
+        assert torch.allclose(gradient, goal, rtol=1e-3, atol=1e-5)
+    model.eval()
+    with torch.no_grad():
+        model(ids)
+    model(ids, shift_labels=ids).loss.backward()
+    assert graphs["unique_graphs"] == 1
