@@ -98,21 +98,22 @@ MODEL_FOLDER = "model"
 def keep_model(config: "GlobalLocalConfig", tokenizer_folder: Path, run_folder: Path) -> None:
     """Write the run folder's `model/`. Raises OSError."""
     folder = run_folder / MODEL_FOLDER
-    folder.mkdir(exist_ok=True)
+    kept = folder / "tokenizer"  # apart: an export takes every file of it
+    kept.mkdir(parents=True, exist_ok=True)
     for file in tokenizer_folder.iterdir():
         if file.is_file():
-            shutil.copyfile(file, folder / f".{file.name}")
-            os.replace(folder / f".{file.name}", folder / file.name)
+            shutil.copyfile(file, kept / f".{file.name}")
+            os.replace(kept / f".{file.name}", kept / file.name)
     write_atomically(folder / "config.json", config.to_json_string(use_diff=False))
 
 
 def _kept_model(state: CheckpointState, folder: Path) -> "tuple[GlobalLocalConfig, Path] | None":
     """What `keep_model` wrote, where `folder` is a checkpoint in its run and the tokenizer is the checkpoint's."""
     kept = folder.absolute().parent.parent / MODEL_FOLDER
-    tokenizer = kept / "tokenizer.model"
+    tokenizer = kept / "tokenizer" / "tokenizer.model"
     if not tokenizer.is_file() or hash_file(tokenizer) != state.tokenizer_sha256:
         return None
-    return read_model_config(kept), kept
+    return read_model_config(kept), tokenizer.parent
 
 
 def read_model_config(folder: Path) -> "GlobalLocalConfig":
