@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
+LONGEST_LINE = 1000
+
 
 class UserError(Exception):
     """A mistake or a fault outside the program: bad input, a full disk, a damaged file.
@@ -20,11 +22,18 @@ class UserError(Exception):
     word = "error"  # before each line on the command line
 
     def __init__(self, problems: str | Sequence[str]) -> None:
-        self.problems: list[str] = [problems] if isinstance(problems, str) else list(problems)
+        given = [problems] if isinstance(problems, str) else problems
+        self.problems = [_one_line(problem) for problem in given]
         super().__init__("\n".join(self.problems))
 
     def __reduce__(self) -> tuple[type[UserError], tuple[list[str]]]:
         return type(self), (self.problems,)  # from a worker process it comes as it was raised
+
+
+def _one_line(problem: str) -> str:
+    """A library's own words may be many lines, and a value of any length; the remedy at the end stays."""
+    line = " ".join(problem.splitlines())
+    return line if len(line) <= LONGEST_LINE else f"{line[: LONGEST_LINE - 301]}…{line[-300:]}"
 
 
 class Interrupted(UserError):

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import re
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from typing import Any, ClassVar
 
 from data_prep.documents import Document, ReadCounts, Selection, Task, batch_tasks, join_articles, select
@@ -19,6 +20,7 @@ from data_prep.packing import START, Position
 # Waits between attempts; a row that arrives starts them anew. Within each attempt the libraries below
 # retry single requests, for some two minutes.
 RETRY_SECONDS = (5, 15, 45)
+TIMEOUT_SECONDS = 30.0  # to connect, and between two bytes of an answer
 WORDS_REPLACED = re.compile(r"wikitext-(2|103)-v1")  # WikiText's tokens: rare words are `<unk>`
 
 _log = logging.getLogger(__name__)
@@ -55,6 +57,7 @@ class HubSource:
     def __init__(self, settings: HubSettings) -> None:
         if problems := share_problems(settings.valid_share, settings.test_share):
             raise UserError(problems)
+        bound_waits()
         self._settings = settings
 
     @property
@@ -160,6 +163,24 @@ class HubSource:
                 _wait_or_refuse(f"{self._where}, {hub_split} after row {done:,}", error, failures)
 
 
+@cache
+def bound_waits() -> None:
+    """Lets the hub's client, which waits for ever for what a hub does not say, give up after a while."""
+    import huggingface_hub
+    from huggingface_hub.utils._http import default_client_factory
+
+    def bound(request: Any) -> None:
+        waits = request.extensions.setdefault("timeout", {})
+        waits.update({kind: waits.get(kind) or TIMEOUT_SECONDS for kind in ("connect", "read", "write", "pool")})
+
+    def client() -> Any:
+        made = default_client_factory()
+        made.event_hooks["request"].append(bound)
+        return made
+
+    huggingface_hub.set_client_factory(client)
+
+
 def _retried(call: Any, where: str) -> Any:
     failures = 0
     while True:
@@ -172,8 +193,17 @@ def _retried(call: Any, where: str) -> Any:
             _wait_or_refuse(where, error, failures)
 
 
+def _garbled() -> tuple[type[Exception], ...]:
+    """What libraries raise of an answer that is not what was asked for, such as a proxy's page: it may pass."""
+    import pyarrow
+
+    return (OSError, json.JSONDecodeError, UnicodeError, pyarrow.ArrowException)
+
+
 def _wait_or_refuse(where: str, error: Exception, failures: int) -> None:
     """Sleeps before the next attempt; raises UserError if it would be in vain or there were enough."""
+    if type(error).__name__ == "SplitsNotFoundError" and isinstance(error.__cause__, Exception):
+        error = error.__cause__  # whatever went wrong
     text = " ".join(str(error).split())[:300]
     kind = type(error).__name__
     status = getattr(getattr(error, "response", None), "status_code", None)
@@ -183,8 +213,10 @@ def _wait_or_refuse(where: str, error: Exception, failures: int) -> None:
         ) from error
     if "Offline" in kind or os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE"):
         raise UserError(f"{where}: HF_HUB_OFFLINE is set, so the hub is not asked; unset it") from error
-    if isinstance(error, ValueError) and not isinstance(error, OSError):
-        raise UserError(f"{where}: the hub has no such configuration or split ({text})") from error
+    if isinstance(error, ValueError) and not isinstance(error, _garbled()):
+        raise UserError(
+            f"{where}: the hub has no such configuration or split ({text}); check --config and --revision"
+        ) from error
     if failures > len(RETRY_SECONDS):
         raise UserError(
             f"{where}: the hub could not be read in {failures} attempts over {sum(RETRY_SECONDS)} seconds "

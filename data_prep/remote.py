@@ -256,7 +256,7 @@ def _passing_fault(url: str, error: Exception) -> str:
         raise UserError(f"{shown(url)}: cannot be read ({text}); check the URL") from None
     if status is not None and 400 <= status < 500 and status not in (408, 416, 425, 429):
         raise UserError(f"{shown(url)}: the server refuses ({text}); check the URL and your access to it") from None
-    return text if isinstance(error, (_IncompleteError, _StatusError)) else f"{name} {text}".strip()
+    return text if isinstance(error, (_IncompleteError, _StatusError, KeyError)) else f"{name} {text}".strip()
 
 
 def _reason(url: str, error: Exception) -> str:
@@ -264,6 +264,8 @@ def _reason(url: str, error: Exception) -> str:
     inner = error.args[0] if error.args else None
     if reason := getattr(inner, "reason", None):  # of a failed connection, without the request around it
         return str(reason).rpartition(": ")[2][:200]
+    if isinstance(error, KeyError):  # of a storage client
+        return f"an answer that does not say its {error.args[0]}"
     text = re.sub(r"with url: \S+", "", str(error).replace(url, shown(url)))
     return " ".join(text.split())[:200]
 
@@ -393,9 +395,11 @@ def storage(url: str) -> tuple[Any, str]:
 
     options: dict[str, Any] = {}
     if url.startswith("s3://"):  # in its own words: without them a silent server would be waited for, for ever
-        options = {"config_kwargs": {"connect_timeout": _TIMEOUT_SECONDS, "read_timeout": _TIMEOUT_SECONDS}}
+        waits = {"connect_timeout": _TIMEOUT_SECONDS, "read_timeout": _TIMEOUT_SECONDS}
+        options = {"config_kwargs": {**waits, "retries": {"total_max_attempts": 1}}}
     try:
         found: tuple[Any, str] = url_to_fs(url, **options)
+        found[0].retries = 1  # s3fs's own, and botocore's above: each would multiply the tries made here
     except (ImportError, ValueError) as error:
         raise UserError(
             f"{shown(url)}: {error}; known are http://, https:// and s3:// (`pip install 'globallocal[s3]'`)"

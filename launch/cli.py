@@ -73,7 +73,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except OSError as error:
         if not error.filename:
             raise
-        return _refuse([f"{error.filename}: {error.strerror}; give a path that is there and that you may use"])
+        problem = f"{error.filename}: {error.strerror}; give a path that is there and that you may use"
+        return _refuse(UserError(problem).problems)
     if code == INTERRUPTED:
         print(next_time(words), file=sys.stderr, flush=True)
     return code if isinstance(code, int) else 0

@@ -1,12 +1,36 @@
-"""The short form of `make torture ARGS="inputs"`: every twelfth odd file and faulty answer."""
+"""The short form of `make torture ARGS="inputs"`: some of its files and faulty answers; and what it found."""
 
 from pathlib import Path
 
-from tests.torture.inputs_data import run
+import pytest
+
+from data_prep import remote
+from data_prep.errors import LONGEST_LINE, UserError
+from tests.torture.inputs_data import run, s3_server, short_waits
 
 
 def test_odd_files_and_faulty_servers_end_right_or_in_plain_lines(tmp_path: Path) -> None:
-    figures = run(tmp_path, share=12)
+    figures = run(tmp_path, share=12, slow_share=37)
     assert figures["broke the rule"] == 0
     assert figures["ended with the right documents"]
     assert figures["refused in plain lines"]
+
+
+def test_a_problem_is_one_line_whatever_a_library_says() -> None:
+    assert UserError("a.parquet: cannot be read (one\ntwo); restore it").problems == [
+        "a.parquet: cannot be read (one two); restore it"
+    ]
+    (line,) = UserError("x" * 10_000 + ": no such file").problems
+    assert len(line) == LONGEST_LINE
+    assert line.endswith("xxx: no such file")
+
+
+def test_s3_is_asked_as_often_as_any_server() -> None:
+    """Its two clients ask again by themselves too, which would multiply a silent server's minutes."""
+    with s3_server({"a.txt": b"a"}) as (server, root, _), short_waits():
+        assert remote.read_whole(f"{root}/a.txt") == b"a"
+        for fault in ("503", "stalls"):
+            with server.answering(fault, 1000) as faults:
+                with pytest.raises(remote.UnreachableError, match="after 8 tries"):
+                    remote.file_size(f"{root}/a.txt")
+                assert faults() == 8

@@ -28,6 +28,7 @@ from data_prep.prepare import PrepareSettings, prepare
 from data_prep.verify import verify_dataset
 from tests.data_prep.conftest import folder_bytes
 from tests.data_prep.hub_server import HubServer
+from tests.torture.inputs_data import Answers
 
 README = """---
 configs:
@@ -205,6 +206,8 @@ def test_another_text_under_the_same_name_is_refused(hub, texts, tokenizer_path,
 
 HUB_PROGRAM = """
 import json, sys
+from data_prep import hub
+hub.RETRY_SECONDS = (0, 0, 0)
 from data_prep.documents import read_documents
 from data_prep.errors import UserError
 from data_prep.hub import HubSettings, HubSource
@@ -217,10 +220,10 @@ except UserError as error:
 """
 
 
-def ask(hub: HubServer, tmp_path: Path, *arguments: str) -> str:
+def ask(hub: HubServer | Answers, tmp_path: Path, *arguments: str, program: str = HUB_PROGRAM) -> str:
     environment = {**os.environ, "HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path), "PYTHONPATH": os.getcwd()}
     job = subprocess.run(
-        [sys.executable, "-c", HUB_PROGRAM, *arguments], env=environment, capture_output=True, text=True, timeout=120
+        [sys.executable, "-c", program, *arguments], env=environment, capture_output=True, text=True, timeout=120
     )
     assert job.returncode == 0, job.stderr
     return job.stdout
@@ -242,6 +245,30 @@ def test_any_dataset_of_the_hub(tmp_path):
         unknown = ask(hub, tmp_path, "someone/else", "default", "text", "0")
         assert unknown.startswith("someone/else (default): not on the hub, or not open to you (404 Client Error.")
         assert unknown.endswith("check the id, the revision and your token\n")
+
+
+def test_a_page_in_place_of_an_answer_may_pass_and_is_no_missing_configuration(tmp_path):
+    """A proxy's; also in place of a file."""
+    buffer = io.BytesIO()
+    pyarrow.parquet.write_table(pyarrow.table({"text": ["a"]}), buffer)
+    files = {"data/train-00000-of-00001.parquet": buffer.getvalue()}
+    with HubServer("someone/text", "c" * 40, files) as hub, Answers(behind=hub.url) as server:
+        with server.answering("a page", 1, "/api/"):
+            assert json.loads(ask(server, tmp_path, "someone/text", "default", "text", "0"))[1]["train"]
+        for meant in ("/api/", "/resolve/.*parquet"):
+            hub.repository = f"someone/text{len(meant)}"
+            with server.answering("a page", 1e9, meant):
+                said = ask(server, tmp_path, hub.repository, "default", "text", "0")
+            assert "the hub could not be read in 4 attempts" in said
+            assert said.count("\n") == 1
+
+
+def test_a_hub_that_never_answers_is_not_waited_for_for_ever(tmp_path):
+    program = HUB_PROGRAM.replace("RETRY_SECONDS = (0, 0, 0)", "RETRY_SECONDS, hub.TIMEOUT_SECONDS = (0, 0, 0), 0.3")
+    with Answers({"api/datasets/someone/text": b"{}"}) as server, server.answering("stalls", 1e9):
+        said = ask(server, tmp_path, "someone/text", "default", "text", "0", program=program)
+    assert "the hub could not be read in 4 attempts" in said
+    assert "ReadTimeout" in said
 
 
 def test_words_replaced_are_said_and_the_raw_text_named():

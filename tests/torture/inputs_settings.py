@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from pydantic import BaseModel
 
-from data_prep.errors import UserError
+from data_prep.errors import LONGEST_LINE, UserError
 from pipeline.config import RunConfig, validate
 from pipeline.engine.schema import Knobs
 from pipeline.fitting import fit
@@ -49,7 +49,6 @@ shows there
 """
 REMEDY = re.compile(rf"\b({'|'.join(WORDS.split())})\b")
 """Every line says what the value should be, or what to do."""
-LONGEST_LINE = 1000
 LONGEST_SECONDS = 20.0
 """Of one setting: the first builds what is then kept, and the machine may be busy."""
 RANKS = 2
