@@ -31,7 +31,7 @@ from data_prep.manifest import (
 )
 from data_prep.remote import UnreachableError
 from data_prep.store import Store
-from data_prep.tokenizer import MODEL_NAME, SELF_TEST_TEXTS, SPACE_MARK, load_tokenizer
+from data_prep.tokenizer import MODEL_NAME, SELF_TEST_TEXTS, SPACE_MARK, load_tokenizer, segments
 from data_prep.twin import differing_texts
 
 Depth = Literal["quick", "full", "deep"]
@@ -158,10 +158,26 @@ def _extra_files(dataset: Dataset, names: Iterable[str]) -> list[str]:
 
 
 def _check_counts(dataset: Dataset) -> list[str]:
-    """Do the manifest's own figures agree? Every row is a document or was dropped, and every document came back."""
+    """Do the manifest's figures agree, with each other and with the indexes?
+
+    Every row is a document or was dropped, and every document came back.
+    """
     where = f"{dataset.store.where}/{MANIFEST_NAME}"
     problems = []
     for split, info in dataset.manifest.splits.items():
+        index = dataset.indexes[split]
+        counted = {
+            "documents": int(index.document_start[-1]),
+            "tokens": int(index.token_start[-1]),
+            "chunks": len(index.chunk_shard),
+            "shards": index.num_shards,
+        }
+        problems += [
+            f"{where}: split '{split}' has {getattr(info, unit):,} {unit} here, but {count:,} in its index files; "
+            "restore the manifest, or prepare the dataset again"
+            for unit, count in counted.items()
+            if getattr(info, unit) != count
+        ]
         accounted = info.documents + sum(info.dropped.values())
         if accounted != info.source_rows:
             problems.append(
@@ -274,15 +290,25 @@ def _check_tokens(dataset: Dataset, index: SplitIndex) -> list[str]:
     problems = []
     info = dataset.manifest.splits[index.name]
     lossy = info.documents - info.round_trip_documents  # what these decode to may be encoded in another way
-    source_bytes = 0
+    counted = dict.fromkeys(("source_bytes", "words", "lines"), 0)
     for number, tokens in enumerate(documents_of(dataset, index)):
         text = tokenizer.decode(tokens)
-        source_bytes += len(text.encode())
+        counted["source_bytes"] += len(text.encode())
+        counted["words"] += sum(len(segment.split()) for segment in segments(text))
+        counted["lines"] += text.count("\n")
         if not np.array_equal(tokenizer.processor.encode(text), tokens):
             problems.append(f"{index.name}: document {number}: encoding its text gives other ids than are stored")
     if len(problems) <= lossy:
         problems = []
     marks = info.changed.get("u2581_to_space", 0) * (len(SPACE_MARK.encode()) - 1)
-    if not lossy and source_bytes + marks != info.source_bytes:
-        problems.append(f"{index.name}: decodes to {source_bytes:,} bytes, the manifest says {info.source_bytes:,}")
+    counted["source_bytes"] += marks
+    if marks:
+        del counted["words"]  # a mark is no space: what was one word decodes to two
+    if not lossy:
+        problems += [
+            f"{index.name}: decodes to {count:,} {unit.removeprefix('source_')}, the manifest says "
+            f"{getattr(info, unit):,}; restore the manifest, or prepare the dataset again"
+            for unit, count in counted.items()
+            if getattr(info, unit) != count
+        ]
     return problems

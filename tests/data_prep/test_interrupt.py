@@ -73,6 +73,29 @@ def test_prepare_ends_at_once_in_the_middle_of_a_long_document(workers, long_doc
     assert not (output / "manifest.json").exists()
 
 
+def test_prepare_on_ray_ends_at_once_and_leaves_no_cluster(long_document, tokenizer_folder, tmp_path, monkeypatch):
+    pytest.importorskip("ray", reason="--engine ray needs Ray: pip install ray")
+    monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "0")
+    output = tmp_path / "dataset"
+    options = ("--source", "files", "--path", long_document, "--tokenizer", tokenizer_folder, "--output", output)
+
+    def at_work(family: list[psutil.Process]) -> bool:
+        return working(3)([process for process in family if name_of(process).startswith("ray::")])
+
+    code, errors = interrupted(at_work, "prepare", *options, "--engine", "ray")
+    line = f"interrupted: {output}: what is finished stays; the same command goes on from there"
+    assert (code, errors.splitlines()[-1:]) == (130, [line])
+    assert "Traceback" not in errors
+    assert not (output / "manifest.json").exists()
+
+
+def name_of(process: psutil.Process) -> str:
+    try:
+        return " ".join(process.cmdline())
+    except psutil.Error:
+        return ""
+
+
 def test_training_a_tokenizer_ends_at_once_and_writes_nothing(tmp_path):
     (tmp_path / "a.txt").write_text("\n".join(sentences(5, 200_000)), encoding="utf-8")
     output = tmp_path / "tokenizer"

@@ -245,6 +245,34 @@ def test_manifest_of_another_version(folder):
         open_dataset(folder)
 
 
+@pytest.mark.parametrize(
+    "counts",
+    [
+        ["documents"],
+        ["source_rows"],
+        ["round_trip_documents"],
+        ["documents", "source_rows", "round_trip_documents"],
+        ["tokens"],
+        ["chunks"],
+        ["shards"],
+        ["source_bytes"],
+        ["words"],
+        ["lines"],
+    ],
+)
+def test_a_manifest_whose_counts_were_changed_is_found_though_its_hash_was_made_anew(folder, counts):
+    manifest = open_dataset(folder).manifest
+    info = manifest.splits["train"]
+    changed = info.model_copy(update={count: getattr(info, count) - 1 for count in counts})
+    forged = manifest.model_copy(update={"splits": {**manifest.splits, "train": changed}})
+    (folder / "manifest.json").write_bytes(forged.to_json())
+    try:
+        problems = problems_of(folder, "deep")
+    except UserError as error:
+        problems = error.problems
+    assert any("train" in problem for problem in problems)
+
+
 def test_manifest_edited_by_hand(folder):
     change_manifest(folder, chunk_tokens=1024)
     with pytest.raises(UserError, match="the manifest was changed after it was written: restore it"):

@@ -21,6 +21,7 @@ def stop(*_):
 signal.signal(signal.SIGTERM, stop)
 open(f"{folder}/ready-{os.environ['RANK']}", "w").close()
 mode = sys.argv[-1]
+print("tracking at http://bob:SECRET@host:5000/path?token=HIDDEN", flush=True)
 if mode == "raise" and os.environ["RANK"] == "1":
     raise RuntimeError("rank 1 fails")
 time.sleep(0 if mode == "done" else 600)
@@ -93,6 +94,15 @@ def test_done(tmp_path: Path) -> None:
     code, output = job.finish()
     assert code == 0, output
     assert job.living() == []
+
+
+def test_a_password_in_what_the_ranks_print_comes_neither_into_the_log_nor_onto_the_terminal(tmp_path: Path) -> None:
+    code, said = Running(tmp_path, "done", 60).finish()
+    assert code == 0
+    log = (tmp_path / "log").read_text()
+    assert log.count("tracking at http://***@host:5000/path?token=***") == 2
+    assert "SECRET" not in log + said
+    assert "HIDDEN" not in log + said
 
 
 def test_a_rank_that_raises_ends_the_job_with_its_code(tmp_path: Path) -> None:
