@@ -223,7 +223,7 @@ class TrainingSection(Section):
     """Time budget of one start; when it is spent the run leaves as if it had received a signal then."""
     hang_timeout_seconds: float = Field(1800, gt=0, le=LONGEST_SECONDS)
     """A rank that does not move for so long ends the run with exit code 76; four times as long up to its first step."""
-    peak_teraflops_per_device: float | None = Field(None, gt=0, allow_inf_nan=False)
+    peak_teraflops_per_device: float | None = Field(None, gt=0, le=1_000_000, allow_inf_nan=False)
     """What MFU is a part of, in 10^12 operations per second; null: the data sheet's rate for the card's name and
     the run's precision, and no MFU where none is known."""
     profile: str | None = None

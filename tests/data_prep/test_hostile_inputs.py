@@ -27,7 +27,7 @@ def test_a_problem_is_one_line_whatever_a_library_says() -> None:
 
 def test_s3_is_asked_as_often_as_any_server() -> None:
     """Its two clients ask again by themselves too, which would multiply a silent server's minutes."""
-    with s3_server({"a.txt": b"a"}) as (server, root, _), short_waits():
+    with s3_server({"a.txt": b"a"}) as (server, root), short_waits():
         assert remote.read_whole(f"{root}/a.txt") == b"a"
         for fault in ("503", "stalls"):
             with server.answering(fault, 1000) as faults:
