@@ -284,9 +284,9 @@ def _answer(
     for begin in range(start, stop, PIECE_BYTES):
         end = min(begin + PIECE_BYTES, stop)
         piece: bytes = system.cat_file(path, start=begin, end=end)
-        yield piece[: end - begin]
-        if len(piece) < end - begin:
-            return
+        if len(piece) != end - begin:  # no part of what was asked for, and an empty one would read as the end
+            raise _IncompleteError(f"{begin + len(piece):,} bytes, expected {num_bytes:,} (truncated or changed)")
+        yield piece
 
 
 def _http_answer(url: str, start: int, stop: int | None, num_bytes: int | None, first: int) -> Iterator[bytes]:

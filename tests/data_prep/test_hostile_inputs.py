@@ -34,3 +34,13 @@ def test_s3_is_asked_as_often_as_any_server() -> None:
                 with pytest.raises(remote.UnreachableError, match="after 8 tries"):
                     remote.file_size(f"{root}/a.txt")
                 assert faults() == 8
+
+
+def test_an_answer_of_s3_that_is_not_what_was_asked_for_is_never_taken_for_text() -> None:
+    text = b"word " * 1000
+    with s3_server({"a.txt": text}) as (server, root), short_waits():
+        for fault in ("204", "a page", "too much"):
+            with server.answering(fault, 2, "GET"):
+                assert remote.open_file(f"{root}/a.txt", len(text)).read() == text
+            with server.answering(fault, 1e9, "GET"), pytest.raises(UserError, match=r"truncated or changed.*8 tries"):
+                remote.open_file(f"{root}/a.txt", len(text)).read()

@@ -524,7 +524,7 @@ def faulty_readings() -> Iterator[tuple[str, float, str]]:
 
 def requests_of(fault: str, kind: str) -> str:
     """Of the web the answers with content; of S3 all, but where size and content would lie as one."""
-    return "GET" if fault in ("204", "too much") or (kind == "http" and "HEAD" not in fault) else ""
+    return "GET" if fault in ("204", "too much", "a page") or (kind == "http" and "HEAD" not in fault) else ""
 
 
 def mapped_shared_memory() -> set[str]:
@@ -704,7 +704,7 @@ def short_hub_waits() -> Iterator[None]:
     hub.TIMEOUT_SECONDS = 0.3
     logging.disable(logging.WARNING)
     datasets.disable_progress_bars()
-    datasets.config.STREAMING_READ_MAX_RETRIES = datasets.config.STREAMING_OPEN_MAX_RETRIES = 3
+    datasets.config.STREAMING_READ_MAX_RETRIES = datasets.config.STREAMING_OPEN_MAX_RETRIES = 2
     sleep = time.sleep
     time.sleep = lambda seconds: sleep(min(seconds, 0.01))
     try:
