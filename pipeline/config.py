@@ -81,6 +81,8 @@ def other_kind(annotation: Any, value: Any) -> str | None:
         return "must be a number, not true or false"
     if isinstance(value, str) and numbers and str not in kinds and value != "auto":
         return "must be a number, not text"
+    if Literal["auto"] in kinds and bool in kinds:
+        return None if isinstance(value, bool) or value == "auto" else "must be true, false or auto"
     if bool in kinds and not numbers and isinstance(value, int | float | str) and not isinstance(value, bool):
         return "must be true or false"
     if isinstance(value, float) and numbers == {int} and abs(value) >= 2**63:

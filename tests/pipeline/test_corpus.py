@@ -95,7 +95,7 @@ def test_all_datasets_that_cannot_be_opened_are_named(tmp_path: Path, folders: l
 @pytest.mark.parametrize(
     ("dataset", "problems"),
     [
-        ([], ["data.dataset = []: name a folder, a URL, or at least one {dataset, weight}"]),
+        ([], ["data.dataset = []: must name a folder, a URL, or at least one {dataset, weight}"]),
         ([{"dataset": "a"}], ["data.dataset.0.weight is required"]),
         (
             [{"dataset": "a", "weight": 0}, {"dataset": "b", "wieght": 1}],

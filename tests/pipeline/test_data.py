@@ -45,7 +45,8 @@ def test_layout_refuses_with_all_numbers_and_the_sizes_that_fit():
         BatchLayout(global_batch_size=12, micro_batch_size=2, world_size=4)
     assert str(error.value) == (
         "global_batch_size (12) must be divisible by micro_batch_size (2) × world_size (4); "
-        "valid world sizes for this micro-batch: 1, 2, 3, 6; valid micro-batches for this world size: 1, 3"
+        "valid world sizes for this micro-batch: 1, 2, 3, 6; valid micro-batches for this world size: 1, 3; "
+        "nearest global batches: 8, 16"
     )
     with pytest.raises(UserError, match=r"valid world sizes for this micro-batch: none;.*world size: 1, 2, 4"):
         BatchLayout(global_batch_size=8, micro_batch_size=3, world_size=2)
