@@ -4,6 +4,7 @@ import hashlib
 import json
 import logging
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -95,6 +96,31 @@ def test_a_run_can_be_used_without_its_dataset(runs: Path, small_dataset: Path, 
     (moved / STEP / INTEGRITY).write_text(json.dumps({**table, "sha256": listing_digest(table["files"])}))
     done = globallocal("generate", moved, "--prompt", "", "--prompt", "The", "--max-new-tokens", 3)
     assert len(done.stdout.splitlines()) >= 2
+
+
+def test_a_sequence_longer_than_the_split_is_one_line(runs: Path) -> None:
+    told = globallocal("evaluate", runs / "a", "--sequence-length", 2**31 - 1, expect=2).stderr
+    (line,) = told.splitlines()
+    assert re.fullmatch(
+        r"error: --sequence-length 2,147,483,647 is longer than split valid, ([\d,]+) tokens; give [\d,]+ or less", line
+    )
+
+
+def test_a_batch_larger_than_the_split_takes_no_more_memory_than_the_split(runs: Path) -> None:
+    """And changes no figure."""
+    said, peaks = [], []
+    for batch in (8, 65536):
+        words = [sys.executable, "-m", "launch", "evaluate", str(runs / "a"), "--batch-size", str(batch)]
+        with open(runs / f"said-{batch}", "w+") as file:
+            job = subprocess.Popen(words, cwd=ROOT, stdout=file)
+            _, status, used = os.wait4(job.pid, 0)
+            job.returncode = os.waitstatus_to_exitcode(status)
+            assert job.returncode == 0
+            file.seek(0)
+            said.append([line for line in file if "perplexity" not in line])  # e to a sum in another order
+        peaks.append(used.ru_maxrss)
+    assert said[0] == said[1]
+    assert peaks[1] < 2 * peaks[0]
 
 
 @pytest.mark.parametrize(
