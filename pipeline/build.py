@@ -61,16 +61,16 @@ def build(config: RunConfig, world: World, stop: StopRequest, clock: Clock) -> T
     check_corpus(config, corpus, world, clock)
     clock.move()
 
+    transformers.set_seed(config.run.seed)
+    model = GlobalLocalForCausalLM(model_config)
+    torch.nn.Module.to(model, world.device)  # transformers' own `to` is typed too narrowly
+    expected_bytes = check_space(config, world, model, precision, zero_stage(settings), steps)
     with world.together():
         if world.is_main:
             try:
                 keep_model(model_config, corpus.tokenizer_folder, config.run_folder)
             except OSError as error:
                 raise UserError(f"{config.run_folder}: {error.strerror}; make room, or free its rights") from None
-    transformers.set_seed(config.run.seed)
-    model = GlobalLocalForCausalLM(model_config)
-    torch.nn.Module.to(model, world.device)  # transformers' own `to` is typed too narrowly
-    expected_bytes = check_space(config, world, model, precision, zero_stage(settings), steps)
     narrate(config, world, corpus, source, layout, model, precision, settings)
     engine = initialize(model, config, settings)
     if fitted.compiled:
