@@ -79,9 +79,8 @@ def _sum_by_row_shape(
     values: Tensor, tokens: Tensor | None, order: Tensor, row_starts: Tensor, piece_starts: Tensor, piece_rows: Tensor
 ) -> tuple[Tensor, Tensor]:
     rows = row_starts.shape[0] - 1
-    return (values if tokens is None else tokens).new_empty(rows, 0 if tokens is None else tokens.shape[1]), (
-        values.new_empty(rows)
-    )
+    sums = values.new_empty(rows, 0) if tokens is None else tokens.new_empty(rows, tokens.shape[1])
+    return sums, values.new_empty(rows)
 
 
 @opaque(_sum_by_row_shape)

@@ -56,8 +56,7 @@ def compile_blocks(engine: Any, micro_batch_size: int, sequence_length: int) -> 
     keep_cache()
     log.info("compiling the blocks: up to a few minutes at the first start on a machine, seconds later")
     begin = time.perf_counter()
-    backend = "inductor"
-    engine.compile(backend=backend, compile_kwargs={"options": {"deterministic": True}})
+    engine.compile(backend="inductor", compile_kwargs={"options": {"deterministic": True}})
     tokens = torch.zeros(micro_batch_size, sequence_length, dtype=torch.long, device=device)
     devices = [device] if device.type == "cuda" else []
     with torch.random.fork_rng(devices):
