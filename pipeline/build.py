@@ -37,6 +37,7 @@ from pipeline.health.guard import Guard
 from pipeline.health.state import HealthState
 from pipeline.profiler import StepProfiler
 from pipeline.redact import redact
+from pipeline.tracking.facts import RunFacts, Sizes
 from pipeline.tracking.opening import open_tracker
 from pipeline.tracking.restarts import restart_tags
 from pipeline.tracking.tracker import NullTracker
@@ -87,7 +88,17 @@ def build(config: RunConfig, world: World, stop: StopRequest, clock: Clock) -> T
     clock.move()
 
     tokenizer = load_tokenizer(corpus.tokenizer_folder)
-    tracker = start_tracker(config, world, corpus, resumed, model_config, precision)
+    sizes = Sizes(
+        max_steps=steps,
+        tokens_per_step=layout.global_batch_size * config.data.sequence_length,
+        flops_per_token=model_config.flops_per_token(config.data.sequence_length),
+        parameters=sum(parameter.numel() for parameter in model.parameters()),
+        ranks=world.size,
+        device=device_name(world.device),
+        precision=precision,
+        zero_stage=zero_stage(settings),
+    )
+    tracker = start_tracker(config, world, corpus, resumed, sizes)
     run_id = world.broadcast(tracker.run_id)
     clock.seconds.update(resumed.seconds)
     held_out_split = config.evaluation.split or ""
@@ -221,29 +232,19 @@ def check_corpus(config: RunConfig, corpus: Corpus, world: World, clock: Clock) 
     world.raise_together(problems)
 
 
-def start_tracker(
-    config: RunConfig,
-    world: World,
-    corpus: Corpus,
-    resumed: Resumed,
-    model: GlobalLocalConfig,
-    precision: str,
-) -> Any:
-    if not (world.is_main and config.tracking.enabled):
+def start_tracker(config: RunConfig, world: World, corpus: Corpus, resumed: Resumed, sizes: Sizes) -> NullTracker:
+    if not world.is_main:
         return NullTracker()
     # Another run's checkpoint is where this one begins; its MLflow run stays its own.
     own = resumed.folder is None or resumed.folder.parent.absolute() == config.checkpoints.absolute()
     parent = {} if own else {"globallocal.begins_from": str(resumed.folder)}
     if not own and resumed.mlflow_run_id:
         parent |= {"mlflow.parentRunId": resumed.mlflow_run_id}
-    return open_tracker(
-        config.tracking,
-        config.run_folder,
-        config.run.name,
-        resumed.mlflow_run_id if own else None,
-        {**config.flat(), "precision": precision, "world_size": world.size},
-        {"dataset_id": corpus.dataset_id} | parent | restart_tags(config.run_folder),
-        [
+    facts = RunFacts(
+        name=config.run.name,
+        params={**config.flat(), "precision": sizes.precision, "world_size": sizes.ranks},
+        tags={"dataset_id": corpus.dataset_id} | parent | restart_tags(config.run_folder),
+        datasets=[
             {
                 "source": part.location,
                 "name": part.dataset.manifest.source.name,
@@ -252,8 +253,11 @@ def start_tracker(
             }
             for part in corpus.parts
         ],
-        say=log.info,
+        sizes=sizes,
+        model=config.model.preset,
+        step=resumed.step,
     )
+    return open_tracker(config.tracking, config.run_folder, facts, resumed.mlflow_run_id if own else None, log.info)
 
 
 def narrate(

@@ -343,6 +343,8 @@ class TrackingSection(Section):
     experiment: str = Field("globallocal", min_length=1, max_length=200)
     uri: str | None = Field(None, min_length=1, max_length=2000)
     """MLflow tracking URI; MLFLOW_TRACKING_URI when absent, else `sqlite:///mlflow.db` in the working folder."""
+    routers_per_layer: bool = False
+    """Metrics of every layer's routers too, not only their minimum, mean and maximum over the layers."""
 
 
 class DeepSpeedSection(Section):

@@ -1,6 +1,7 @@
 """Losses averaged over micro-batches and ranks, time by phase and by rank, throughput."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
@@ -50,13 +51,18 @@ class LossMeter:
         dist.all_reduce(sums)
         self.sums.zero_()
         language, diversity, count = sums.tolist()
-        return {"train/language_loss": language / count, "train/diversity_loss": diversity / count}
+        return {"loss/train": language / count, "loss/diversity": diversity / count}
 
 
 class RouterMeter:
-    """Health of the routers over a log interval and all ranks; stays on the device until it is read."""
+    """Health of the routers over a log interval and all ranks; stays on the device until it is read.
 
-    def __init__(self) -> None:
+    Args:
+        per_layer: read every layer's figures too, not their minimum, mean and maximum alone.
+    """
+
+    def __init__(self, per_layer: bool = False) -> None:
+        self.per_layer = per_layer
         self.parts: dict[str, torch.Tensor] = {}
         self.count = 0
 
@@ -72,8 +78,10 @@ class RouterMeter:
         self.count = 0
 
     def read(self) -> dict[str, float]:
-        """Per layer the mean gate (1 is local, 0 global), and per router what a micro-batch uses of the pool (hit
-        rate), and of the whole interval the entropy and the share of dead rows, which no token chose; a collective.
+        """Of each figure the minimum, mean and maximum over all layers and their two routers; a collective.
+
+        `gate` is the mean gate of a layer (1 is local, 0 global); `hit_rate` the part of the pool that a micro-batch
+        uses; `entropy_nats` of the rows' use over the interval, `dead_rows` the part of them that no token chose.
         """
         sums = torch.cat([self.parts[name].flatten() for name in self.parts])
         dist.all_reduce(sums)
@@ -81,21 +89,44 @@ class RouterMeter:
         pieces = sums.split([part.numel() for part in shapes])
         gate, hit_rate, usage = (piece.view_as(part) for piece, part in zip(pieces, shapes, strict=True))
         batches = self.count * dist.get_world_size()
-        entropy = torch.special.entr(usage / usage.sum(dim=-1, keepdim=True).clamp_min(1e-8)).sum(dim=-1)
-        dead = (usage == 0).float().mean(dim=-1)
-        per_router = torch.stack([hit_rate / batches, entropy, dead], dim=-1).tolist()
         self.count = 0
-        result = {}
-        for layer, (mean_gate, routers) in enumerate(zip((gate / batches).tolist(), per_router, strict=True)):
-            result[f"router/layer_{layer:02d}/gate_mean"] = mean_gate
-            for router, values in zip(("attention", "block"), routers, strict=True):
-                for name, value in zip(("hit_rate", "entropy_nats", "dead_rows"), values, strict=True):
-                    result[f"router/layer_{layer:02d}/{router}_{name}"] = value
-        return result
+        entropy = torch.special.entr(usage / usage.sum(dim=-1, keepdim=True).clamp_min(1e-8)).sum(dim=-1)
+        figures = {
+            "gate": gate / batches,
+            "hit_rate": hit_rate / batches,
+            "entropy_nats": entropy,
+            "dead_rows": (usage == 0).float().mean(dim=-1),
+        }
+        names, summaries = list(figures), [_minimum_mean_maximum(figure) for figure in figures.values()]
+        result: dict[str, float] = {}
+        for name, values in zip(names, torch.stack(summaries).tolist(), strict=True):
+            result |= {f"router/{name}_{what}": value for what, value in zip(SUMMARY, values, strict=True)}
+        return result | (_per_layer(figures) if self.per_layer else {})
+
+
+SUMMARY = ("min", "mean", "max")
+
+
+def _minimum_mean_maximum(figure: torch.Tensor) -> torch.Tensor:
+    return torch.stack([figure.min(), figure.mean(), figure.max()])
+
+
+def _per_layer(figures: dict[str, torch.Tensor]) -> dict[str, float]:
+    """`router/layer_00/gate`, and of both routers of the layer `router/layer_00/attention_hit_rate`, …."""
+    result: dict[str, float] = {}
+    for name, figure in figures.items():
+        for layer, values in enumerate(figure.tolist()):
+            named = {name: values} if name == "gate" else _of_routers(name, values)
+            result |= {f"router/layer_{layer:02d}/{key}": value for key, value in named.items()}
+    return result
+
+
+def _of_routers(name: str, values: Sequence[float]) -> dict[str, float]:
+    return {f"{router}_{name}": value for router, value in zip(("attention", "block"), values, strict=True)}
 
 
 class StepTimes:
-    """Each rank's seconds a step, phase by phase, between two readings: who is slow, and where."""
+    """This rank's seconds per step, phase by phase, between two readings."""
 
     PHASES = ("data", "forward", "backward", "step")
 
@@ -104,39 +135,77 @@ class StepTimes:
         self.marks = self._seconds()
 
     def _seconds(self) -> list[float]:
-        return [self.clock.seconds.get(name, 0.0) for name in self.PHASES]
+        return [self.clock.seconds.get(name, 0.0) for name in (*self.PHASES, "training")]
 
     def read(self, step: int) -> list[float]:
-        """Seconds a step in each phase since the last reading, of this rank."""
+        """Seconds per step since the last reading: of each phase, and of the whole step behind them."""
         now, steps = self._seconds(), step - self.step
         means = [(a - b) / steps for a, b in zip(now, self.marks, strict=True)]
         self.marks, self.step = now, step
         return means
 
 
-def straggler(seconds: Sequence[Sequence[float]]) -> tuple[dict[str, float], str]:
-    """Metrics of the ranks' step times, and a line where one rank holds up the others, else "".
+def times_per_step(seconds: Sequence[Sequence[float]]) -> dict[str, float]:
+    """Metrics of the ranks' step times: means over the ranks, whose phases and `other` add up to the step.
+
+    Args:
+        seconds: [ranks][phases, whole step], as `StepTimes.read` gives them.
+    """
+    *phases, step = (sum(column) / len(seconds) for column in zip(*seconds, strict=True))
+    named = dict(zip(("data", "forward", "backward", "optimizer"), phases, strict=True))
+    parts = {"step": step, **named, "other": max(step - sum(phases), 0.0)}
+    return {f"time/{name}_seconds": value for name, value in parts.items()}
+
+
+@dataclass(frozen=True)
+class Straggler:
+    """The rank that holds up the others, and where."""
+
+    rank: int
+    phase: str
+    seconds: float
+    typical_seconds: float
+
+    def __str__(self) -> str:
+        return (
+            f"rank {self.rank} is slow in {self.phase}: {self.seconds:.2f} s per step, others "
+            f"{self.typical_seconds:.2f} s"
+        )
+
+
+def find_straggler(seconds: Sequence[Sequence[float]]) -> Straggler | None:
+    """The slowest rank, where what it is late by is 0.3 of a step and more.
 
     Whoever is late in one phase lets the others wait in a later one. So the slowest rank is that of the first phase
     whose spread over the ranks is at least half the largest.
 
     Args:
-        seconds: [ranks][phases], in the order of `StepTimes.PHASES`.
+        seconds: [ranks][phases, …], in the order of `StepTimes.PHASES`.
     """
-    totals = [sum(row) for row in seconds]
-    columns = list(zip(*seconds, strict=True))
+    columns = list(zip(*(row[: len(StepTimes.PHASES)] for row in seconds), strict=True))
     spreads = [max(column) - min(column) for column in columns]
     phase = next(index for index, spread in enumerate(spreads) if spread >= max(spreads) / 2)
-    slowest = columns[phase].index(max(columns[phase]))
-    metrics = {"time/step_seconds_max": max(totals), "time/step_seconds_min": min(totals)}
-    for name, column in zip(("data", "forward", "backward", "optimizer"), columns, strict=True):
-        metrics[f"time/{name}_seconds_max"] = max(column)
-    metrics["time/slowest_rank"] = float(slowest)
-    if spreads[phase] < 0.3 * max(totals):
-        return metrics, ""
-    typical = sorted(columns[phase])[(len(seconds) - 1) // 2]
-    name = StepTimes.PHASES[phase]
-    return metrics, f"rank {slowest} is slow in {name}: {columns[phase][slowest]:.2f} s a step, others {typical:.2f} s"
+    column = columns[phase]
+    if spreads[phase] < 0.3 * max(map(sum, zip(*columns, strict=True))):
+        return None
+    typical = sorted(column)[(len(seconds) - 1) // 2]
+    return Straggler(column.index(max(column)), StepTimes.PHASES[phase], max(column), typical)
+
+
+def evaluation_metrics(result: Mapping[str, float]) -> dict[str, float]:
+    """The held-out figures under the names that people look for; of a mixture each dataset's own behind a slash."""
+    names = {
+        "loss": "loss/valid",
+        "token_perplexity": "perplexity",
+        "word_perplexity": "word_perplexity",
+        "bits_per_byte": "bits_per_byte",
+    }
+    found = {}
+    for key, value in result.items():
+        dataset, _, figure = key.rpartition("/")
+        if figure in names:
+            found["/".join(filter(None, (names[figure], dataset)))] = value
+    return found
 
 
 class Throughput:

@@ -21,7 +21,16 @@ from pipeline.engine.internals import Engine
 from pipeline.engine.optim import learning_rate, set_learning_rate
 from pipeline.health.guard import Guard, Verdict, nan_unless_finite
 from pipeline.health.state import HealthState
-from pipeline.metrics import LossMeter, RouterMeter, StepTimes, Throughput, duration, straggler
+from pipeline.metrics import (
+    LossMeter,
+    RouterMeter,
+    StepTimes,
+    Throughput,
+    duration,
+    evaluation_metrics,
+    find_straggler,
+    times_per_step,
+)
 from pipeline.profiler import StepProfiler
 from pipeline.random_state import random_state, set_random_state
 from pipeline.utilisation import Utilisation, describe, peak_memory_bytes
@@ -93,7 +102,7 @@ class Trainer:
 
     def __post_init__(self) -> None:
         self.losses = LossMeter(self.world.device)
-        self.routers = RouterMeter()
+        self.routers = RouterMeter(self.config.tracking.routers_per_layer)
         self.throughput = Throughput(self.clock)
         self.step_times = StepTimes(self.clock, self.step)
 
@@ -186,6 +195,7 @@ class Trainer:
             resumed = self.restore()
             self.batches.close()
             self.batches = self.read_from(resumed.step, resumed.health)
+        self.tracker.log_event("roll_back", self.step, to_step=resumed.step)
         self.guard.state, self.step, self.saved_step = resumed.health, resumed.step, resumed.step
         self.evaluation, self.pending_evaluation = resumed.evaluation, False
         self.losses.restore(resumed.loss_sums, self.world)
@@ -229,32 +239,32 @@ class Trainer:
     def log_step(self, losses: dict[str, float]) -> None:
         gradient_norm = float(self.engine.get_global_grad_norm())  # before clipping
         rate = learning_rate(self.step - 1, self.max_steps, self.config.optimizer)
+        by_rank = self.world.gather((self.step_times.read(self.step), peak_memory_bytes(self.world.device)))
+        seconds = [times for times, _ in by_rank]
         tokens_per_second = self.throughput.read()
-        memory = self.world.agree({"peak": peak_memory_bytes(self.world.device)})["peak"]
-        use = self.utilisation.metrics(tokens_per_second, memory)
+        use = self.utilisation.metrics(tokens_per_second, max(peak for _, peak in by_rank))
         metrics = {
             **losses,
-            **self.routers.read(),
-            "train/learning_rate": rate,
-            "train/gradient_norm": gradient_norm,
-            "train/tokens_per_second": tokens_per_second,
-            "train/consumed_tokens": float(self.step * self.tokens_per_step),
+            "learning_rate": rate,
+            "gradient_norm": gradient_norm,
             **use,
+            **times_per_step(seconds),
+            **self.routers.read(),
             **self.guard.metrics(),
         }
-        times, slow = straggler(self.world.gather(self.step_times.read(self.step)))
-        self.tracker.log_metrics(metrics | times, self.step)
+        self.tracker.log_metrics(metrics, self.step)
         left = duration((self.max_steps - self.step) * self.tokens_per_step / tokens_per_second)
         log.info(
-            f"step {self.step:,}/{self.max_steps:,}  loss {losses['train/language_loss']:.4f}  "
+            f"step {self.step:,}/{self.max_steps:,}  loss {losses['loss/train']:.4f}  "
             f"lr {rate:.2e}  grad {gradient_norm:.2f}  {tokens_per_second:,.0f} tokens/s ({describe(use)})  left {left}"
         )
-        if slow:
-            log.info(slow)
+        if slow := find_straggler(seconds):
+            log.info(str(slow))
 
     def run_evaluation(self) -> None:
         """Raises Stopped, between two batches; the evaluation is then done at the next start."""
         assert self.evaluate is not None
+        begin = time.perf_counter()
         with self.clock.phase("evaluation"):
             result = self.evaluate(self.stop_if_asked)
             texts: list[str] = []
@@ -262,12 +272,13 @@ class Trainer:
                 texts = self.generate(self.stop_if_asked)
         self.pending_evaluation = False
         self.evaluation = {"step": self.step, **result}
-        self.tracker.log_metrics({f"valid/{name}": value for name, value in result.items()}, self.step)
+        self.tracker.log_metrics(evaluation_metrics(result), self.step)
         log.info(
             f"step {self.step:,}  held-out loss {result['loss']:.4f}  "
             f"token perplexity {result['token_perplexity']:.1f}  bits per byte {result['bits_per_byte']:.3f}  "
             f"({result['tokens']:,.0f} tokens)"
         )
+        self.tracker.log_event("evaluation", self.step, **result, seconds=time.perf_counter() - begin, samples=texts)
         if texts:
             with decorating("samples"):
                 self.tracker.log_text("\n\n---\n\n".join(texts), f"samples/step-{self.step:08d}.txt")
@@ -285,18 +296,26 @@ class Trainer:
         """Begin to write a checkpoint; `report` hears how it ended."""
         with self.clock.phase("saving"):
             self.saver.start(self.describe(self))
-        self.tracker.log_metrics({f"clock/{name}_seconds": s for name, s in self.clock.seconds.items()}, self.step)
 
     def report(self, ended: list[Saved]) -> None:
         """Say how saves ended. A failure is survived: the older ones stand, the next interval tries again."""
         for saved in ended:
             for problem in saved.problems:
                 log.error(f"checkpoint at step {saved.step:,} not written: {problem}")
+                self.tracker.log_event("not_saved", saved.step, problem=problem)
             for warning in saved.warnings:
                 log.warning(warning)
             if not saved.problems:
                 self.saved_step, self.save_seconds = saved.step, saved.seconds
                 deleted = f"; deleted {', '.join(item.name for item in saved.deleted)}" if saved.deleted else ""
+                self.tracker.log_event(
+                    "saved",
+                    saved.step,
+                    folder=saved.folder,
+                    size_bytes=saved.size_bytes,
+                    seconds=saved.seconds,
+                    deleted=[item.name for item in saved.deleted],
+                )
                 size = f"{saved.size_bytes / 1e6:,.1f} MB in {saved.seconds:.1f} s"
                 log.info(f"step {saved.step:,}  saved {saved.folder}  {size}{deleted}")
 

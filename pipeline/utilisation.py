@@ -66,24 +66,31 @@ class Utilisation:
     peak_teraflops: float | None
 
     def metrics(self, tokens_per_second: float, peak_memory_bytes: float) -> dict[str, float]:
-        """Figures of one device from those of all; `peak_memory_bytes` is 0 where nobody counts it."""
+        """What all devices do, and one of them; `peak_memory_bytes` is 0 where nobody counts it."""
         rate = tokens_per_second / self.devices
         teraflops = rate * self.flops_per_token / 1e12
-        values = {"device/tokens_per_second": rate, "device/teraflops": teraflops}
+        values = {
+            "throughput/tokens_per_second": tokens_per_second,
+            "throughput/tokens_per_second_per_device": rate,
+            "throughput/teraflops_per_device": teraflops,
+        }
         if self.peak_teraflops:
-            values["device/mfu"] = teraflops / self.peak_teraflops
+            values["throughput/mfu"] = teraflops / self.peak_teraflops
         if peak_memory_bytes:
-            values["device/peak_memory_gib"] = peak_memory_bytes / 2**30
+            values["memory/device_peak_gib"] = peak_memory_bytes / 2**30
         return values
 
 
 def describe(metrics: dict[str, float]) -> str:
-    """The same for the log line: "345,000 per device, 87 TFLOP/s, MFU 0.0879, peak 16.1 GiB"."""
-    parts = [f"{metrics['device/tokens_per_second']:,.0f} per device", f"{metrics['device/teraflops']:.3g} TFLOP/s"]
-    if "device/mfu" in metrics:
-        parts.append(f"MFU {metrics['device/mfu']:.3g}")
-    if "device/peak_memory_gib" in metrics:
-        parts.append(f"peak {metrics['device/peak_memory_gib']:.1f} GiB")
+    """The same of one device, for the log line: "345,000 per device, 87 TFLOP/s, MFU 0.0879, peak 16.1 GiB"."""
+    parts = [
+        f"{metrics['throughput/tokens_per_second_per_device']:,.0f} per device",
+        f"{metrics['throughput/teraflops_per_device']:.3g} TFLOP/s",
+    ]
+    if "throughput/mfu" in metrics:
+        parts.append(f"MFU {metrics['throughput/mfu']:.3g}")
+    if "memory/device_peak_gib" in metrics:
+        parts.append(f"peak {metrics['memory/device_peak_gib']:.1f} GiB")
     return ", ".join(parts)
 
 

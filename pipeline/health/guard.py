@@ -90,6 +90,7 @@ class Guard:
             return Verdict.TAKEN
         log.warning(f"step {step + 1:,}: spike: {reason}")
         self.tracker.set_tags({"globallocal.spike": f"step {step + 1}: {reason}"})
+        self.tracker.log_event("spike", step + 1, reason=reason)
         if self.settings.spike_action != "none":
             self.dump(step, f"spike: {reason}", losses)
         return Verdict.SPIKE if self.settings.spike_action == "roll_back" else Verdict.TAKEN
@@ -139,6 +140,7 @@ class Guard:
             )
         log.warning(f"{line}: global batch {batch:,} is left out ({self.state.bad_in_a_row} of {limit} in a row)")
         self.tracker.set_tags({"globallocal.left_out": f"step {step + 1}: global batch {batch}, not finite"})
+        self.tracker.log_event("left_out", step + 1, batch=batch)
         return Verdict.LEFT_OUT
 
     def overflowed(self, step: int) -> Verdict:

@@ -16,19 +16,20 @@ import fcntl
 import os
 import time
 import uuid
-from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING
 from urllib.parse import unquote, urlsplit
 
 from data_prep.errors import UserError
 from pipeline.redact import failure_message, redact_text
+from pipeline.tracking.facts import RunFacts
 from pipeline.tracking.history import History
+from pipeline.tracking.journal import Journal
 from pipeline.tracking.mlflow_run import MlflowRun, needs_a_person
 from pipeline.tracking.provenance import provenance_tags
 from pipeline.tracking.shipping import ARTIFACTS, Delivery, Say, Shipper
 from pipeline.tracking.spool import Spool
-from pipeline.tracking.tracker import NullTracker, Tracker, now_ms
+from pipeline.tracking.tracker import LocalTracker, NullTracker, Tracker, now_ms
 
 if TYPE_CHECKING:
     from pipeline.config import TrackingSection
@@ -56,14 +57,7 @@ def tracking_uri(uri: str | None) -> str:
 
 
 def open_tracker(
-    config: "TrackingSection",
-    run_folder: Path,
-    run_name: str,
-    run_id: str | None,
-    params: Mapping[str, Any],
-    tags: Mapping[str, Any],
-    datasets: Sequence[Mapping[str, str]],
-    say: Say = print,
+    config: "TrackingSection", run_folder: Path, facts: RunFacts, run_id: str | None = None, say: Say = print
 ) -> NullTracker:
     """Creates the MLflow run of a run folder, or goes on with it.
 
@@ -73,25 +67,33 @@ def open_tracker(
 
     Args:
         config: `enabled`, `experiment`, `uri` (see `tracking_uri`).
-        run_folder: the run's folder; its `tracking/` is ours.
-        run_name: MLflow's display name.
+        run_folder: the run's folder; its `tracking/` and `metrics.jsonl` are ours.
         run_id: the run a checkpoint belongs to; used when `tracking/` knows of no run in this store.
-        params: flattened configuration; secrets are redacted here.
-        tags: further tags; git commit, command, host and versions are added here.
-        datasets: `source`, `name`, `dataset_id` (sha256) and `weight` of each.
         say: receives one line at a time.
 
     Returns:
-        A Tracker, or a NullTracker when `config.enabled` is false.
+        A Tracker; one that writes to the run folder alone where `config.enabled` is false.
 
     Raises:
         UserError: another process writes this run; the folder cannot be written; refused by the store.
     """
+    folder, tags = Path(run_folder), provenance_tags() | dict(facts.tags)
     if not config.enabled:
-        return NullTracker()
-    tracker = _open(config, Path(run_folder), run_name, run_id, _careful(say))
-    tracker._begin_attempt(params, provenance_tags() | dict(tags), datasets)
-    return tracker
+        tracker = LocalTracker(_journal(folder, facts.sizes.tokens_per_step))
+        tracker.log_event("started", facts.step, **facts.started(), tags=tags)
+        return tracker
+    opened = _open(config, folder, facts.name, run_id, _careful(say), facts.sizes.tokens_per_step)
+    opened.log_event("started", facts.step, **facts.started(), tags=tags)
+    opened._begin_attempt(facts, tags)
+    return opened
+
+
+def _journal(run_folder: Path, tokens_per_step: int) -> Journal:
+    try:
+        run_folder.mkdir(parents=True, exist_ok=True)
+        return Journal(run_folder, tokens_per_step)
+    except OSError as error:
+        raise UserError(f"{run_folder}: cannot be written ({error.strerror}): free space or rights") from error
 
 
 def settle_run(
@@ -118,7 +120,9 @@ def settle_run(
     return _open(config, folder, folder.name, None, _careful(say))._settle(status, deadline_seconds, reason)
 
 
-def _open(config: "TrackingSection", run_folder: Path, run_name: str, run_id: str | None, say: Say) -> Tracker:
+def _open(
+    config: "TrackingSection", run_folder: Path, run_name: str, run_id: str | None, say: Say, tokens_per_step: int = 0
+) -> Tracker:
     """Lock, spool, thread; waits for the thread's first try at the store."""
     folder = run_folder / "tracking"
     try:
@@ -159,7 +163,7 @@ def _open(config: "TrackingSection", run_folder: Path, run_name: str, run_id: st
             f"tracking: MLflow run {shipper.run_id} ({history.run_name}) in experiment "
             f"{config.experiment!r} at {delivery.store}"
         )
-    return Tracker(spool, history, shipper, lock, say)
+    return Tracker(_journal(run_folder, tokens_per_step), spool, history, shipper, lock, say)
 
 
 def _delivery(folder: Path, store: str, experiment: str, run_id: str | None, say: Say) -> Delivery:

@@ -4,12 +4,14 @@ import json
 import math
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from types import TracebackType
 from typing import IO, Any
 
 from pipeline.redact import redact, redact_text
+from pipeline.tracking.facts import RunFacts
 from pipeline.tracking.history import History, clean_name
+from pipeline.tracking.journal import Journal
 from pipeline.tracking.mlflow_run import PARAM_VALUE_LENGTH
 from pipeline.tracking.shipping import Say, Shipper
 from pipeline.tracking.spool import Record, Spool
@@ -22,7 +24,7 @@ _NOT_SET = "(not set)"
 
 
 class NullTracker:
-    """Takes everything, records nothing: the ranks above 0, and `tracking.enabled: false`."""
+    """Takes everything, records nothing: the ranks above 0."""
 
     @property
     def run_id(self) -> str | None:
@@ -30,6 +32,7 @@ class NullTracker:
         return None
 
     def log_metrics(self, values: Mapping[str, float], step: int) -> None: ...
+    def log_event(self, name: str, step: int | None, **facts: Any) -> None: ...
     def log_text(self, text: str, artifact_path: str) -> None: ...
     def log_file(self, path: str) -> None: ...
     def set_tags(self, tags: Mapping[str, Any]) -> None: ...
@@ -51,13 +54,39 @@ class NullTracker:
             self.close("FAILED")
 
 
-class Tracker(NullTracker):
-    """Records one run. Its methods write to a local file and return; none of them waits for a network.
+class LocalTracker(NullTracker):
+    """Records one run in its folder alone: rank 0 with `tracking.enabled: false`."""
 
-    Made by `open_tracker`. Steps of one metric must not fall: points at or below its highest are replays.
+    def __init__(self, journal: Journal) -> None:
+        self._journal = journal
+        self._ended = False
+
+    def log_metrics(self, values: Mapping[str, float], step: int) -> None:
+        """Records scalars at a step (>= 0)."""
+        if not self._ended:
+            self._journal.metrics(values, step)
+
+    def log_event(self, name: str, step: int | None, **facts: Any) -> None:
+        """Records what happened at a step; `facts` are JSON's types."""
+        if not self._ended:
+            self._journal.event(name, step, facts)
+
+    def close(self, status: str = "FINISHED", deadline_seconds: float = 20.0) -> bool:
+        self.log_event("ended", None, status=status.lower())
+        self._ended = True
+        return True
+
+
+class Tracker(LocalTracker):
+    """Records one run. Its methods write to local files and return; none of them waits for a network.
+
+    Made by `open_tracker`. MLflow is given each step of a metric once: points at or below its highest are replays.
     """
 
-    def __init__(self, spool: Spool, history: History, shipper: Shipper, lock: IO[str], say: Say) -> None:
+    def __init__(
+        self, journal: Journal, spool: Spool, history: History, shipper: Shipper, lock: IO[str], say: Say
+    ) -> None:
+        super().__init__(journal)
         self._spool, self._history, self._shipper, self._lock_file = spool, history, shipper, lock
         self._say = say
         self._lock = threading.RLock()
@@ -72,6 +101,7 @@ class Tracker(NullTracker):
 
     def log_metrics(self, values: Mapping[str, float], step: int) -> None:
         """Records scalars at a step (>= 0). inf and NaN reach MLflow as NaN, and a tag says which, where."""
+        super().log_metrics(values, step)
         step = int(step)
         points = {clean_name(name): float(value) for name, value in values.items()}
         with self._lock:
@@ -127,7 +157,9 @@ class Tracker(NullTracker):
             if self._closed:
                 return self._delivered
             tag = self._history.tags[STATUS_TAG]
-            self._record_status(status, status.lower() if tag == "running" else tag)
+            reason = status.lower() if tag == "running" else tag
+            super().close(reason)
+            self._record_status(status, reason)
             return self._finish(deadline_seconds)
 
     def _settle(self, status: str, deadline_seconds: float, reason: str) -> bool:
@@ -171,9 +203,7 @@ class Tracker(NullTracker):
         attempts = ", ".join(f"{i} {how}" for i, how in enumerate(self._history.attempts, start=1))
         self.set_tags({STATUS_TAG: reason, "globallocal.attempts": attempts})
 
-    def _begin_attempt(
-        self, params: Mapping[str, Any], tags: Mapping[str, Any], datasets: Sequence[Mapping[str, str]]
-    ) -> None:
+    def _begin_attempt(self, facts: RunFacts, tags: Mapping[str, Any]) -> None:
         """What every start records: how the last attempt ended, the status, what changed since."""
         history = self._history
         if history.is_open:
@@ -187,9 +217,9 @@ class Tracker(NullTracker):
             if name in history.tags and all_tags.get(name, history.tags[name]) != history.tags[name]
         ]
         self.set_tags(all_tags)
-        for dataset in datasets:
+        for dataset in facts.datasets:
             self._append(_dataset_record(dataset))
-        self._record_params(_strings(params), lines)
+        self._record_params(_strings(facts.params), lines)
 
     def _record_params(self, params: dict[str, str], lines: list[str]) -> None:
         """New ones as parameters; MLflow refuses changed ones, so they become a tag, an artifact, a line."""

@@ -81,7 +81,7 @@ def test_a_crashed_host_costs_no_sample(
         assert tracked.info.status == "FINISHED"
         assert tracked.data.tags["globallocal.restarts"] == "1"
         assert cause in tracked.data.tags["globallocal.restart.001"]
-        points = client.get_metric_history(tracked.info.run_id, "train/language_loss")
+        points = client.get_metric_history(tracked.info.run_id, "loss/train")
         assert sorted(point.step for point in points) == sorted(unbroken)
     finally:
         server.kill()

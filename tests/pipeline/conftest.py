@@ -89,7 +89,7 @@ def runs(trained: Path, small_dataset: Path) -> dict[str, dict[str, Any]]:
         Run("wrong-dataset", [f"data.dataset={other}"], copy_checkpoint="unbroken-2/step-00000003"),
         Run("wrong-model", ["model.hidden_size=64"], copy_checkpoint="unbroken-2/step-00000003"),
         Run("new-rate", ["optimizer.learning_rate=1.0e-4"], copy_checkpoint="unbroken-2/step-00000003"),
-        Run("tied", ["model.tie_word_embeddings=true"]),
+        Run("tied", ["model.tie_word_embeddings=true", "tracking.routers_per_layer=true"]),
     ]
     plan += [Run(name, [f"deepspeed.config={path}"]) for name, path in special_configs(trained).items()]
     return {result["name"]: result for result in run_ranks(plan, trained, small_dataset)}

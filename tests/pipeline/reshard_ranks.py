@@ -88,7 +88,7 @@ def measure(trainer: Any, steps: int) -> dict[str, list[Any]]:
     trainer.batches = watched()
     for _ in range(steps):
         trainer.train_step()
-        found["loss"].append(trainer.losses.read()["train/language_loss"])
+        found["loss"].append(trainer.losses.read()["loss/train"])
         found["gradient_norm"].append(float(trainer.engine.get_global_grad_norm()))
         groups = trainer.engine.optimizer.param_groups
         found["groups"].append([[group["name"], group["lr"], group["weight_decay"]] for group in groups])

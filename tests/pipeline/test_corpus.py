@@ -233,11 +233,11 @@ def test_each_dataset_has_its_own_held_out_loss_beside_that_of_the_mixture(
     runs: dict[str, Any], trained: Path, second_dataset: Path
 ) -> None:
     values = {
-        name: losses_of(trained, "mixture", f"valid/{name}")[6]
-        for name in ("loss", "small/loss", f"{second_dataset.name}/loss", "bits_per_byte", "small/bits_per_byte")
+        name: losses_of(trained, "mixture", name)[6]
+        for name in ("loss/valid", "loss/valid/small", f"loss/valid/{second_dataset.name}", "bits_per_byte/small")
     }
-    assert values["loss"] == pytest.approx(0.75 * values["small/loss"] + 0.25 * values["words/loss"])
-    assert values["small/loss"] != values["words/loss"]
+    assert values["loss/valid"] == pytest.approx(0.75 * values["loss/valid/small"] + 0.25 * values["loss/valid/words"])
+    assert values["loss/valid/small"] != values["loss/valid/words"]
 
 
 def test_state_and_mlflow_know_datasets_and_weights(
@@ -263,7 +263,7 @@ def test_evaluate_doctor_and_estimate_take_mixtures_and_urls(runs: dict[str, Any
     told = globallocal("evaluate", trained / "mixture", "--max-samples", 5).stdout
     assert f"{url}, split valid" in told
     assert "its own loss" in told
-    kept = losses_of(trained, "mixture", "valid/loss")[6]
+    kept = losses_of(trained, "mixture", "loss/valid")[6]
     assert f"loss              {kept:.4f} nats per token" in told
     config = load_config(trained / "mixture" / "config.yaml")
     found = {finding.check: finding for finding in doctor.data(config, open_corpus(config.data))}

@@ -54,7 +54,7 @@ def test_a_run_that_begins_from_anothers_checkpoint_has_an_mlflow_run_of_its_own
     assert found["b"].data.tags["mlflow.parentRunId"] == found["a"].info.run_id
     assert found["b"].data.tags["globallocal.begins_from"].endswith(STEP)
     steps = {
-        name: [point.step for point in client.get_metric_history(item.info.run_id, "train/language_loss")]
+        name: [point.step for point in client.get_metric_history(item.info.run_id, "loss/train")]
         for name, item in found.items()
     }
     assert steps == {"a": [1, 2, 3], "b": [4, 5]}

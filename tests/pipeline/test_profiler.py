@@ -60,7 +60,7 @@ def spans(path: Path) -> dict[str, list[dict[str, Any]]]:
 
 @pytest.mark.parametrize("run", ["profiled", "blocked"])
 def test_profiling_changes_no_bit_of_what_is_trained(folder: Path, run: str) -> None:
-    for metric in ("train/language_loss", "train/gradient_norm"):
+    for metric in ("loss/train", "gradient_norm"):
         losses = losses_of(folder, "plain", metric)
         assert sorted(losses) == [1, 2, 3, 4, 5, 6]
         assert losses_of(folder, run, metric) == losses

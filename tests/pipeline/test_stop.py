@@ -131,7 +131,7 @@ def test_it_ends_bitwise_as_the_unbroken_run(
 ) -> None:
     folder, case = stopped[0], CASES[name]
     unbroken = f"unbroken-{case.stage}"
-    for metric in ("train/language_loss", "train/gradient_norm", "valid/loss", "valid/bits_per_byte"):
+    for metric in ("loss/train", "gradient_norm", "loss/valid", "bits_per_byte"):
         assert losses_of(folder, slug(name), metric) == losses_of(trained, unbroken, metric), metric
     last = Path("checkpoints/step-00000006")
     if case.stage < 3:  # ZeRO-3 pads odd partitions with memory as it was found, and saves that too

@@ -1,10 +1,12 @@
 """One run across kills and resumes, against a real SQLite store."""
 
 import json
+import math
 import os
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import mlflow.data
@@ -13,8 +15,9 @@ from mlflow import MlflowClient
 
 import pipeline.tracking.opening as tracking
 from data_prep.errors import UserError
+from pipeline.tracking.facts import RunFacts, Sizes
+from pipeline.tracking.journal import JOURNAL_FILE, read_journal
 from pipeline.tracking.opening import open_tracker, settle_run, tracking_uri
-from pipeline.tracking.tracker import NullTracker
 from tests.pipeline.test_tracking_spool import file_size_limit
 from tests.pipeline.tracking_fixtures import (
     DATASET,
@@ -462,15 +465,40 @@ def test_damaged_lines_are_said_and_passed_over(store: str, tmp_path: Path) -> N
     assert any("1 damaged lines" in line for line in said)
 
 
-def test_tracking_switched_off_records_nothing(tmp_path: Path) -> None:
-    config = Config(None, enabled=False)
-    with open_tracker(config, tmp_path / "run", "a run", None, {}, {}, None) as tracker:
-        tracker.log_metrics({"loss": 1.0}, 0)
+def test_tracking_switched_off_keeps_the_run_folders_own_record(tmp_path: Path) -> None:
+    config, sizes = Config(None, enabled=False), Sizes(tokens_per_step=512)
+    with open_tracker(config, tmp_path / "run", RunFacts("a run", sizes=sizes)) as tracker:
+        tracker.log_metrics({"loss": 1.0, "odd": math.nan}, 3)
+        tracker.log_event("saved", 3, folder=Path("there"), uri="http://user:hunter2@host")
         tracker.log_text("a", "b")
         tracker.set_tags({"a": 1})
-    assert isinstance(tracker, NullTracker)
     assert tracker.run_id is None
-    assert not (tmp_path / "run").exists()
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["metrics.jsonl"]
+    begin, metrics, saved, end = read_journal(tmp_path / "run")
+    assert (begin["event"], begin["step"], begin["tokens_per_step"]) == ("started", 0, 512)
+    assert (metrics["step"], metrics["tokens"]) == (3, 1536)
+    assert metrics["metrics"] == pytest.approx({"loss": 1.0, "odd": math.nan}, nan_ok=True)
+    assert (saved["event"], saved["folder"], saved["uri"]) == ("saved", "there", "http://***@host")
+    assert (end["event"], end["status"]) == ("ended", "finished")
+    assert begin["time_unix_seconds"] <= end["time_unix_seconds"] == pytest.approx(time.time(), abs=60)
+
+
+def test_the_record_has_steps_taken_again_and_survives_a_cut_line(store: str, tmp_path: Path) -> None:
+    for first, last in ((1, 4), (3, 6)):
+        tracker = start(store, tmp_path / "run", [], step=first - 1)
+        for step in range(first, last):
+            tracker.log_metrics({"loss": 1.0 / step}, step)
+        tracker.set_tags({"globallocal.status": "preempted"})
+        tracker.close("KILLED")
+        with (tmp_path / "run" / JOURNAL_FILE).open("a") as file:
+            file.write('{"step":7,"metri')
+    entries = list(read_journal(tmp_path / "run"))
+    assert [entry.get("event", entry["step"]) for entry in entries] == [
+        *("started", 1, 2, 3, "ended"),
+        *("started", 3, 4, 5, "ended"),
+    ]
+    assert [entry["status"] for entry in entries if entry.get("event") == "ended"] == ["preempted"] * 2
+    assert [entry["step"] for entry in entries if entry.get("event") == "started"] == [0, 2]
 
 
 def test_where_runs_go(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,13 +9,14 @@ from typing import Any
 import pytest
 import torch
 
+from pipeline.metrics import SUMMARY
 from tests.pipeline.conftest import POLICIES, STAGES
 from tests.pipeline.only_weights import only_weights
 
 Runs = dict[str, dict[str, Any]]
 
 
-def losses_of(folder: Path, run: str, metric: str = "train/language_loss") -> dict[int, float]:
+def losses_of(folder: Path, run: str, metric: str = "loss/train") -> dict[int, float]:
     """Step → the metric, every bit of it, as the tracker recorded it; a step recorded twice is an error."""
     losses: dict[int, float] = {}
     for line in (folder / run / "tracking" / "spool.jsonl").read_text().splitlines():
@@ -70,7 +71,7 @@ def test_a_resumed_run_is_bitwise_the_unbroken_one(runs: Runs, trained: Path, ki
     assert "resume verified: bitwise (step 3, 24 samples consumed)" in log
 
 
-@pytest.mark.parametrize("metric", ["train/language_loss", "train/gradient_norm"])
+@pytest.mark.parametrize("metric", ["loss/train", "gradient_norm"])
 def test_stages_train_the_same_model(runs: Runs, trained: Path, metric: str) -> None:
     curves = [losses_of(trained, f"unbroken-{stage}", metric) for stage in STAGES]
     assert len(curves[0]) == 6
@@ -89,21 +90,28 @@ def test_bf16_stays_near_fp32(runs: Runs, trained: Path) -> None:
 
 
 @pytest.mark.parametrize("policy", POLICIES)
-@pytest.mark.parametrize("metric", ["train/language_loss", "train/diversity_loss", "train/gradient_norm"])
+@pytest.mark.parametrize("metric", ["loss/train", "loss/diversity", "gradient_norm"])
 def test_recomputing_activations_changes_no_bit_at_stage_3(runs: Runs, trained: Path, policy: str, metric: str) -> None:
     run = f"recomputed-{policy}"
     assert runs[run]["code"] == 0, runs[run]
     assert losses_of(trained, run, metric) == losses_of(trained, "unbroken-3", metric)
 
 
-def test_the_routers_health_is_logged_for_every_layer(runs: Runs, trained: Path) -> None:
+def test_the_routers_health_is_summarised_over_the_layers(runs: Runs, trained: Path) -> None:
+    for name, most in {"gate": 1.0, "hit_rate": 1.0, "entropy_nats": math.log(64), "dead_rows": 1.0}.items():
+        least, mean, greatest = (losses_of(trained, "unbroken-3", f"router/{name}_{what}")[6] for what in SUMMARY)
+        assert 0.0 <= least <= mean <= greatest <= most + 1e-6
+    assert losses_of(trained, "unbroken-3", "router/layer_00/gate") == {}
+
+
+def test_the_routers_health_is_logged_for_every_layer_on_wish(runs: Runs, trained: Path) -> None:
     for layer in ("layer_00", "layer_01"):
-        gate = losses_of(trained, "unbroken-3", f"router/{layer}/gate_mean")
+        gate = losses_of(trained, "tied", f"router/{layer}/gate")
         assert sorted(gate) == [1, 2, 3, 4, 5, 6]
         assert all(0.0 < value < 1.0 for value in gate.values())
         for router in ("attention", "block"):
             values = [
-                losses_of(trained, "unbroken-3", f"router/{layer}/{router}_{name}")[6]
+                losses_of(trained, "tied", f"router/{layer}/{router}_{name}")[6]
                 for name in ("hit_rate", "entropy_nats", "dead_rows")
             ]
             hit_rate, entropy, dead = values

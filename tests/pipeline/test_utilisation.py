@@ -52,10 +52,11 @@ def test_figures_are_those_of_one_device() -> None:
     metrics = use.metrics(tokens_per_second=1_600_000, peak_memory_bytes=16.5 * 2**30)
     assert metrics == pytest.approx(
         {
-            "device/tokens_per_second": 400_000,
-            "device/teraflops": 100.0,
-            "device/mfu": 0.1,
-            "device/peak_memory_gib": 16.5,
+            "throughput/tokens_per_second": 1_600_000,
+            "throughput/tokens_per_second_per_device": 400_000,
+            "throughput/teraflops_per_device": 100.0,
+            "throughput/mfu": 0.1,
+            "memory/device_peak_gib": 16.5,
         }
     )
     assert describe(metrics) == "400,000 per device, 100 TFLOP/s, MFU 0.1, peak 16.5 GiB"
@@ -63,5 +64,9 @@ def test_figures_are_those_of_one_device() -> None:
 
 def test_mfu_is_left_out_where_no_peak_rate_is_known_and_memory_where_nobody_counts_it() -> None:
     metrics = Utilisation(1.5e7, 2, None).metrics(4_000, peak_memory_bytes(torch.device("cpu")))
-    assert metrics == {"device/tokens_per_second": 2_000, "device/teraflops": pytest.approx(0.03)}
+    assert metrics == {
+        "throughput/tokens_per_second": 4_000,
+        "throughput/tokens_per_second_per_device": 2_000,
+        "throughput/teraflops_per_device": pytest.approx(0.03),
+    }
     assert describe(metrics) == "2,000 per device, 0.03 TFLOP/s"

@@ -7,6 +7,7 @@ import sys
 import time
 from pathlib import Path
 
+from pipeline.tracking.facts import RunFacts
 from pipeline.tracking.opening import open_tracker
 
 
@@ -21,7 +22,7 @@ def say(line: str) -> None:
 
 
 folder, first, last, pause, status = Path(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4]), sys.argv[5], sys.argv[6]
-tracker = open_tracker(Config(), folder, "killed", None, {"lr": 0.1}, {}, [], say=say)
+tracker = open_tracker(Config(), folder, RunFacts("killed", {"lr": 0.1}), say=say)
 for step in range(first, last):
     tracker.log_metrics({"loss": step / 2, "gradient_norm": 1.0}, step)
     say(f"step {step}")

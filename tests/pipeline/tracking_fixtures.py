@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 from mlflow import MlflowClient
 
+from pipeline.tracking.facts import RunFacts
 from pipeline.tracking.opening import open_tracker
 from pipeline.tracking.tracker import NullTracker
 
@@ -28,8 +29,8 @@ class Config:
 
 def start(uri: str, folder: Path, said: list[str], experiment: str = "tests", **changes: Any) -> NullTracker:
     """`open_tracker` with defaults."""
-    arguments: dict[str, Any] = {"run_id": None, "params": {}, "tags": {}, "datasets": []}
-    return open_tracker(Config(uri, experiment=experiment), folder, "a run", **(arguments | changes), say=said.append)
+    run_id = changes.pop("run_id", None)
+    return open_tracker(Config(uri, experiment=experiment), folder, RunFacts("a run", **changes), run_id, said.append)
 
 
 def runs(uri: str, experiment: str = "tests") -> list[Any]:

@@ -142,7 +142,7 @@ def stopped_at_random(folder: Path, dataset: Path, stops: int = 10) -> str:
                 done += 1
             codes = wait(ranks, here)
         assert codes == [0, 0], outputs(here)
-    for metric in ("train/language_loss", "valid/loss"):
+    for metric in ("loss/train", "loss/valid"):
         assert losses_of(folder / "stopped", "run", metric) == losses_of(folder / "unbroken", "run", metric)
     last = Path("run/checkpoints/step-00000060")
     assert_same_state(folder / "unbroken" / last, folder / "stopped" / last)

@@ -164,5 +164,5 @@ def compare(unbroken: Path, torn: Path) -> None:
     runs = client.search_runs(experiments)
     assert len(runs) == 1, f"{len(runs)} MLflow runs"
     assert runs[0].info.status == "FINISHED"
-    history = client.get_metric_history(runs[0].info.run_id, "train/language_loss")
+    history = client.get_metric_history(runs[0].info.run_id, "loss/train")
     assert sorted(point.step for point in history) == list(range(1, STEPS + 1))
