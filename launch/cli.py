@@ -15,6 +15,7 @@ from data_prep.errors import UserError
 from launch.about import version
 from launch.commands import checkpoints as checkpoint_commands
 from launch.commands import data as data_commands
+from launch.commands import look as look_commands
 from launch.commands import model as model_commands
 from launch.commands import run as run_commands
 from launch.interrupt import INTERRUPTED, bounded_interrupt, next_time
@@ -45,7 +46,7 @@ def options(
     pass
 
 
-for commands in (data_commands, run_commands, checkpoint_commands, model_commands):
+for commands in (data_commands, run_commands, look_commands, checkpoint_commands, model_commands):
     commands.register(app)
 
 

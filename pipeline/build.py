@@ -22,8 +22,7 @@ from pipeline.checkpoints.space import checkpoint_bytes, retained, start_problem
 from pipeline.checkpoints.write import DeferringCheckpointEngine, logit_fingerprint
 from pipeline.config import RunConfig
 from pipeline.data.corpus import Corpus
-from pipeline.data.loader import BatchLayout, BatchLoader, batch_hash, data_step
-from pipeline.data.samples import Source
+from pipeline.data.loader import BatchLoader, batch_hash, data_step
 from pipeline.distributed.clock import Clock
 from pipeline.distributed.stop import StopRequest
 from pipeline.distributed.world import World
@@ -35,6 +34,7 @@ from pipeline.export.load import keep_model, load_tokenizer
 from pipeline.fitting import fit
 from pipeline.health.guard import Guard
 from pipeline.health.state import HealthState
+from pipeline.introduce import introduce
 from pipeline.profiler import StepProfiler
 from pipeline.redact import redact
 from pipeline.tracking.facts import RunFacts, Sizes
@@ -72,7 +72,9 @@ def build(config: RunConfig, world: World, stop: StopRequest, clock: Clock) -> T
                 keep_model(model_config, corpus.tokenizer_folder, config.run_folder)
             except OSError as error:
                 raise UserError(f"{config.run_folder}: {error.strerror}; make room, or free its rights") from None
-    narrate(config, world, corpus, source, layout, model, precision, settings)
+    groups = describe_groups(parameter_groups(model, config.optimizer.weight_decay))
+    for line in introduce(config, fitted, world.size, precision, world.device.type, groups):
+        log.info(line)
     engine = initialize(model, config, settings)
     if fitted.compiled:
         compile_blocks(engine, layout.micro_batch_size, config.data.sequence_length)
@@ -258,34 +260,6 @@ def start_tracker(config: RunConfig, world: World, corpus: Corpus, resumed: Resu
         step=resumed.step,
     )
     return open_tracker(config.tracking, config.run_folder, facts, resumed.mlflow_run_id if own else None, log.info)
-
-
-def narrate(
-    config: RunConfig,
-    world: World,
-    corpus: Corpus,
-    source: Source,
-    layout: BatchLayout,
-    model: GlobalLocalForCausalLM,
-    precision: str,
-    settings: dict[str, Any],
-) -> None:
-    """What is about to happen, in a few lines."""
-    parameters = sum(parameter.numel() for parameter in model.parameters())
-    log.info(f"run {config.run.name} in {config.run_folder}")
-    for line in corpus.describe(config.data.train_split):
-        log.info(f"data: {line}")
-    log.info(f"model: {config.model.preset}, {parameters:,} parameters, {model.config.vocab_size:,} ids")
-    for line in describe_groups(parameter_groups(model, config.optimizer.weight_decay)):
-        log.info(f"  {line}")
-    log.info(
-        f"batch: {layout.global_batch_size} samples of {config.data.sequence_length} tokens = "
-        f"{layout.micro_batch_size} micro-batch × {world.size} ranks × "
-        f"{layout.gradient_accumulation_steps} accumulation steps; "
-        f"an epoch is {source.num_samples / layout.global_batch_size:,.1f} steps"
-    )
-    chosen = " (auto)" if config.training.precision == "auto" else ""
-    log.info(f"engine: ZeRO stage {zero_stage(settings)}, {precision}{chosen}, {world.device.type}")
 
 
 def versions() -> dict[str, str]:

@@ -120,6 +120,14 @@ def writable(run_folder: Path) -> Iterator[None]:
         ) from None
 
 
+class TerminalFormatter(logging.Formatter):
+    """A line as it is; a warning or error says so at its beginning."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        line = super().format(record)
+        return line if record.levelno < logging.WARNING else f"{record.levelname.lower()}: {line}"
+
+
 def open_log(run_folder: Path, rank: int) -> None:
     """Every rank writes its own file, with times; rank 0 speaks on the terminal, the others when they fail."""
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")  # DeepSpeed's calls
@@ -129,7 +137,7 @@ def open_log(run_folder: Path, rank: int) -> None:
     where = f"{platform.node()} rank {rank}"
     to_file.setFormatter(logging.Formatter(f"%(asctime)s {where} %(levelname)s %(message)s"))
     to_terminal = logging.StreamHandler(sys.stdout)
-    to_terminal.setFormatter(logging.Formatter("%(message)s"))
+    to_terminal.setFormatter(TerminalFormatter("%(message)s"))
     to_terminal.setLevel(logging.INFO if rank == 0 else logging.CRITICAL)
     log.handlers = [to_file, to_terminal]
     log.setLevel(logging.INFO)

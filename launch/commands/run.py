@@ -190,7 +190,9 @@ def train(
     settings = checked_config(config, overrides)
     job = LocalRun(config, tuple(overrides or ()), settings, processes)
     check_fit(settings, job.ranks)
-    raise typer.Exit(run(job, max_restarts=0))
+    code = run(job, max_restarts=0)
+    show_closing(settings)
+    raise typer.Exit(code)
 
 
 def launch(
@@ -299,7 +301,18 @@ def launch(
         typer.echo(job.describe())
     else:
         check_fit(settings, job.ranks if isinstance(job, LocalRun) else None)
-        raise typer.Exit(run(job, max_restarts))
+        code = run(job, max_restarts)
+        show_closing(settings)
+        raise typer.Exit(code)
+
+
+def show_closing(settings: RunConfig) -> None:
+    """What the training came to, where it came so far as to write anything."""
+    from launch.report.read import is_run, read_run
+    from launch.report.words import closing
+
+    if is_run(settings.run_folder):
+        typer.echo("\n" + "\n".join(closing(read_run(settings.run_folder))))
 
 
 def checked_config(config: Path, overrides: list[str] | None) -> RunConfig:
@@ -312,6 +325,8 @@ def checked_config(config: Path, overrides: list[str] | None) -> RunConfig:
 def check_fit(settings: RunConfig, ranks: int | None) -> None:
     """Settings against each other, the dataset, the DeepSpeed JSON and this machine, before any rank has started.
 
+    What a rank will need of its device is said.
+
     Args:
         ranks: None for a job on other hosts: what they have is for them to say.
     """
@@ -320,7 +335,12 @@ def check_fit(settings: RunConfig, ranks: int | None) -> None:
     choose_accelerator()
     import torch
 
+    from launch.preflight.forecast import memory_line
     from pipeline.fitting import fit, local_precision
 
     device = torch.device("cuda" if local_devices() and torch.cuda.is_available() else "cpu")
-    fit(settings, ranks, local_precision(settings, device), device, dataset_is_here=ranks is not None)
+    precision = local_precision(settings, device)
+    fitted = fit(settings, ranks, precision, device, dataset_is_here=ranks is not None)
+    line = memory_line(settings, fitted, ranks, precision, device) if ranks else None
+    if line:
+        typer.echo(line)

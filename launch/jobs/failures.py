@@ -6,8 +6,6 @@ from dataclasses import dataclass
 
 from pipeline.exit_codes import HANG, PREEMPTED
 
-CHATTER = re.compile(rb"\[(INFO|ERROR)\] \[(launch|runner|multinode_runner)\.py:")
-"""What DeepSpeed's launcher says of itself: kept in the log only."""
 _CONSEQUENCE = re.compile(r"[Cc]onnection (reset|closed|refused)|[Bb]roken pipe|timed? ?out|[Rr]emote", re.ASCII)
 """What a rank says when another one has gone."""
 _OWN_CODES = (1, 2, HANG)

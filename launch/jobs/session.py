@@ -22,7 +22,8 @@ import psutil
 
 import pipeline
 from launch.hosts.ssh import Elsewhere
-from launch.jobs.failures import CHATTER, Blame, blame
+from launch.jobs.failures import Blame, blame
+from launch.jobs.screen import Screen
 from pipeline.exit_codes import HANG, PREEMPTED
 from pipeline.redact import redact_text
 
@@ -220,17 +221,14 @@ def _signal(process: psutil.Process, number: signal.Signals) -> None:
 
 
 def _copy(source: BinaryIO, launch: Launch, watch: _Watch) -> None:
-    """Line by line to our standard output and to the log, with an eye on what it says."""
-    with open(launch.log or os.devnull, "ab") as file:
+    """Line by line to the screen and to the log, with an eye on what it says."""
+    with open(launch.log or os.devnull, "ab") as file, Screen(launch.echo) as screen:
         for line in source:
             if b"://" in line:  # whoever prints a URL, its password stays here
                 line = redact_text(line.decode(errors="surrogateescape")).encode(errors="surrogateescape")
             file.write(line)
             file.flush()
-            if launch.echo and not CHATTER.search(line):
-                with suppress(OSError, ValueError):  # our own output may be closed; the job goes on
-                    sys.stdout.buffer.write(line)
-                    sys.stdout.buffer.flush()
+            screen.show(line)
             told = blame(line.decode(errors="replace"))
             if told:
                 watch.blames.append(told)

@@ -10,6 +10,7 @@ from launch.cli import app, main
 IN_ORDER = [
     *("tokenizer", "prepare", "verify", "inspect"),
     *("estimate", "rehearse", "doctor", "train", "launch"),
+    *("runs", "report"),
     *("evaluate", "generate", "export"),
 ]
 

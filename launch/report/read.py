@@ -1,0 +1,415 @@
+"""A run's folder → typed data. Nothing here writes, asks a server or imports torch.
+
+A folder may be half written: a process was killed, a disk was full, the run is older than the record. What cannot be
+read is a line in `Run.missing`, and all else is there.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import math
+import re
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+from pipeline.exit_codes import HANG, PREEMPTED
+from pipeline.tracking.restarts import RESTARTS_FILE
+
+State = Literal["running", "preempted", "hung", "failed", "done"]
+
+RECORD = "metrics.jsonl"
+TAIL_BYTES = 1 << 18
+"""Of the record, for a look at how a run is doing."""
+LOG_LINE = re.compile(
+    r"^(?P<time>\S+ \S+) (?P<host>\S+) rank (?P<rank>\d+) (?P<level>WARNING|ERROR|CRITICAL) (?P<text>.*)"
+)
+MOST_WARNINGS = 200
+
+
+@dataclass(frozen=True)
+class Point:
+    """The metrics of one step."""
+
+    step: int
+    tokens: float
+    time_unix_seconds: float
+    metrics: Mapping[str, float]
+
+
+@dataclass(frozen=True)
+class Event:
+    """What happened beside the steps: `started`, `saved`, `roll_back`, …; `facts` is the rest of its line."""
+
+    kind: str
+    step: int
+    time_unix_seconds: float
+    facts: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint that stands whole.
+
+    Attributes:
+        state: its `state.json`; empty where that cannot be read.
+    """
+
+    folder: Path
+    step: int
+    bytes: int
+    state: Mapping[str, Any]
+
+    @property
+    def loss(self) -> float | None:
+        """Held-out loss at this very step, where it was measured."""
+        found = self.state.get("evaluation") or {}
+        return found.get("loss") if found.get("step") == self.step else None
+
+
+@dataclass(frozen=True)
+class End:
+    """The run ended before its last step, as the launcher saw it: a line of `restarts.jsonl`."""
+
+    time_unix_seconds: float
+    step: int
+    code: int
+    cause: str
+    reason: str
+    restarted: bool
+
+
+@dataclass(frozen=True)
+class Warned:
+    """A warning or error in the log of a rank."""
+
+    time: str
+    rank: int
+    level: str
+    text: str
+
+
+@dataclass(frozen=True)
+class Run:
+    """All that a run's folder tells.
+
+    Attributes:
+        settings: resolved, by section; empty where `config.yaml` cannot be read.
+        points: in order of steps; of a step that was taken twice, the later.
+        undone: what was logged and then gone back from, after a kill or a roll back.
+        read_at: when the folder was read, Unix seconds.
+        missing: what the folder does not tell, a sentence each.
+    """
+
+    folder: Path
+    state: State
+    why: str
+    settings: Mapping[str, Any]
+    points: Sequence[Point]
+    undone: Sequence[Point]
+    events: Sequence[Event]
+    checkpoints: Sequence[Checkpoint]
+    ends: Sequence[End]
+    roll_backs: Sequence[Mapping[str, Any]]
+    warnings: Sequence[Warned]
+    read_at: float
+    missing: Sequence[str] = field(default=())
+
+    @property
+    def name(self) -> str:
+        return str(self.setting("run.name") or self.folder.name)
+
+    @property
+    def step(self) -> int:
+        """The last step that is known to be taken."""
+        return max([0, *(point.step for point in self.points[-1:]), *(item.step for item in self.checkpoints)])
+
+    @property
+    def tokens(self) -> float:
+        return self.step * self.tokens_per_step
+
+    @property
+    def starts(self) -> list[Event]:
+        return [event for event in self.events if event.kind == "started"]
+
+    def fact(self, name: str) -> Any:
+        """What the newest start that says it says of the run, such as `ranks`; None where none does."""
+        return next((event.facts[name] for event in reversed(self.starts) if event.facts.get(name)), None)
+
+    @property
+    def tokens_per_step(self) -> int:
+        given = int(self.setting("training.global_batch_size") or 0) * int(self.setting("data.sequence_length") or 0)
+        return int(self.fact("tokens_per_step") or given)
+
+    @property
+    def steps(self) -> int | None:
+        """Steps that the run is to take; None where nothing says it."""
+        given = self.fact("max_steps") or self.setting("training.max_steps")
+        return int(given) if given else None
+
+    def setting(self, key: str) -> Any:
+        """The value of `section.key`; None where it is absent."""
+        section, _, name = key.partition(".")
+        values = self.settings.get(section)
+        return values.get(name) if isinstance(values, Mapping) else None
+
+    def curve(self, metric: str) -> list[tuple[int, float]]:
+        """Steps and values of a metric, finite or not."""
+        return [(point.step, point.metrics[metric]) for point in self.points if metric in point.metrics]
+
+    def last(self, metric: str) -> float | None:
+        return next((point.metrics[metric] for point in reversed(self.points) if metric in point.metrics), None)
+
+    @property
+    def metrics(self) -> list[str]:
+        return sorted({name for point in self.points for name in point.metrics})
+
+
+def read_run(folder: Path, *, whole: bool = True) -> Run:
+    """Read a run's folder.
+
+    Args:
+        whole: False for a glance: the record's tail, no logs.
+    """
+    missing: list[str] = []
+    settings = _settings(folder / "config.yaml", missing)
+    record = [
+        item
+        for line in _json_lines(folder / RECORD, None if whole else TAIL_BYTES, missing)
+        if (item := _point(line) or _event(line))
+    ]
+    points, undone = settle(record)
+    checkpoints = _checkpoints(folder / "checkpoints", missing)
+    ends = _ends(folder / RESTARTS_FILE, missing)
+    if not checkpoints:
+        missing.append("no checkpoint stands yet")
+    run = Run(
+        folder=folder,
+        state="running",
+        why="",
+        settings=settings,
+        points=points,
+        undone=undone,
+        events=[item for item in record if isinstance(item, Event)],
+        checkpoints=checkpoints,
+        ends=ends,
+        roll_backs=_roll_backs(folder / "health" / "roll_backs.json", missing),
+        warnings=list(_warnings(folder / "logs")) if whole else [],
+        read_at=time.time(),
+        missing=missing,
+    )
+    state, why = judge_state(run, held=is_held(folder), last_sign=_last_sign(folder))
+    return Run(**{**vars(run), "state": state, "why": why})
+
+
+def is_run(folder: Path) -> bool:
+    """Whether a training has written here."""
+    return any((folder / name).exists() for name in ("config.yaml", "checkpoints", RECORD, RESTARTS_FILE))
+
+
+def find_runs(folder: Path) -> list[Path]:
+    """The folder itself where it is a run's; else its own folders that are."""
+    if is_run(folder):
+        return [folder]
+    return sorted(item for item in folder.iterdir() if item.is_dir() and is_run(item))
+
+
+def judge_state(run: Run, *, held: bool, last_sign: float) -> tuple[State, str]:
+    """How a run is doing, and why one thinks so.
+
+    Args:
+        held: a process holds the run's lock.
+        last_sign: when anything was last written to its logs, Unix seconds.
+    """
+    silent = run.read_at - last_sign
+    limit = float(run.setting("training.hang_timeout_seconds") or 1800)
+    if held:
+        if silent > limit:
+            return "hung", f"a process holds the run, and has written nothing for {silent:,.0f} s"
+        return "running", ""
+    if run.steps is not None and run.checkpoints and run.checkpoints[-1].step >= run.steps:
+        return "done", ""
+    end = run.ends[-1] if run.ends else None
+    if end is None or end.time_unix_seconds < last_sign - 60:
+        return "failed", "no process holds the run, and none said how it ended: it was killed, or its machine was lost"
+    if end.code == PREEMPTED:
+        return "preempted", end.cause
+    return ("hung" if end.code == HANG else "failed"), f"{end.cause}; {end.reason}"
+
+
+def settle(record: Sequence[Point | Event]) -> tuple[list[Point], list[Point]]:
+    """A record → the points that stand, in order of steps, and those that were gone back from.
+
+    A start and a roll back undo what was logged behind their step; so does a step that is logged again.
+    """
+    kept: list[Point] = []
+    undone: list[Point] = []
+    for item in record:
+        if isinstance(item, Event):
+            to_step = item.step if item.kind == "started" else item.facts.get("to_step")
+            while kept and isinstance(to_step, int) and kept[-1].step > to_step:
+                undone.append(kept.pop())
+            continue
+        while kept and (item.step < kept[-1].step or (item.step == kept[-1].step and _overlap(item, kept[-1]))):
+            undone.append(kept.pop())
+        if kept and kept[-1].step == item.step:
+            kept[-1] = Point(item.step, item.tokens, kept[-1].time_unix_seconds, {**kept[-1].metrics, **item.metrics})
+        else:
+            kept.append(item)
+    return kept, sorted(undone, key=lambda point: point.step)
+
+
+def _overlap(one: Point, other: Point) -> bool:
+    return bool(one.metrics.keys() & other.metrics.keys())
+
+
+def is_held(folder: Path) -> bool:
+    """Whether a training holds the run's lock (`pipeline.checkpoints.folder.lock`), here or on a shared disk."""
+    try:
+        with open(folder / ".lock") as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:
+        return False
+    return False
+
+
+def _last_sign(folder: Path) -> float:
+    signs = [folder / RECORD, *(folder / "logs").glob("*.log")]
+    return max((path.stat().st_mtime for path in signs if path.exists()), default=0.0)
+
+
+def _settings(path: Path, missing: list[str]) -> dict[str, Any]:
+    try:
+        values = yaml.safe_load(path.read_text(errors="replace"))
+    except (OSError, yaml.YAMLError) as error:
+        missing.append(f"{path.name} cannot be read ({_reason(error)}): the settings are not known")
+        return {}
+    if isinstance(values, dict):
+        return values
+    missing.append(f"{path.name} holds no settings")
+    return {}
+
+
+def _json_lines(path: Path, last_bytes: int | None, missing: list[str]) -> Iterator[dict[str, Any]]:
+    """The objects of a file of JSON lines; what is no object is counted, and said."""
+    try:
+        with open(path, "rb") as file:
+            if last_bytes is not None and file.seek(0, 2) > last_bytes:
+                file.seek(-last_bytes, 2)
+                file.readline()
+            else:
+                file.seek(0)
+            lines = file.read().split(b"\n")
+    except OSError as error:
+        missing.append(f"{path.name} cannot be read ({_reason(error)}): there are no curves")
+        return
+    torn = 0
+    for line in lines:
+        if line.strip():
+            try:
+                values = json.loads(line)
+            except ValueError:
+                values = None
+            if isinstance(values, dict):
+                yield values
+            else:
+                torn += 1
+    if torn:
+        missing.append(f"of {path.name} {torn} line{'s' * (torn > 1)} cannot be read")
+
+
+def _point(line: Mapping[str, Any]) -> Point | None:
+    metrics, step = line.get("metrics"), _number(line.get("step"))
+    if not isinstance(metrics, dict) or not math.isfinite(step) or step < 0:
+        return None
+    values = {
+        str(name): value
+        for name, item in metrics.items()
+        if not math.isnan(value := _number(item)) or item in ("nan", "NaN")
+    }
+    return Point(int(step), _number(line.get("tokens")), _number(line.get("time_unix_seconds")), values)
+
+
+def _event(line: Mapping[str, Any]) -> Event | None:
+    if not isinstance(line.get("event"), str):
+        return None
+    step = _number(line.get("step"))
+    facts = {name: value for name, value in line.items() if name not in ("event", "step", "time_unix_seconds")}
+    return Event(line["event"], int(step) if math.isfinite(step) else 0, _number(line.get("time_unix_seconds")), facts)
+
+
+def _number(value: Any) -> float:
+    """NaN for what is no number; "inf" and "nan" are how JSON lines say them."""
+    try:
+        return float(value)
+    except (TypeError, ValueError):
+        return math.nan
+
+
+def _checkpoints(folder: Path, missing: list[str]) -> list[Checkpoint]:
+    found = []
+    for path in sorted(folder.glob("step-*/integrity.json")) if folder.is_dir() else ():
+        step = path.parent.name.removeprefix("step-")
+        if not step.isdigit():
+            continue
+        try:
+            size = sum(int(item["bytes"]) for item in json.loads(path.read_bytes())["files"].values())
+            state = json.loads((path.parent / "state.json").read_bytes())
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            missing.append(f"checkpoints/{path.parent.name} cannot be read ({_reason(error)})")
+            continue
+        found.append(Checkpoint(path.parent, int(step), size, state if isinstance(state, dict) else {}))
+    return sorted(found, key=lambda item: item.step)
+
+
+def _ends(path: Path, missing: list[str]) -> list[End]:
+    found = []
+    for entry in _json_lines(path, None, missing) if path.exists() else ():
+        code, moment = _number(entry.get("code")), _number(entry.get("time"))
+        if math.isfinite(code) and math.isfinite(moment):
+            step = _number(entry.get("step"))
+            found.append(
+                End(
+                    moment,
+                    int(step) if math.isfinite(step) else -1,
+                    int(code),
+                    str(entry.get("cause", "")),
+                    str(entry.get("reason", "")),
+                    entry.get("restart") is True,
+                )
+            )
+    return found
+
+
+def _roll_backs(path: Path, missing: list[str]) -> list[dict[str, Any]]:
+    try:
+        found = json.loads(path.read_bytes())
+        return [item for item in found if isinstance(item, dict) and {"step", "to_step"} <= item.keys()]
+    except FileNotFoundError:
+        return []
+    except (OSError, ValueError, TypeError) as error:
+        missing.append(f"health/{path.name} cannot be read ({_reason(error)})")
+        return []
+
+
+def _warnings(folder: Path) -> Iterator[Warned]:
+    for path in sorted(folder.glob("rank-*.log")):
+        found = []
+        with open(path, errors="replace") as file:
+            for line in file:
+                if match := LOG_LINE.match(line):
+                    found.append(Warned(match["time"], int(match["rank"]), match["level"].lower(), match["text"]))
+        yield from found[-MOST_WARNINGS:]
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, OSError):
+        return (error.strerror or type(error).__name__).lower()
+    return " ".join(str(error).split())[:120] or type(error).__name__
