@@ -125,7 +125,7 @@ def _plots(
     """Lengths of documents, bytes per token, and how often each piece is used."""
     figure, axes = _figure()
     edges = np.unique(np.geomspace(1, max(int(lengths.max()), 2) + 1, 30).astype(int))
-    axes.hist(np.maximum(lengths, 1), bins=edges, color="#3b7dd8")
+    axes.hist(np.maximum(lengths, 1), bins=edges.tolist(), color="#3b7dd8")
     axes.set(xscale="log", xlabel="tokens per document", ylabel="documents")
     plots = [_plot("Length of documents", figure)]
 
