@@ -16,6 +16,7 @@ TOKENIZER = Path("data/quickstart-tokenizer")
 DATASET = Path("data/quickstart")
 RUN = Path("runs/quickstart")
 EXPORT = RUN / "export"
+REPORT = RUN / "report.html"
 PROMPT = "The history of"
 
 
@@ -41,7 +42,9 @@ def main() -> int:
         command("Export", "export", RUN, "--output", EXPORT)
     command("A fresh process loads the export: a continuation", "generate", EXPORT, "--prompt", PROMPT)
     command("… and the held-out loss", "evaluate", EXPORT, "--dataset", DATASET)
+    command("A page that tells what became of the run", "report", RUN, "--output", REPORT)
     title(f"Done in {time.monotonic() - started:.0f} s. Where things are")
+    print(f"  report      {REPORT}   (open it in a browser; every run: globallocal runs)")
     print(f"  metrics     mlflow ui --backend-store-uri {os.environ.get('MLFLOW_TRACKING_URI', 'sqlite:///mlflow.db')}")
     print(f"  run         {RUN}   (config.yaml, checkpoints/, logs/)")
     print(f"  model       {EXPORT}   (transformers loads it)")

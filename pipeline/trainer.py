@@ -17,6 +17,7 @@ from pipeline.data.loader import BatchLayout, BatchLoader
 from pipeline.distributed.clock import Clock
 from pipeline.distributed.stop import Plan, Stopped, StopRequest, plan
 from pipeline.distributed.world import SharedUserError, World
+from pipeline.duration import duration
 from pipeline.engine.internals import Engine
 from pipeline.engine.optim import learning_rate, set_learning_rate
 from pipeline.health.guard import Guard, Verdict, nan_unless_finite
@@ -26,7 +27,6 @@ from pipeline.metrics import (
     RouterMeter,
     StepTimes,
     Throughput,
-    duration,
     evaluation_metrics,
     find_straggler,
     times_per_step,

@@ -24,6 +24,7 @@ DATASET = {"data_prep.errors", "data_prep.manifest", "data_prep.remote", "data_p
 
 ROOMS: dict[str, dict[str, set[str]]] = {
     "pipeline": {
+        "duration": set(),
         "exit_codes": set(),
         "files": set(),
         "random_state": set(),
@@ -43,7 +44,7 @@ ROOMS: dict[str, dict[str, set[str]]] = {
         "fitting": {"checkpoints", "config", "data", "engine", "export"},
         "introduce": {"checkpoints", "config", "engine", "fitting"},
         "trainer": {
-            *("checkpoints", "config", "data", "distributed", "engine", "health", "metrics", "profiler"),
+            *("checkpoints", "config", "data", "distributed", "duration", "engine", "health", "metrics", "profiler"),
             *("random_state", "utilisation"),
         },
         "build": {

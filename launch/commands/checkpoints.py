@@ -199,7 +199,7 @@ def _loss(evaluation: dict[str, float] | None, step: int) -> str:
 
 
 def _age(seconds: float) -> str:
-    from pipeline.metrics import duration
+    from pipeline.duration import duration
 
     return duration(max(seconds, 0))
 

@@ -15,7 +15,7 @@ from model.configuration_globallocal import PRESETS, GlobalLocalConfig
 from pipeline.config import RunConfig, validate
 from pipeline.data.corpus import Corpus, open_corpus
 from pipeline.data.loader import BatchLayout
-from pipeline.metrics import duration
+from pipeline.duration import duration
 from pipeline.utilisation import PEAK_TERAFLOPS, PEAK_TERAFLOPS_FP16, card, peak_teraflops
 
 TOKENS_PER_PARAMETER = 20

@@ -18,6 +18,7 @@ COLORS = ("#3b7dd8", "#e0712f", "#2a9d6f", "#b45ec4", "#c39a1c", "#d6486f", "#3f
 DASHES = ("solid", "dash", "dot", "dashdot", "longdash", "longdashdot")
 RESTART, ROLL_BACK, SAVE = "#c98a1b", "#d23f34", "#8a94a3"
 FEW_POINTS = 25
+SPIKE = {"spikethickness": 1, "spikedash": "dot", "spikecolor": SAVE}
 UNDRAWN = {"time/step_seconds"}
 """Metrics that others add up to."""
 LABELS = {"loss/train": "training", "loss/valid": "held-out"}
@@ -127,7 +128,11 @@ def _lines(chart: Chart, runs: Sequence[Run], names: Sequence[str]) -> go.Figure
                 fillcolor="rgba(59,125,216,0.15)" if chart.band else None,
                 marker={"size": 5},
                 stackgroup="parts" if chart.stacked else None,
-                meta={"run": number, "smooth": chart.smooth and not chart.stacked},
+                hovertemplate="%{y:.5~g}",
+                meta={
+                    "run": number,
+                    "smooth": chart.smooth and not chart.stacked and not name.startswith("loss/valid"),
+                },
             )
         if chart.marked:
             _add_marks(figure, run, number, names)
@@ -152,6 +157,9 @@ def _add_marks(figure: go.Figure, run: Run, number: int, names: Sequence[str]) -
             x=x,
             y=y,
             name="taken again",
+            legendgroup="taken again",
+            showlegend=number == 0,
+            hovertemplate="%{y:.5~g}",
             mode="markers",
             marker={"size": 4, "color": SAVE, "symbol": "x-thin-open"},
             meta={"run": number, "smooth": False},
@@ -169,6 +177,8 @@ def _add_marks(figure: go.Figure, run: Run, number: int, names: Sequence[str]) -
             y=[value for _ in found for value in ((0.0,) if is_save else (0.0, 1.0, None))],
             text=[value for _, said in found for value in ((said,) if is_save else (said, said, ""))],
             name=kind,
+            legendgroup=kind,
+            showlegend=number == 0,
             mode="markers" if is_save else "lines",
             marker={"size": 7, "symbol": "triangle-up", "color": color},
             line={"color": color, "width": 1.3, "dash": "dot"},
@@ -273,7 +283,7 @@ def _lay_out(figure: go.Figure, chart: Chart, legend: bool) -> None:
         hovermode="x unified",
         showlegend=legend,
         legend={"orientation": "h", "y": 1.02, "yanchor": "bottom", "x": 0, "font": {"size": 11}},
-        xaxis={**axis, "gridcolor": "#888", "rangemode": "tozero"},
+        xaxis={**axis, "gridcolor": "#888", "rangemode": "tozero", **SPIKE},
         yaxis={**axis, "gridcolor": "#888", "rangemode": "tozero" if chart.stacked or chart.from_zero else "normal"},
         yaxis2={"overlaying": "y", "range": [0, 1], "visible": False, "fixedrange": True},
         dragmode="zoom",

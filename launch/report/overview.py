@@ -15,7 +15,8 @@ from rich.text import Text
 
 from data_prep.errors import UserError
 from launch.report import words
-from launch.report.read import State, find_runs, read_run
+from launch.report.read import Run, State, find_runs, read_run
+from pipeline.duration import duration
 
 STYLES: dict[State, str] = {
     "running": "blue",
@@ -66,7 +67,7 @@ def look(folder: Path) -> list[Row]:
                 step=run.step,
                 steps=run.steps,
                 train_loss=_finite(run.last(words.LOSS)),
-                valid_loss=_finite(run.last(words.VALID_LOSS)),
+                valid_loss=_finite(_valid_loss(run)),
                 tokens_per_second=_finite(run.last(words.SPEED)),
                 seconds_left=words.seconds_left(run) if run.state != "done" else 0.0,
                 restarts=len(run.ends),
@@ -77,6 +78,12 @@ def look(folder: Path) -> list[Row]:
     if not rows:
         raise UserError(f"{folder}: holds no run; a training writes one into runs/NAME")
     return rows
+
+
+def _valid_loss(run: Run) -> float | None:
+    """The latest; of a run without a record that of its newest checkpoint."""
+    told = run.last(words.VALID_LOSS)
+    return told if told is not None or not run.checkpoints else run.checkpoints[-1].loss
 
 
 def _finite(value: float | None) -> float | None:
@@ -113,7 +120,7 @@ def show(rows: Sequence[Row], folder: Path, console: Console) -> None:
 
 
 def _cells(row: Row, folder: Path) -> tuple[str, ...]:
-    left = words.duration(row.seconds_left) if row.state == "running" and row.seconds_left is not None else ""
+    left = duration(row.seconds_left) if row.state == "running" and row.seconds_left is not None else ""
     last = row.last_restart_unix_seconds
     return (
         Path(row.run).relative_to(folder).as_posix() if Path(row.run) != folder else row.run,
@@ -124,6 +131,6 @@ def _cells(row: Row, folder: Path) -> tuple[str, ...]:
         words.quantity(row.tokens_per_second) if row.tokens_per_second else "–",
         left,
         str(row.restarts) if row.restarts else "",
-        f"{words.duration(time.time() - last)} ago" if last else "",
+        f"{duration(time.time() - last)} ago" if last else "",
         row.why,
     )

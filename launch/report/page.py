@@ -25,8 +25,8 @@ def _summary(name: str) -> tuple[str, ...]:
 
 CHARTS = (
     Chart("curves", "Loss", "nats per token", ("loss/train", "loss/valid", "loss/valid/*"), wide=True, marked=True),
-    Chart("curves", "Perplexity", "per token", ("perplexity", "perplexity/*")),
-    Chart("curves", "Bits per byte", "", ("bits_per_byte", "bits_per_byte/*")),
+    Chart("curves", "Perplexity", "per token", ("perplexity", "perplexity/*"), smooth=False),
+    Chart("curves", "Bits per byte", "", ("bits_per_byte", "bits_per_byte/*"), smooth=False),
     Chart("curves", "Learning rate", "", ("learning_rate",), smooth=False),
     Chart("curves", "Gradient norm", "before clipping", ("gradient_norm",), marked=True),
     Chart("speed", "Throughput", "tokens per second, all", (words.SPEED,), wide=True, marked=True, from_zero=True),

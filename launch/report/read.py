@@ -19,11 +19,11 @@ from typing import Any, Literal
 import yaml
 
 from pipeline.exit_codes import HANG, PREEMPTED
+from pipeline.tracking.journal import JOURNAL_FILE
 from pipeline.tracking.restarts import RESTARTS_FILE
 
 State = Literal["running", "preempted", "hung", "failed", "done"]
 
-RECORD = "metrics.jsonl"
 TAIL_BYTES = 1 << 18
 """Of the record, for a look at how a run is doing."""
 LOG_LINE = re.compile(
@@ -180,7 +180,7 @@ def read_run(folder: Path, *, whole: bool = True) -> Run:
     settings = _settings(folder / "config.yaml", missing)
     record = [
         item
-        for line in _json_lines(folder / RECORD, None if whole else TAIL_BYTES, missing)
+        for line in _json_lines(folder / JOURNAL_FILE, None if whole else TAIL_BYTES, missing)
         if (item := _point(line) or _event(line))
     ]
     points, undone = settle(record)
@@ -209,7 +209,7 @@ def read_run(folder: Path, *, whole: bool = True) -> Run:
 
 def is_run(folder: Path) -> bool:
     """Whether a training has written here."""
-    return any((folder / name).exists() for name in ("config.yaml", "checkpoints", RECORD, RESTARTS_FILE))
+    return any((folder / name).exists() for name in ("config.yaml", "checkpoints", JOURNAL_FILE, RESTARTS_FILE))
 
 
 def find_runs(folder: Path) -> list[Path]:
@@ -281,7 +281,7 @@ def is_held(folder: Path) -> bool:
 
 
 def _last_sign(folder: Path) -> float:
-    signs = [folder / RECORD, *(folder / "logs").glob("*.log")]
+    signs = [folder / JOURNAL_FILE, *(folder / "logs").glob("*.log")]
     return max((path.stat().st_mtime for path in signs if path.exists()), default=0.0)
 
 

@@ -9,6 +9,7 @@ from datetime import UTC, datetime
 from typing import Any
 
 from launch.report.read import Checkpoint, Event, Run
+from pipeline.duration import duration
 
 LOSS, VALID_LOSS = "loss/train", "loss/valid"
 SPEED = "throughput/tokens_per_second"
@@ -288,12 +289,3 @@ def moment(seconds: float) -> str:
     if not math.isfinite(seconds):
         return "–"
     return datetime.fromtimestamp(seconds, UTC).strftime("%Y-%m-%d %H:%M:%S")
-
-
-def duration(seconds: float) -> str:
-    """12 s, 3 min 05 s, 2 h 10 min, 4 d 03 h."""
-    whole = round(seconds)
-    for unit, size, lower, lower_size in (("d", 86400, "h", 3600), ("h", 3600, "min", 60), ("min", 60, "s", 1)):
-        if whole >= size:
-            return f"{whole // size} {unit} {whole % size // lower_size:02d} {lower}"
-    return f"{whole} s"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import html
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -80,6 +82,21 @@ def test_what_cannot_be_shown_or_written_is_one_line(place, capfd):
         errors = capfd.readouterr().err
         assert line in errors
         assert errors.count("\n") == 1
+
+
+def test_the_page_of_a_dataset_shows_text_as_text(place, tmp_path):
+    text = "Hôtel 漢字 🙂\n<script>document.title='owned'</script> & <img src=x onerror=alert(1)>"
+    (tmp_path / "odd.txt").write_text(text)
+    options = ["--source", "files", "--path", str(tmp_path / "odd.txt"), "--workers", "1"]
+    prepare = ["prepare", *options, "--tokenizer", str(place / "tokenizer"), "--output", str(tmp_path / "data")]
+    assert main(prepare) == 0
+    assert main(["inspect", str(tmp_path / "data"), "--html", str(tmp_path / "page.html")]) == 0
+    page = (tmp_path / "page.html").read_text()
+    assert "<title>files: " in page
+    assert page.count("<script") == page.count("<img") == 0
+    spans = re.findall(r'<span class="t\d" title="[\d ]+">(.*?)</span>', page, re.DOTALL)
+    assert html.unescape("".join(spans)).removesuffix("</s>") == text.replace("\n", "↵\n")
+    assert "漢" in spans  # one character, of three bytes that are pieces of their own
 
 
 def test_no_secret_of_a_url_is_printed(place, capfd, monkeypatch):

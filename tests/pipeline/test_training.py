@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from enum import Enum
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,8 @@ from typing import Any
 import pytest
 import torch
 
+from launch.report.page import page
+from launch.report.read import read_run
 from pipeline.metrics import SUMMARY
 from tests.pipeline.conftest import POLICIES, STAGES
 from tests.pipeline.only_weights import only_weights
@@ -170,6 +173,20 @@ def test_decay_and_no_decay_are_printed(runs: Runs, trained: Path) -> None:
     assert "weight_decay 0.1" in log
     assert "no_decay: " in log
     assert "weight_decay 0\n" in log
+
+
+def test_a_trained_runs_folder_makes_a_whole_report(runs: Runs, trained: Path) -> None:
+    run = read_run(trained / "unbroken-2")
+    assert (run.state, run.step, run.steps, run.missing) == ("done", 6, 6, [])
+    assert [step for step, _ in run.curve("loss/train")] == [1, 2, 3, 4, 5, 6]
+    assert dict(run.curve("loss/train")) == losses_of(trained, "unbroken-2")
+    assert [step for step, _ in run.curve("loss/valid")] == [3, 6]
+    assert [item.step for item in run.checkpoints] == [3, 6]
+    text = page([run, read_run(trained / "resumed-2")])
+    titles = re.findall(r"<figcaption>([^<]+)", text)
+    drawn = {title.strip() for title in titles}
+    assert {"Loss", "Perplexity", "Throughput", "Time per step, by phase", "Gate", "Dead rows"} <= drawn
+    assert not {title for title in drawn if "/" in title}, "a metric that no chart names"
 
 
 def test_the_run_folder_tells_the_resolved_configuration(runs: Runs, trained: Path) -> None:

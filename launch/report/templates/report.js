@@ -38,7 +38,7 @@ function traces(figure) {
     if (trace.meta.fixed) return [trace];
     const moved = {...trace, x: trace.x.map((step) => along(trace.meta.run, axis, step))};
     if (trace.meta.mark) moved.visible = control("marks").checked;
-    if (!trace.meta.smooth || weight === 0 || trace.y.length < 4) return [moved];
+    if (!trace.meta.smooth || weight === 0 || trace.y.length < 10) return [moved];
     const faint = {...moved, opacity: 0.25, mode: "lines", showlegend: false, hoverinfo: "skip", line: {...trace.line, width: 1}};
     return [faint, {...moved, mode: "lines", y: smooth(trace.y, weight)}];
   });
@@ -63,7 +63,7 @@ const draw = () => places.forEach((place) => Plotly.react(place, traces(figureOf
 // A stretch of steps chosen in one chart is shown in all.
 let following = false;
 function follow(event, chosen) {
-  const reset = event["xaxis.autorange"], range = [event["xaxis.range[0]"], event["xaxis.range[1]"]];
+  const reset = event["xaxis.autorange"], range = event["xaxis.range"] || [event["xaxis.range[0]"], event["xaxis.range[1]"]];
   if (following || (!reset && range[0] === undefined)) return;
   following = true;
   const change = reset ? {"xaxis.autorange": true} : {"xaxis.range": range};
