@@ -191,7 +191,7 @@ def train(
     job = LocalRun(config, tuple(overrides or ()), settings, processes)
     check_fit(settings, job.ranks)
     code = run(job, max_restarts=0)
-    show_closing(settings)
+    show_closing(settings, code)
     raise typer.Exit(code)
 
 
@@ -302,16 +302,17 @@ def launch(
     else:
         check_fit(settings, job.ranks if isinstance(job, LocalRun) else None)
         code = run(job, max_restarts)
-        show_closing(settings)
+        show_closing(settings, code)
         raise typer.Exit(code)
 
 
-def show_closing(settings: RunConfig) -> None:
-    """What the training came to, where it came so far as to write anything."""
+def show_closing(settings: RunConfig, code: int) -> None:
+    """What the training came to; nothing where it was refused: what is to be mended shall stand last."""
     from launch.report.read import is_run, read_run
     from launch.report.words import closing
+    from pipeline.exit_codes import USER_ERROR
 
-    if is_run(settings.run_folder):
+    if code != USER_ERROR and is_run(settings.run_folder):
         typer.echo("\n" + "\n".join(closing(read_run(settings.run_folder))))
 
 

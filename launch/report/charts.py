@@ -12,7 +12,7 @@ from typing import Any
 
 import plotly.graph_objects as go
 
-from launch.report.read import Point, Run
+from launch.report.run import Point, Run
 
 COLORS = ("#3b7dd8", "#e0712f", "#2a9d6f", "#b45ec4", "#c39a1c", "#d6486f", "#3fa3bf", "#8d7057")
 DASHES = ("solid", "dash", "dot", "dashdot", "longdash", "longdashdot")

@@ -15,7 +15,8 @@ from rich.text import Text
 
 from data_prep.errors import UserError
 from launch.report import words
-from launch.report.read import Run, State, find_runs, read_run
+from launch.report.read import find_runs, read_run
+from launch.report.run import Run, State
 from pipeline.duration import duration
 
 STYLES: dict[State, str] = {

@@ -15,7 +15,7 @@ from data_prep.html import render
 from launch.about import version
 from launch.report import words
 from launch.report.charts import COLORS, Chart, axes, draw
-from launch.report.read import Run
+from launch.report.run import Run
 
 
 def _summary(name: str) -> tuple[str, ...]:

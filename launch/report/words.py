@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
 
-from launch.report.read import Checkpoint, Event, Run
+from launch.report.run import Checkpoint, Event, Run
 from pipeline.duration import duration
 
 LOSS, VALID_LOSS = "loss/train", "loss/valid"

@@ -14,7 +14,8 @@ from launch.cli import main
 from launch.report import overview, words
 from launch.report.charts import MOST_POINTS, axes, thin
 from launch.report.page import page
-from launch.report.read import Point, read_run, settle
+from launch.report.read import read_run
+from launch.report.run import Point, settle
 from tests.launch.run_folder import write_checkpoint, write_run
 
 HOSTILE = "</script><script>document.title='owned'</script><img src=x onerror=\"document.title='owned'\">"
@@ -79,6 +80,14 @@ def test_how_a_run_ended_is_its_state(tmp_path: Path, code: int | None, state: s
     run = read_run(folder)
     assert (run.state, run.step) == (state, 160)
     assert ("this" in run.why) == (code is not None)
+
+
+def test_a_run_without_a_launcher_says_itself_how_it_ended(tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "run", taken=160)
+    with open(folder / "metrics.jsonl", "a") as file:
+        ended = {"event": "ended", "step": None, "time_unix_seconds": 1.8e9, "status": "preempted"}
+        file.write(json.dumps(ended) + "\n")
+    assert read_run(folder).state == "preempted"
 
 
 def test_a_run_whose_lock_is_held_runs_until_it_is_silent_for_too_long(tmp_path: Path) -> None:

@@ -1,0 +1,203 @@
+"""What is known of a run, and how it stands: data and pure functions; `read.py` fills it from a folder."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from pipeline.exit_codes import HANG, PREEMPTED
+
+State = Literal["running", "preempted", "hung", "failed", "done"]
+
+
+@dataclass(frozen=True)
+class Point:
+    """The metrics of one step."""
+
+    step: int
+    tokens: float
+    time_unix_seconds: float
+    metrics: Mapping[str, float]
+
+
+@dataclass(frozen=True)
+class Event:
+    """What happened beside the steps: `started`, `saved`, `roll_back`, …; `facts` is the rest of its line."""
+
+    kind: str
+    step: int
+    time_unix_seconds: float
+    facts: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint that stands whole.
+
+    Attributes:
+        state: its `state.json`; empty where that cannot be read.
+    """
+
+    folder: Path
+    step: int
+    bytes: int
+    state: Mapping[str, Any]
+
+    @property
+    def loss(self) -> float | None:
+        """Held-out loss at this very step, where it was measured."""
+        found = self.state.get("evaluation") or {}
+        return found.get("loss") if found.get("step") == self.step else None
+
+
+@dataclass(frozen=True)
+class End:
+    """The run ended before its last step, as the launcher saw it: a line of `restarts.jsonl`."""
+
+    time_unix_seconds: float
+    step: int
+    code: int
+    cause: str
+    reason: str
+    restarted: bool
+
+
+@dataclass(frozen=True)
+class Warned:
+    """A warning or error in the log of a rank."""
+
+    time: str
+    rank: int
+    level: str
+    text: str
+
+
+@dataclass(frozen=True)
+class Run:
+    """All that a run's folder tells.
+
+    Attributes:
+        settings: resolved, by section; empty where `config.yaml` cannot be read.
+        points: in order of steps; of a step that was taken twice, the later.
+        undone: what was logged and then gone back from, after a kill or a roll back.
+        read_at: when the folder was read, Unix seconds.
+        missing: what the folder does not tell, a sentence each.
+    """
+
+    folder: Path
+    state: State
+    why: str
+    settings: Mapping[str, Any]
+    points: Sequence[Point]
+    undone: Sequence[Point]
+    events: Sequence[Event]
+    checkpoints: Sequence[Checkpoint]
+    ends: Sequence[End]
+    roll_backs: Sequence[Mapping[str, Any]]
+    warnings: Sequence[Warned]
+    read_at: float
+    missing: Sequence[str] = field(default=())
+
+    @property
+    def name(self) -> str:
+        return str(self.setting("run.name") or self.folder.name)
+
+    @property
+    def step(self) -> int:
+        """The last step that is known to be taken."""
+        return max([0, *(point.step for point in self.points[-1:]), *(item.step for item in self.checkpoints)])
+
+    @property
+    def tokens(self) -> float:
+        return self.step * self.tokens_per_step
+
+    @property
+    def starts(self) -> list[Event]:
+        return [event for event in self.events if event.kind == "started"]
+
+    def fact(self, name: str) -> Any:
+        """What the newest start that says it says of the run, such as `ranks`; None where none does."""
+        return next((event.facts[name] for event in reversed(self.starts) if event.facts.get(name)), None)
+
+    @property
+    def tokens_per_step(self) -> int:
+        given = int(self.setting("training.global_batch_size") or 0) * int(self.setting("data.sequence_length") or 0)
+        return int(self.fact("tokens_per_step") or given)
+
+    @property
+    def steps(self) -> int | None:
+        """Steps that the run is to take; None where nothing says it."""
+        given = self.fact("max_steps") or self.setting("training.max_steps")
+        return int(given) if given else None
+
+    def setting(self, key: str) -> Any:
+        """The value of `section.key`; None where it is absent."""
+        section, _, name = key.partition(".")
+        values = self.settings.get(section)
+        return values.get(name) if isinstance(values, Mapping) else None
+
+    def curve(self, metric: str) -> list[tuple[int, float]]:
+        """Steps and values of a metric, finite or not."""
+        return [(point.step, point.metrics[metric]) for point in self.points if metric in point.metrics]
+
+    def last(self, metric: str) -> float | None:
+        return next((point.metrics[metric] for point in reversed(self.points) if metric in point.metrics), None)
+
+    @property
+    def metrics(self) -> list[str]:
+        return sorted({name for point in self.points for name in point.metrics})
+
+
+def judge_state(run: Run, *, held: bool, last_sign: float) -> tuple[State, str]:
+    """How a run is doing, and why one thinks so.
+
+    Args:
+        held: a process holds the run's lock.
+        last_sign: when anything was last written to its logs, Unix seconds.
+    """
+    silent = run.read_at - last_sign
+    limit = float(run.setting("training.hang_timeout_seconds") or 1800)
+    if held:
+        if silent > limit:
+            return "hung", f"a process holds the run, and has written nothing for {silent:,.0f} s"
+        return "running", ""
+    if run.steps is not None and run.checkpoints and run.checkpoints[-1].step >= run.steps:
+        return "done", ""
+    began = run.starts[-1].time_unix_seconds if run.starts else last_sign - 60
+    end = run.ends[-1] if run.ends and run.ends[-1].time_unix_seconds >= began else None
+    if end is not None:
+        state: State = "preempted" if end.code == PREEMPTED else "hung" if end.code == HANG else "failed"
+        return state, end.cause if state == "preempted" else f"{end.cause}; {end.reason}"
+    last = run.events[-1] if run.events else None
+    if last is not None and last.kind == "ended":
+        status = str(last.facts.get("status", "without a word"))
+        return ("preempted" if status == "preempted" else "failed"), f"its last process ended: {status}"
+    return "failed", "no process holds the run, and none said how it ended: it was killed, or its machine was lost"
+
+
+def settle(record: Sequence[Point | Event]) -> tuple[list[Point], list[Point]]:
+    """A record → the points that stand, in order of steps, and those that were gone back from.
+
+    A start and a roll back undo what was logged behind their step; so does a step that is logged again.
+    """
+    kept: list[Point] = []
+    undone: list[Point] = []
+    for item in record:
+        if isinstance(item, Event):
+            to_step = item.step if item.kind == "started" else item.facts.get("to_step")
+            while kept and isinstance(to_step, int) and kept[-1].step > to_step:
+                undone.append(kept.pop())
+            continue
+        while kept and (item.step < kept[-1].step or (item.step == kept[-1].step and _overlap(item, kept[-1]))):
+            undone.append(kept.pop())
+        if kept and kept[-1].step == item.step:
+            kept[-1] = Point(item.step, item.tokens, kept[-1].time_unix_seconds, {**kept[-1].metrics, **item.metrics})
+        else:
+            kept.append(item)
+    return kept, sorted(undone, key=lambda point: point.step)
+
+
+def _overlap(one: Point, other: Point) -> bool:
+    return bool(one.metrics.keys() & other.metrics.keys())
