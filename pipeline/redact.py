@@ -15,8 +15,8 @@ _SECRET_PARTS = ("password", "passwd", "passphrase", "secret", "credential")
 # So does a last word that ends in one of these: `hf_token`, not `tokens_per_second`; `api_key`, not `key_size`.
 _SECRET_ENDINGS = ("token", "apikey", "accesskey", "privatekey")
 _SECRET_LAST_WORDS = ("key", "auth", "pwd")
-# `pad_token: <pad>` is vocabulary.
-_SPECIAL_TOKENS = {"bos", "eos", "pad", "unk", "sep", "cls", "mask"}
+# `pad_token: <pad>` is vocabulary, `flops_per_token` a count.
+_BEFORE_PLAIN_TOKENS = {"bos", "eos", "pad", "unk", "sep", "cls", "mask", "per"}
 
 _WORDS = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+|\d+")
 # Up to the last @ before the path; a password with a slash in it (database URLs take one) needs its colon.
@@ -32,7 +32,7 @@ def is_secret_name(name: str) -> bool:
         return False
     if any(part in word for part in _SECRET_PARTS for word in words):
         return True
-    if words[-1] == "token" and len(words) > 1 and words[-2] in _SPECIAL_TOKENS:
+    if words[-1] == "token" and len(words) > 1 and words[-2] in _BEFORE_PLAIN_TOKENS:
         return False
     return words[-1] in _SECRET_LAST_WORDS or words[-1].endswith(_SECRET_ENDINGS)
 

@@ -100,7 +100,7 @@ def axes(run: Run) -> dict[str, list[float]]:
         hours.append(clock)
     tokens = [point.tokens if math.isfinite(point.tokens) else point.step * run.tokens_per_step for point in points]
     columns = {"step": [float(point.step) for point in points], "tokens": tokens, "hours": hours}
-    each = run.fact("flops_per_token")
+    each = run.figure("flops_per_token")
     return columns | ({"flops": [count * each for count in tokens]} if each else {})
 
 

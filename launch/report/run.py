@@ -9,6 +9,8 @@ from typing import Any, Literal
 
 from pipeline.exit_codes import HANG, PREEMPTED
 
+RESTART_SECONDS = 300
+"""A launcher that has just started a job again is waited for so long."""
 State = Literal["running", "preempted", "hung", "failed", "done"]
 
 
@@ -123,20 +125,29 @@ class Run:
 
     @property
     def tokens_per_step(self) -> int:
-        given = int(self.setting("training.global_batch_size") or 0) * int(self.setting("data.sequence_length") or 0)
-        return int(self.fact("tokens_per_step") or given)
+        samples, length = (self.setting_number(key) for key in ("training.global_batch_size", "data.sequence_length"))
+        return int(self.figure("tokens_per_step") or (samples or 0) * (length or 0))
 
     @property
     def steps(self) -> int | None:
         """Steps that the run is to take; None where nothing says it."""
-        given = self.fact("max_steps") or self.setting("training.max_steps")
+        given = self.figure("max_steps") or self.setting_number("training.max_steps")
         return int(given) if given else None
+
+    def figure(self, name: str) -> float | None:
+        """`fact`, where that is a number."""
+        value = self.fact(name)
+        return float(value) if isinstance(value, int | float) else None
 
     def setting(self, key: str) -> Any:
         """The value of `section.key`; None where it is absent."""
         section, _, name = key.partition(".")
         values = self.settings.get(section)
         return values.get(name) if isinstance(values, Mapping) else None
+
+    def setting_number(self, key: str) -> float | None:
+        value = self.setting(key)
+        return float(value) if isinstance(value, int | float) else None
 
     def curve(self, metric: str) -> list[tuple[int, float]]:
         """Steps and values of a metric, finite or not."""
@@ -158,7 +169,7 @@ def judge_state(run: Run, *, held: bool, last_sign: float) -> tuple[State, str]:
         last_sign: when anything was last written to its logs, Unix seconds.
     """
     silent = run.read_at - last_sign
-    limit = float(run.setting("training.hang_timeout_seconds") or 1800)
+    limit = run.setting_number("training.hang_timeout_seconds") or 1800.0
     if held:
         if silent > limit:
             return "hung", f"a process holds the run, and has written nothing for {silent:,.0f} s"
@@ -167,6 +178,8 @@ def judge_state(run: Run, *, held: bool, last_sign: float) -> tuple[State, str]:
         return "done", ""
     began = run.starts[-1].time_unix_seconds if run.starts else last_sign - 60
     end = run.ends[-1] if run.ends and run.ends[-1].time_unix_seconds >= began else None
+    if end is not None and end.restarted and run.read_at - end.time_unix_seconds < RESTART_SECONDS:
+        return "running", f"being started again after: {end.cause}"
     if end is not None:
         state: State = "preempted" if end.code == PREEMPTED else "hung" if end.code == HANG else "failed"
         return state, end.cause if state == "preempted" else f"{end.cause}; {end.reason}"

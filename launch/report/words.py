@@ -186,7 +186,8 @@ def seconds_left(run: Run) -> float | None:
 
 def ranks(run: Run) -> int | None:
     kept = [item.state["world_size"] for item in run.checkpoints if isinstance(item.state.get("world_size"), int)]
-    return run.fact("ranks") or next(reversed(kept), None)
+    told = run.figure("ranks")
+    return int(told) if told else next(reversed(kept), None)
 
 
 def settings_table(runs: Sequence[Run]) -> list[tuple[str, list[str], bool]]:

@@ -4,6 +4,7 @@ import fcntl
 import json
 import shutil
 import subprocess
+import time
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -88,6 +89,14 @@ def test_a_run_without_a_launcher_says_itself_how_it_ended(tmp_path: Path) -> No
         ended = {"event": "ended", "step": None, "time_unix_seconds": 1.8e9, "status": "preempted"}
         file.write(json.dumps(ended) + "\n")
     assert read_run(folder).state == "preempted"
+
+
+def test_a_run_that_its_launcher_starts_again_is_running(tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "run", taken=160)
+    end = {"time": time.time(), "code": 1, "step": 150, "cause": "a rank died", "reason": "that", "restart": True}
+    (folder / "restarts.jsonl").write_text(json.dumps(end) + "\n")
+    run = read_run(folder)
+    assert (run.state, run.why) == ("running", "being started again after: a rank died")
 
 
 def test_a_run_whose_lock_is_held_runs_until_it_is_silent_for_too_long(tmp_path: Path) -> None:

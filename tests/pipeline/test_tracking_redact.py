@@ -31,6 +31,7 @@ SECRET_NAMES = [
 PLAIN_NAMES = [
     "tokens",
     "tokens_per_second",
+    "flops_per_token",
     "max_new_tokens",
     "tokenizer",
     "tokenizer.sha256",
