@@ -36,10 +36,7 @@ def _facts(
         yield "" if number else "data", line
     parts = model.parameter_counts()
     total = sum(parts.values())
-    yield (
-        "model",
-        f"{config.model.preset}, {total:,} parameters, {model.vocab_size:,} ids, sequences of {length:,} tokens",
-    )
+    yield "model", f"{config.model.preset}, {total:,} parameters, {model.vocab_size:,} ids"
     shares = [f"{name.replace('_', '-')} {count:,}" for name, count in sorted(parts.items(), key=lambda item: -item[1])]
     for begin in range(0, len(shares), PARTS_A_LINE):
         yield "", "  ".join(f"{share:<25}" for share in shares[begin : begin + PARTS_A_LINE]).rstrip()

@@ -122,7 +122,7 @@ def _lines(chart: Chart, runs: Sequence[Run], names: Sequence[str]) -> go.Figure
                 x=x,
                 y=y,
                 name=label,
-                mode="lines+markers" if len(x) <= FEW_POINTS and not chart.stacked else "lines",
+                mode="lines+markers" if len(x) <= FEW_POINTS and not (chart.stacked or chart.band) else "lines",
                 line={"color": color, **_line(chart, name, place, len(runs) > 1)},
                 fill="tonexty" if chart.band and name.endswith("_max") and len(runs) == 1 else None,
                 fillcolor="rgba(59,125,216,0.15)" if chart.band else None,

@@ -152,7 +152,7 @@ def _event(line: Mapping[str, Any]) -> Event | None:
         return None
     step = _number(line.get("step"))
     facts = {name: value for name, value in line.items() if name not in ("event", "step", "time_unix_seconds")}
-    return Event(line["event"], int(step) if math.isfinite(step) else 0, _number(line.get("time_unix_seconds")), facts)
+    return Event(line["event"], int(step) if math.isfinite(step) else -1, _number(line.get("time_unix_seconds")), facts)
 
 
 def _number(value: Any) -> float:

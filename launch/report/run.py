@@ -26,7 +26,12 @@ class Point:
 
 @dataclass(frozen=True)
 class Event:
-    """What happened beside the steps: `started`, `saved`, `roll_back`, …; `facts` is the rest of its line."""
+    """What happened beside the steps: `started`, `saved`, `roll_back`, …
+
+    Attributes:
+        step: −1 where none is told.
+        facts: the rest of its line.
+    """
 
     kind: str
     step: int

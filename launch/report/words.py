@@ -151,14 +151,18 @@ def closing(run: Run) -> list[str]:
         ("speed", speed),
         ("restarts", again),
         ("why", [run.why] if run.why else []),
-        ("next", [f"globallocal report {folder} --output {folder}/report.html"]),
     ]
-    lines = [(name, ", ".join(parts)) for name, parts in rows if parts]
-    if newest and run.state == "done":
-        lines += [
-            ("", f"globallocal generate {folder} --prompt 'Once upon a time'"),
-            ("", f"globallocal export {folder} --output {folder}/export"),
+    going_on = f"the same command goes on from step {newest.step:,}" if newest else "the same command begins again"
+    following = [f"globallocal report {folder} --output {folder}/report.html"]
+    if run.state == "done":
+        following += [
+            f"globallocal generate {folder} --prompt 'Once upon a time'",
+            f"globallocal export {folder} --output {folder}/export",
         ]
+    else:
+        following.insert(0, going_on)
+    lines = [(name, ", ".join(parts)) for name, parts in rows if parts]
+    lines += [("" if number else "next", command) for number, command in enumerate(following)]
     width = max(len(name) for name, _ in lines)
     return [f"{name:<{width}}  {said}" for name, said in lines]
 
@@ -217,13 +221,17 @@ def environment(run: Run) -> list[Figure]:
         **(versions if isinstance(versions, dict) else {}),
         **(tags if isinstance(tags, dict) else {}),
     }
-    return [Figure(name, _plain(value)) for name, value in known.items() if value not in (None, "")]
+    return [
+        Figure(name, f"{value:,}" if isinstance(value, int) else _plain(value))
+        for name, value in known.items()
+        if value not in (None, "")
+    ]
 
 
 def story(run: Run) -> list[tuple[str, str, str]]:
     """What happened, in order: when, a kind, words."""
     found = [(event.time_unix_seconds, event.kind.replace("_", " "), _told(event)) for event in run.events]
-    found += [(end.time_unix_seconds, "end", f"{end.cause}; {end.reason}") for end in run.ends]
+    found += [(end.time_unix_seconds, "launcher", f"{end.cause}; {end.reason}") for end in run.ends]
     return [(moment(when), kind, said) for when, kind, said in sorted(found, key=lambda item: item[0])]
 
 
@@ -233,13 +241,14 @@ def _told(event: Event) -> str:
     if event.kind == "started":
         said = [f"on {facts.get('ranks', '?')} ranks", str(facts.get("device", "")), str(facts.get("precision", ""))]
     elif event.kind == "saved":
-        said = [f"{_megabytes(facts.get('size_bytes'))} in {_plain(facts.get('seconds', '?'))} s"]
+        said = [f"{_megabytes(facts.get('size_bytes'))} in {_plain(facts.get('seconds', '?'), 2)} s"]
     elif event.kind == "evaluation":
         said = [f"held-out loss {number(facts.get('loss'))}"]
     else:
         plain = {name: item for name, item in facts.items() if isinstance(item, str | int | float) and name != "tokens"}
         said = [f"{name.replace('_', ' ')} {_plain(item)}" for name, item in plain.items()]
-    return ", ".join(part for part in (f"step {event.step:,}", *said) if part)
+    place = f"step {event.step:,}" if event.step >= 0 else ""
+    return ", ".join(part for part in (place, *said) if part)
 
 
 def _megabytes(count: Any) -> str:
@@ -260,8 +269,8 @@ def _flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def _plain(value: Any) -> str:
-    return f"{value:g}" if isinstance(value, float) else str(value)
+def _plain(value: Any, digits: int = 6) -> str:
+    return f"{value:.{digits}g}" if isinstance(value, float) else str(value)
 
 
 def sentence(words: str) -> str:
