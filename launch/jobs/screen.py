@@ -72,10 +72,19 @@ class Screen:
         if match:
             done, total = (int(match[name].replace(",", "")) for name in ("step", "steps"))
             said = f"{match['step']}/{match['steps']}"
-            live.update(self._task, description=said, completed=done, total=total, rest=match["rest"], visible=True)
+            live.update(
+                self._task, description=said, completed=done, total=total, rest=brief(match["rest"]), visible=True
+            )
         else:
             live.console.print(Text(line, style=style(line)), soft_wrap=True)
         live.refresh()
+
+
+def brief(figures: str) -> str:
+    """A step's figures in the order in which a narrow terminal may cut them."""
+    parts = re.sub(r" \([^)]*\)", "", figures).split("  ")
+    last = [part for part in parts if part.startswith(("lr ", "grad "))]
+    return "  ".join([*(part for part in parts if part not in last), *last])
 
 
 def style(line: str) -> str:

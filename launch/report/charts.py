@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import bisect
 import html
 import math
 from collections.abc import Mapping, Sequence
@@ -12,7 +11,7 @@ from typing import Any
 
 import plotly.graph_objects as go
 
-from launch.report.run import Point, Run
+from launch.report.run import Run
 
 COLORS = ("#3b7dd8", "#e0712f", "#2a9d6f", "#b45ec4", "#c39a1c", "#d6486f", "#3fa3bf", "#8d7057")
 DASHES = ("solid", "dash", "dot", "dashdot", "longdash", "longdashdot")
@@ -83,25 +82,6 @@ def draw(charts: Sequence[Chart], runs: Sequence[Run]) -> dict[str, list[Drawn]]
                 Drawn(chart.title, chart.unit, chart.wide, str(made.to_json(remove_uids=True)))
             )
     return drawn
-
-
-def axes(run: Run) -> dict[str, list[float]]:
-    """What a step is on each axis: `step`, `tokens`, `hours` of training (stops left out) and `flops`."""
-    points = run.points or [Point(0, 0.0, run.read_at, {})]
-    starts = sorted(event.time_unix_seconds for event in run.starts)
-    hours, clock = [], 0.0
-    before = starts[0] if starts else points[0].time_unix_seconds
-    for point in points:
-        begun = bisect.bisect_right(starts, point.time_unix_seconds)
-        since = max(before, starts[begun - 1]) if begun else before
-        if math.isfinite(point.time_unix_seconds):
-            clock += max(point.time_unix_seconds - since, 0.0) / 3600
-            before = point.time_unix_seconds
-        hours.append(clock)
-    tokens = [point.tokens if math.isfinite(point.tokens) else point.step * run.tokens_per_step for point in points]
-    columns = {"step": [float(point.step) for point in points], "tokens": tokens, "hours": hours}
-    each = run.figure("flops_per_token")
-    return columns | ({"flops": [count * each for count in tokens]} if each else {})
 
 
 def _lines(chart: Chart, runs: Sequence[Run], names: Sequence[str]) -> go.Figure:

@@ -14,8 +14,8 @@ from plotly.offline import get_plotlyjs
 from data_prep.html import render
 from launch.about import version
 from launch.report import words
-from launch.report.charts import COLORS, Chart, axes, draw
-from launch.report.run import Run
+from launch.report.charts import COLORS, Chart, draw
+from launch.report.run import Run, axes
 
 
 def _summary(name: str) -> tuple[str, ...]:
@@ -26,6 +26,7 @@ def _summary(name: str) -> tuple[str, ...]:
 CHARTS = (
     Chart("curves", "Loss", "nats per token", ("loss/train", "loss/valid", "loss/valid/*"), wide=True, marked=True),
     Chart("curves", "Perplexity", "per token", ("perplexity", "perplexity/*"), smooth=False),
+    Chart("curves", "Word perplexity", "per word", ("word_perplexity", "word_perplexity/*"), smooth=False),
     Chart("curves", "Bits per byte", "", ("bits_per_byte", "bits_per_byte/*"), smooth=False),
     Chart("curves", "Learning rate", "", ("learning_rate",), smooth=False),
     Chart("curves", "Gradient norm", "before clipping", ("gradient_norm",), marked=True),
@@ -59,6 +60,9 @@ CHARTS = (
     Chart("health", "Bad numbers", "count so far", ("health/*",), smooth=False),
 )
 """Metrics that are not named here get charts of their own, at the end."""
+
+HELD_OUT = (words.VALID_LOSS, "perplexity", "word_perplexity", "bits_per_byte")
+"""What is measured on held-out text; of a mixture each dataset's own behind a slash."""
 
 SECTIONS = {
     "summary": "Summary",
@@ -154,10 +158,8 @@ def _measured(runs: Sequence[Run]) -> list[Measured]:
     for run in runs:
         for point in run.points:
             if words.VALID_LOSS in point.metrics:
-                names = (words.VALID_LOSS, *[name for name in point.metrics if name.startswith(("perplexity", "bits"))])
-                found.append(
-                    Measured(run.name, point.step, {name: point.metrics[name] for name in dict.fromkeys(names)})
-                )
+                names = [name for kind in HELD_OUT for name in point.metrics if name.startswith(kind)]
+                found.append(Measured(run.name, point.step, {name: point.metrics[name] for name in names}))
     return sorted(found, key=lambda item: -item.step)
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import bisect
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -219,3 +221,22 @@ def settle(record: Sequence[Point | Event]) -> tuple[list[Point], list[Point]]:
 
 def _overlap(one: Point, other: Point) -> bool:
     return bool(one.metrics.keys() & other.metrics.keys())
+
+
+def axes(run: Run) -> dict[str, list[float]]:
+    """What a step is on each axis: `step`, `tokens`, `hours` of training (stops left out) and `flops`."""
+    points = run.points or [Point(0, 0.0, run.read_at, {})]
+    starts = sorted(event.time_unix_seconds for event in run.starts)
+    hours, clock = [], 0.0
+    before = starts[0] if starts else points[0].time_unix_seconds
+    for point in points:
+        begun = bisect.bisect_right(starts, point.time_unix_seconds)
+        since = max(before, starts[begun - 1]) if begun else before
+        if math.isfinite(point.time_unix_seconds):
+            clock += max(point.time_unix_seconds - since, 0.0) / 3600
+            before = point.time_unix_seconds
+        hours.append(clock)
+    tokens = [point.tokens if math.isfinite(point.tokens) else point.step * run.tokens_per_step for point in points]
+    columns = {"step": [float(point.step) for point in points], "tokens": tokens, "hours": hours}
+    each = run.figure("flops_per_token")
+    return columns | ({"flops": [count * each for count in tokens]} if each else {})

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
 
-from launch.report.run import Checkpoint, Event, Run
+from launch.report.run import Checkpoint, Event, Run, axes
 from pipeline.duration import duration
 
 LOSS, VALID_LOSS = "loss/train", "loss/valid"
@@ -73,7 +73,8 @@ def _pace(run: Run) -> str:
     count = ranks(run)
     device = f" ({run.fact('device')})" if run.fact("device") else ""
     where = f" on {count} rank{'s' * (count != 1)}{device}" if count else ""
-    return f"It took {quantity(middle(speeds))} tokens per second{where}{use}."
+    trained = duration(axes(run)["hours"][-1] * 3600)
+    return f"It trained for {trained}, at {quantity(middle(speeds))} tokens per second{where}{use}."
 
 
 def _troubles(run: Run) -> str:
@@ -117,7 +118,6 @@ def tiles(run: Run) -> list[Figure]:
         Figure("tokens per second", quantity(speed) if speed else ""),
         Figure("time left", duration(left) if run.state == "running" and left is not None else ""),
         Figure("restarts", str(restart_count(run) or "")),
-        Figure("checkpoints", str(len(run.checkpoints))),
     ]
     return [item for item in found if item.value not in ("", "–")]
 
@@ -282,7 +282,9 @@ def times(count: int) -> str:
 
 
 def number(value: Any) -> str:
-    return f"{value:.4f}" if isinstance(value, int | float) else "–"
+    if not isinstance(value, int | float):
+        return "–"
+    return f"{value:.4f}" if abs(value) < 1000 else f"{value:,.0f}"
 
 
 def quantity(value: float) -> str:

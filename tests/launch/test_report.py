@@ -13,10 +13,10 @@ from rich.console import Console
 
 from launch.cli import main
 from launch.report import overview, words
-from launch.report.charts import MOST_POINTS, axes, thin
+from launch.report.charts import MOST_POINTS, thin
 from launch.report.page import page
 from launch.report.read import read_run
-from launch.report.run import Point, settle
+from launch.report.run import Point, axes, settle
 from tests.launch.run_folder import write_checkpoint, write_run
 
 HOSTILE = "</script><script>document.title='owned'</script><img src=x onerror=\"document.title='owned'\">"
@@ -45,6 +45,7 @@ def test_a_finished_run_that_was_killed_once(tmp_path: Path) -> None:
     assert [point.step for point in run.undone] == [80, 90, 100, 110]
     assert not run.missing
     said = " ".join(words.summary(run))
+    assert "It trained for 2 min 30 s, at 4,144 tokens per second on 2 ranks (CPU)." in said
     assert "It is done: all 300 steps, 614,400 tokens." in said
     assert "It was started again once, last after: local rank 1 ended by signal 9." in said
     assert "Kept: 4 checkpoints (145.2 MB), the newest of step 300." in said
