@@ -148,7 +148,7 @@ def _plots(
     axes.loglog(np.arange(1, len(used) + 1), used, color="#e0712f")
     axes.set(xlabel="pieces by rank", ylabel="uses")
     unused = tokenizer.vocab_size - len(used)
-    return [*plots, _plot(f"Use of the vocabulary ({unused:,} pieces unused)", figure)]
+    return [*plots, _plot(f"Pieces in use ({unused:,} unused)", figure)]
 
 
 def _figure() -> tuple[Figure, Axes]:

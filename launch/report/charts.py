@@ -21,7 +21,7 @@ SPIKE = {"spikethickness": 1, "spikedash": "dot", "spikecolor": SAVE}
 UNDRAWN = {"time/step_seconds"}
 """Metrics that others add up to."""
 LABELS = {"loss/train": "training", "loss/valid": "held-out"}
-MOST_POINTS = 4000
+MOST_POINTS = 2000
 """Of one curve: a longer one is thinned, its highs and lows kept."""
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import fcntl
 import json
 import math
+import os
 import re
 import time
 from collections.abc import Iterator, Mapping
@@ -108,15 +109,18 @@ def _settings(path: Path, missing: list[str]) -> dict[str, Any]:
 
 
 def _json_lines(path: Path, last_bytes: int | None, missing: list[str]) -> Iterator[dict[str, Any]]:
-    """The objects of a file of JSON lines; what is no object is counted, and said."""
+    """The objects of a file of JSON lines; what is no object is counted, and said.
+
+    Args:
+        last_bytes: read the first line, which is the run's first start, and so much of the end; None for all.
+    """
     try:
         with open(path, "rb") as file:
-            if last_bytes is not None and file.seek(0, 2) > last_bytes:
-                file.seek(-last_bytes, 2)
+            lines = [file.readline()]
+            if last_bytes is not None and path.stat().st_size > last_bytes:
+                file.seek(-last_bytes, os.SEEK_END)
                 file.readline()
-            else:
-                file.seek(0)
-            lines = file.read().split(b"\n")
+            lines += file.read().split(b"\n")
     except OSError as error:
         missing.append(f"{path.name} cannot be read ({_reason(error)}): there are no curves")
         return

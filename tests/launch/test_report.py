@@ -15,7 +15,7 @@ from launch.cli import main
 from launch.report import overview, words
 from launch.report.charts import MOST_POINTS, thin
 from launch.report.page import page
-from launch.report.read import read_run
+from launch.report.read import TAIL_BYTES, read_run
 from launch.report.run import Point, axes, settle
 from tests.launch.run_folder import write_checkpoint, write_run
 
@@ -249,6 +249,15 @@ def test_runs_at_a_glance(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
     console = Console(force_terminal=True, width=100, record=True)
     overview.show(overview.look(tmp_path), tmp_path, console)
     assert "160/300" in console.export_text()
+
+
+def test_a_glance_at_a_long_record_reads_its_beginning_and_its_end(tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "run", steps=20_000, taken=15_000)
+    (folder / "config.yaml").unlink()
+    assert (folder / "metrics.jsonl").stat().st_size > 3 * TAIL_BYTES
+    glance, whole = read_run(folder, whole=False), read_run(folder)
+    assert len(glance.points) < len(whole.points) / 3
+    assert (glance.step, glance.steps, glance.last(words.SPEED)) == (15_000, 20_000, whole.last(words.SPEED))
 
 
 def test_where_there_is_no_run_one_line_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
