@@ -34,7 +34,7 @@ class Row:
 
     Attributes:
         steps: that it is to take.
-        last_restart_unix_seconds: when it last ended before its last step.
+        last_restart_unix_seconds: when it was last started again.
         why: of a run that does not run and is not done.
     """
 
@@ -71,8 +71,8 @@ def look(folder: Path) -> list[Row]:
                 valid_loss=_finite(_valid_loss(run)),
                 tokens_per_second=_finite(run.last(words.SPEED)),
                 seconds_left=words.seconds_left(run) if run.state != "done" else 0.0,
-                restarts=len(run.ends),
-                last_restart_unix_seconds=run.ends[-1].time_unix_seconds if run.ends else None,
+                restarts=words.restart_count(run),
+                last_restart_unix_seconds=_last_restart(run),
                 why=run.why,
             )
         )
@@ -85,6 +85,11 @@ def _valid_loss(run: Run) -> float | None:
     """The latest; of a run without a record that of its newest checkpoint."""
     told = run.last(words.VALID_LOSS)
     return told if told is not None or not run.checkpoints else run.checkpoints[-1].loss
+
+
+def _last_restart(run: Run) -> float | None:
+    moments = [start.time_unix_seconds for start in run.starts[1:]]
+    return max([*moments, *(end.time_unix_seconds for end in run.ends if end.restarted)], default=None)
 
 
 def _finite(value: float | None) -> float | None:

@@ -14,7 +14,7 @@ from plotly.offline import get_plotlyjs
 from data_prep.html import render
 from launch.about import version
 from launch.report import words
-from launch.report.charts import COLORS, Chart, draw
+from launch.report.charts import COLORS, MOST_POINTS, Chart, draw
 from launch.report.run import Run, axes
 
 
@@ -164,8 +164,10 @@ def _measured(runs: Sequence[Run]) -> list[Measured]:
 
 
 def _rounded(columns: Mapping[str, Sequence[float]]) -> dict[str, list[float]]:
+    """At most MOST_POINTS of each column; between them the page goes in proportion."""
+    width = -(-len(columns["step"]) // MOST_POINTS)
     return {
-        name: [float(f"{value:.7g}") if math.isfinite(value) else 0.0 for value in values]
+        name: [float(f"{value:.7g}") if math.isfinite(value) else 0.0 for value in [*values[:-1:width], values[-1]]]
         for name, values in columns.items()
     }
 

@@ -60,6 +60,7 @@ def read_run(folder: Path, *, whole: bool = True) -> Run:
         ends=ends,
         roll_backs=_roll_backs(folder / "health" / "roll_backs.json", missing),
         warnings=list(_warnings(folder / "logs")) if whole else [],
+        last_error=_last_error(folder / "logs" / "launch.log"),
         read_at=time.time(),
         missing=missing,
     )
@@ -221,6 +222,16 @@ def _warnings(folder: Path) -> Iterator[Warned]:
                 if match := LOG_LINE.match(line):
                     found.append(Warned(match["time"], int(match["rank"]), match["level"].lower(), match["text"]))
         yield from found[-MOST_WARNINGS:]
+
+
+def _last_error(path: Path) -> str:
+    try:
+        with open(path, "rb") as file:
+            file.seek(-min(path.stat().st_size, TAIL_BYTES), os.SEEK_END)
+            lines = file.read().decode(errors="replace").splitlines()
+    except OSError:
+        return ""
+    return next((line.removeprefix("error: ") for line in reversed(lines) if line.startswith("error: ")), "")
 
 
 def _reason(error: Exception) -> str:

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from pipeline.exit_codes import HANG, PREEMPTED
+from pipeline.exit_codes import HANG, PREEMPTED, USER_ERROR
 
 RESTART_SECONDS = 300
 """A launcher that has just started a job again is waited for so long."""
@@ -91,6 +91,7 @@ class Run:
         settings: resolved, by section; empty where `config.yaml` cannot be read.
         points: in order of steps; of a step that was taken twice, the later.
         undone: what was logged and then gone back from, after a kill or a roll back.
+        last_error: the last line that told the person of a mistake to fix; "" where none did.
         read_at: when the folder was read, Unix seconds.
         missing: what the folder does not tell, a sentence each.
     """
@@ -106,6 +107,7 @@ class Run:
     ends: Sequence[End]
     roll_backs: Sequence[Mapping[str, Any]]
     warnings: Sequence[Warned]
+    last_error: str
     read_at: float
     missing: Sequence[str] = field(default=())
 
@@ -187,6 +189,8 @@ def judge_state(run: Run, *, held: bool, last_sign: float) -> tuple[State, str]:
     end = run.ends[-1] if run.ends and run.ends[-1].time_unix_seconds >= began else None
     if end is not None and end.restarted and run.read_at - end.time_unix_seconds < RESTART_SECONDS:
         return "running", f"being started again after: {end.cause}"
+    if end is not None and end.code == USER_ERROR:
+        return "failed", run.last_error or end.cause
     if end is not None:
         state: State = "preempted" if end.code == PREEMPTED else "hung" if end.code == HANG else "failed"
         return state, end.cause if state == "preempted" else f"{end.cause}; {end.reason}"

@@ -15,6 +15,10 @@ LOSS, VALID_LOSS = "loss/train", "loss/valid"
 SPEED = "throughput/tokens_per_second"
 
 
+MOST_ROWS = 300
+"""Of a table that grows with the run; the newest are shown."""
+
+
 @dataclass(frozen=True)
 class Figure:
     """A short figure with its name."""
@@ -60,7 +64,7 @@ def _losses(run: Run) -> str:
         step, best = min(valid, key=lambda item: item[1])
         parts.append(f"the held-out loss is {valid[-1][1]:.3f} (perplexity {math.exp(min(valid[-1][1], 700)):,.1f})")
         if step != valid[-1][0]:
-            parts.append(f"and was best at step {step:,}, with {best:.3f}")
+            parts[-1] += f" and was best at step {step:,}, with {best:.3f}"
     return sentence("; ".join(parts))
 
 
@@ -96,7 +100,7 @@ def _kept(run: Run) -> str:
         return ""
     newest, best = run.checkpoints[-1], best_checkpoint(run)
     size = sum(item.bytes for item in run.checkpoints)
-    words = f"Kept: {len(run.checkpoints)} checkpoint{'s' * (len(run.checkpoints) > 1)} ({size / 1e6:,.1f} MB), "
+    words = f"Kept: {len(run.checkpoints):,} checkpoint{'s' * (len(run.checkpoints) > 1)} ({size_of(size)}), "
     words += f"the newest of step {newest.step:,}"
     if best and best is not newest:
         words += f", the best of step {best.step:,}"
@@ -232,7 +236,8 @@ def story(run: Run) -> list[tuple[str, str, str]]:
     """What happened, in order: when, a kind, words."""
     found = [(event.time_unix_seconds, event.kind.replace("_", " "), _told(event)) for event in run.events]
     found += [(end.time_unix_seconds, "launcher", f"{end.cause}; {end.reason}") for end in run.ends]
-    return [(moment(when), kind, said) for when, kind, said in sorted(found, key=lambda item: item[0])]
+    ordered = sorted(found, key=lambda item: item[0])[-MOST_ROWS:]
+    return [(moment(when), kind, said) for when, kind, said in ordered]
 
 
 def _told(event: Event) -> str:
@@ -241,7 +246,7 @@ def _told(event: Event) -> str:
     if event.kind == "started":
         said = [f"on {facts.get('ranks', '?')} ranks", str(facts.get("device", "")), str(facts.get("precision", ""))]
     elif event.kind == "saved":
-        said = [f"{_megabytes(facts.get('size_bytes'))} in {_plain(facts.get('seconds', '?'), 2)} s"]
+        said = [f"{size_of(facts.get('size_bytes'))} in {_plain(facts.get('seconds', '?'), 2)} s"]
     elif event.kind == "evaluation":
         said = [f"held-out loss {number(facts.get('loss'))}"]
     else:
@@ -251,8 +256,11 @@ def _told(event: Event) -> str:
     return ", ".join(part for part in (place, *said) if part)
 
 
-def _megabytes(count: Any) -> str:
-    return f"{count / 1e6:,.1f} MB" if isinstance(count, int | float) else "? MB"
+def size_of(count: Any) -> str:
+    """36.3 MB, 1.2 GB; "?" where it is no number."""
+    if not isinstance(count, int | float):
+        return "?"
+    return f"{count / 1e6:,.1f} MB" if count < 1e9 else f"{count / 1e9:,.1f} GB"
 
 
 def finite(run: Run, metric: str) -> list[tuple[int, float]]:

@@ -92,6 +92,21 @@ def test_a_run_without_a_launcher_says_itself_how_it_ended(tmp_path: Path) -> No
     assert read_run(folder).state == "preempted"
 
 
+def test_a_run_that_was_refused_says_what_is_to_be_mended(tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "run", taken=160)
+    end = {
+        "time": 4e9,
+        "code": 2,
+        "step": 150,
+        "cause": "refused by the ranks",
+        "reason": "said above",
+        "restart": False,
+    }
+    (folder / "restarts.jsonl").write_text(json.dumps(end) + "\n")
+    (folder / "logs" / "launch.log").write_text("error: too early\nstep 10\nerror: lower the rate\nthe end\n")
+    assert (read_run(folder).state, read_run(folder).why) == ("failed", "lower the rate")
+
+
 def test_a_run_that_its_launcher_starts_again_is_running(tmp_path: Path) -> None:
     folder = write_run(tmp_path / "run", taken=160)
     end = {"time": time.time(), "code": 1, "step": 150, "cause": "a rank died", "reason": "that", "restart": True}
