@@ -11,7 +11,7 @@ from typing import Any
 
 import plotly.graph_objects as go
 
-from launch.report.run import Run
+from launch.report.run import Run, label_of
 
 COLORS = ("#3b7dd8", "#e0712f", "#2a9d6f", "#b45ec4", "#c39a1c", "#d6486f", "#3fa3bf", "#8d7057")
 DASHES = ("solid", "dash", "dot", "dashdot", "longdash", "longdashdot")
@@ -95,7 +95,8 @@ def _lines(chart: Chart, runs: Sequence[Run], names: Sequence[str]) -> go.Figure
                 continue
             label = _label(name, names)
             if len(runs) > 1:
-                label = html.escape(run.name) if len(names) == 1 else f"{html.escape(run.name)} · {label}"
+                own = html.escape(label_of(run, runs))
+                label = own if len(names) == 1 else f"{own} · {label}"
             color = COLORS[(number if len(runs) > 1 or chart.band else place) % len(COLORS)]
             x, y = thin(curve)
             figure.add_scatter(
@@ -130,6 +131,7 @@ def _line(chart: Chart, name: str, place: int, several: bool) -> dict[str, Any]:
 
 def _add_marks(figure: go.Figure, run: Run, number: int, names: Sequence[str]) -> None:
     """Restarts and roll backs as lines, saves as small triangles, what was gone back from as faint points."""
+    shown = {trace.legendgroup for trace in figure.data}
     undone = [(point.step, point.metrics[names[0]]) for point in run.undone if names[0] in point.metrics]
     if undone:
         x, y = thin(undone)
@@ -138,7 +140,7 @@ def _add_marks(figure: go.Figure, run: Run, number: int, names: Sequence[str]) -
             y=y,
             name="taken again",
             legendgroup="taken again",
-            showlegend=number == 0,
+            showlegend="taken again" not in shown,
             hovertemplate="%{y:.5~g}",
             mode="markers",
             marker={"size": 4, "color": SAVE, "symbol": "x-thin-open"},
@@ -158,7 +160,7 @@ def _add_marks(figure: go.Figure, run: Run, number: int, names: Sequence[str]) -
             text=[value for _, said in found for value in ((said,) if is_save else (said, said, ""))],
             name=kind,
             legendgroup=kind,
-            showlegend=number == 0,
+            showlegend=kind not in shown,
             mode="markers" if is_save else "lines",
             marker={"size": 7, "symbol": "triangle-up", "color": color},
             line={"color": color, "width": 1.3, "dash": "dot"},
@@ -197,7 +199,7 @@ def _bars(chart: Chart, runs: Sequence[Run], names: Sequence[str]) -> go.Figure:
     for place, name in enumerate(names):
         values = [_mean([value for _, value in run.curve(name)]) for run in runs]
         figure.add_bar(
-            y=[html.escape(run.name) for run in runs],
+            y=[html.escape(label_of(run, runs)) for run in runs],
             x=values,
             orientation="h",
             name=_label(name, names),

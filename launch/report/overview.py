@@ -89,7 +89,8 @@ def _valid_loss(run: Run) -> float | None:
 
 def _last_restart(run: Run) -> float | None:
     moments = [start.time_unix_seconds for start in run.starts[1:]]
-    return max([*moments, *(end.time_unix_seconds for end in run.ends if end.restarted)], default=None)
+    moments += [end.time_unix_seconds for end in run.ends if end.restarted]
+    return max(filter(math.isfinite, moments), default=None)
 
 
 def _finite(value: float | None) -> float | None:

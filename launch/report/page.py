@@ -15,7 +15,7 @@ from data_prep.html import render
 from launch.about import version
 from launch.report import words
 from launch.report.charts import COLORS, MOST_POINTS, Chart, draw
-from launch.report.run import Run, axes
+from launch.report.run import Run, axes, label_of
 
 
 def _summary(name: str) -> tuple[str, ...]:
@@ -119,9 +119,10 @@ def page(runs: Sequence[Run]) -> str:
         "report.html.jinja",
         "launch.report",
         nonce=secrets.token_urlsafe(16),
-        title=" · ".join(run.name for run in runs),
+        title=" · ".join(label_of(run, runs) for run in runs),
         sections=[(anchor, name) for anchor, name in SECTIONS.items() if there[anchor]],
         runs=runs,
+        labels=[label_of(run, runs) for run in runs],
         colors=COLORS,
         charts={name: [(numbers[id(drawn)], drawn) for drawn in charts] for name, charts in sections.items()},
         chart_data=_for_script([json.loads(drawn.figure) for drawn in every]),
@@ -139,7 +140,7 @@ def page(runs: Sequence[Run]) -> str:
 def _samples(runs: Sequence[Run]) -> list[Sample]:
     """The newest first."""
     found = [
-        Sample(run.name, event.step, str(text))
+        Sample(label_of(run, runs), event.step, str(text))
         for run in runs
         for event in run.events
         if event.kind == "evaluation"
@@ -159,7 +160,7 @@ def _measured(runs: Sequence[Run]) -> list[Measured]:
         for point in run.points:
             if words.VALID_LOSS in point.metrics:
                 names = [name for kind in HELD_OUT for name in point.metrics if name.startswith(kind)]
-                found.append(Measured(run.name, point.step, {name: point.metrics[name] for name in names}))
+                found.append(Measured(label_of(run, runs), point.step, {name: point.metrics[name] for name in names}))
     return sorted(found, key=lambda item: -item.step)
 
 

@@ -28,6 +28,7 @@ LOG_LINE = re.compile(
     r"^(?P<time>\S+ \S+) (?P<host>\S+) rank (?P<rank>\d+) (?P<level>WARNING|ERROR|CRITICAL) (?P<text>.*)"
 )
 MOST_WARNINGS = 200
+ROLL_BACK_FACTS = ("step", "to_step", "first_batch", "last_batch")
 
 
 def read_run(folder: Path, *, whole: bool = True) -> Run:
@@ -206,10 +207,10 @@ def _ends(path: Path, missing: list[str]) -> list[End]:
 def _roll_backs(path: Path, missing: list[str]) -> list[dict[str, Any]]:
     try:
         found = json.loads(path.read_bytes())
-        return [item for item in found if isinstance(item, dict) and {"step", "to_step"} <= item.keys()]
+        return [item for item in found if all(isinstance(item[name], int) for name in ROLL_BACK_FACTS)]
     except FileNotFoundError:
         return []
-    except (OSError, ValueError, TypeError) as error:
+    except (OSError, ValueError, TypeError, KeyError) as error:
         missing.append(f"health/{path.name} cannot be read ({_reason(error)})")
         return []
 

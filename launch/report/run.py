@@ -57,8 +57,11 @@ class Checkpoint:
     @property
     def loss(self) -> float | None:
         """Held-out loss at this very step, where it was measured."""
-        found = self.state.get("evaluation") or {}
-        return found.get("loss") if found.get("step") == self.step else None
+        found = self.state.get("evaluation")
+        if not isinstance(found, dict) or found.get("step") != self.step:
+            return None
+        loss = found.get("loss")
+        return loss if isinstance(loss, int | float) else None
 
 
 @dataclass(frozen=True)
@@ -170,6 +173,11 @@ class Run:
         return sorted({name for point in self.points for name in point.metrics})
 
 
+def label_of(run: Run, runs: Sequence[Run]) -> str:
+    """What a run is called among others: its name, its folder where another has the same name."""
+    return run.name if sum(other.name == run.name for other in runs) == 1 else str(run.folder)
+
+
 def judge_state(run: Run, *, held: bool, last_sign: float) -> tuple[State, str]:
     """How a run is doing, and why one thinks so.
 
@@ -230,7 +238,7 @@ def _overlap(one: Point, other: Point) -> bool:
 def axes(run: Run) -> dict[str, list[float]]:
     """What a step is on each axis: `step`, `tokens`, `hours` of training (stops left out) and `flops`."""
     points = run.points or [Point(0, 0.0, run.read_at, {})]
-    starts = sorted(event.time_unix_seconds for event in run.starts)
+    starts = sorted(filter(math.isfinite, (event.time_unix_seconds for event in run.starts)))
     hours, clock = [], 0.0
     before = starts[0] if starts else points[0].time_unix_seconds
     for point in points:

@@ -70,3 +70,5 @@ def test_doctor_and_train_find_a_shipped_run_by_its_name(python: Path, tmp_path:
     said = run(globallocal, "train", "--config", "quickstart", *settings, cwd=tmp_path)
     assert "ZeRO stage 1" in said
     assert (tmp_path / "runs" / "quickstart" / "checkpoints" / "step-00000002" / "integrity.json").exists()
+    run(globallocal, "report", "runs/quickstart", "--output", "page.html", cwd=tmp_path)
+    assert (tmp_path / "page.html").stat().st_size > 1_000_000

@@ -167,7 +167,12 @@ def damage_types(folder: Path) -> str:
         file.write('{"step": 320, "tokens": null, "metrics": {"loss/train": "nan", "loss/valid": null, "x": []}}\n')
     (folder / "restarts.jsonl").write_text('{"time": "soon"}\n[1]\n')
     (folder / "health").mkdir()
-    (folder / "health" / "roll_backs.json").write_text("7")
+    (folder / "health" / "roll_backs.json").write_text('[{"step": 1}]')
+    for name, state in (("150", {}), ("225", {"evaluation": [1]}), ("300", {"evaluation": {"step": 300, "loss": "x"}})):
+        (folder / "checkpoints" / f"step-00000{name}" / "state.json").write_text(json.dumps(state))
+    with open(folder / "metrics.jsonl", "a") as file:
+        for odd_event in ("started", "saved", "evaluation", "roll_back", "ended", "spike"):
+            file.write(json.dumps({"event": odd_event, "max_steps": "x", "samples": 3, "loss": [], "tags": 1}) + "\n")
     return "health/roll_backs.json cannot be read"
 
 
@@ -202,6 +207,12 @@ def test_several_runs_are_compared(tmp_path: Path) -> None:
     tags = Tags(page(runs))
     assert "Where the runs differ" in tags.text
     assert sum("differs" in (attributes.get("class") or "") for _, attributes in tags.found) == 4
+
+
+def test_runs_of_one_name_are_told_apart_by_their_folders(tmp_path: Path) -> None:
+    runs = [read_run(write_run(tmp_path / folder, name="same")) for folder in ("one", "two")]
+    text = page(runs)
+    assert [f"{tmp_path / folder} <span" in text for folder in ("one", "two")] == [True, True]
 
 
 def test_hostile_text_stays_text(tmp_path: Path) -> None:
