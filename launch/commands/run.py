@@ -326,7 +326,7 @@ def checked_config(config: Path, overrides: list[str] | None) -> RunConfig:
 def check_fit(settings: RunConfig, ranks: int | None) -> None:
     """Settings against each other, the dataset, the DeepSpeed JSON and this machine, before any rank has started.
 
-    What a rank will need of its device is said.
+    What a rank will need of its device, and for how long, is said.
 
     Args:
         ranks: None for a job on other hosts: what they have is for them to say.
@@ -336,12 +336,11 @@ def check_fit(settings: RunConfig, ranks: int | None) -> None:
     choose_accelerator()
     import torch
 
-    from launch.preflight.forecast import memory_line
+    from launch.preflight.forecast import forecast
     from pipeline.fitting import fit, local_precision
 
     device = torch.device("cuda" if local_devices() and torch.cuda.is_available() else "cpu")
     precision = local_precision(settings, device)
     fitted = fit(settings, ranks, precision, device, dataset_is_here=ranks is not None)
-    line = memory_line(settings, fitted, ranks, precision, device) if ranks else None
-    if line:
+    for line in forecast(settings, fitted, ranks, precision, device) if ranks else ():
         typer.echo(line)

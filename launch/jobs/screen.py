@@ -15,16 +15,18 @@ from rich.text import Text
 CHATTER = re.compile(
     rb"\[(INFO|WARNING)\] \[\w+\.py:"
     rb"|\[ERROR\] \[(launch|runner|multinode_runner)\.py:"
-    rb"|^DeepSpeed \S+ built successfully|^Loading extension module |^ninja: no work to do"
+    rb"|^(?:[\w.-]+: )?DeepSpeed \S+ built successfully|^Loading extension module |^ninja: no work to do"
     rb"|^Using \S+ as PyTorch extensions root|^Time to load \S+ op:"
 )
 """What DeepSpeed and its launcher say of themselves: kept in the log only."""
-STEP = re.compile(r"^step (?P<step>[\d,]+)/(?P<steps>[\d,]+)  (?P<rest>.*)")
+_HOST = r"^(?:[\w.-]+: )?"
+"""pdsh and srun say whose line it is."""
+STEP = re.compile(_HOST + r"step (?P<step>[\d,]+)/(?P<steps>[\d,]+)  (?P<rest>.*)")
 STYLES = (
-    (re.compile(r"^(error|critical): |^hang: |^globallocal: rank \d+ on "), "bold red"),
-    (re.compile(r"^warning: |^globallocal: "), "yellow"),
-    (re.compile(r"^step [\d,]+  held-out "), "bold"),
-    (re.compile(r"^sample: |^tracking: "), "dim"),
+    (re.compile(_HOST + r"(error: |critical: |hang: |globallocal: rank \d+ on )"), "bold red"),
+    (re.compile(_HOST + r"(warning: |globallocal: )"), "yellow"),
+    (re.compile(_HOST + r"step [\d,]+  held-out "), "bold"),
+    (re.compile(_HOST + r"(sample: |tracking: )"), "dim"),
 )
 
 

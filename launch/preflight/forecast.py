@@ -1,17 +1,45 @@
-"""What a rank will need of its device, said before the ranks start."""
+"""What a rank will need of its device, and for how long, said before the ranks start."""
 
 import psutil
 import torch
 
+from launch.preflight.measured import expected
 from launch.preflight.memory import measure, rank_memory
 from pipeline.checkpoints.space import readable
 from pipeline.config import RunConfig
+from pipeline.duration import duration
 from pipeline.fitting import Fitted
 from pipeline.introduce import LABEL_WIDTH
+from pipeline.utilisation import card, device_name, peak_teraflops
+
+
+def forecast(config: RunConfig, fitted: Fitted, ranks: int, precision: str, device: torch.device) -> list[str]:
+    """Memory and time, as the first of the lines that rank 0 will print; none where the model is not known here."""
+    found = [memory_line(config, fitted, ranks, precision, device)]
+    name = device_name(device)
+    peak = config.training.peak_teraflops_per_device or peak_teraflops(name, precision)
+    if peak:
+        found.append(time_line(config, fitted, ranks, name, peak))
+    return [line for line in found if line]
+
+
+def time_line(config: RunConfig, fitted: Fitted, ranks: int, device: str, peak: float) -> str | None:
+    """The time that training takes at the share of the devices' peak rate that was measured, or is guessed.
+
+    Args:
+        peak: of one device, in 10^12 operations per second.
+    """
+    if fitted.model is None or fitted.steps is None:
+        return None
+    length = config.data.sequence_length
+    flops = fitted.model.flops_per_token(length)
+    share = expected(config.model.preset, flops, card(device))
+    tokens = fitted.steps * config.training.global_batch_size * length
+    seconds = tokens * flops / (ranks * peak * 1e12 * share.mfu)
+    return f"{'time':<{LABEL_WIDTH}}about {duration(seconds)} at an MFU of {share.mfu:.3g} ({share.source})"
 
 
 def memory_line(config: RunConfig, fitted: Fitted, ranks: int, precision: str, device: torch.device) -> str | None:
-    """The memory forecast, as the first of the lines that rank 0 will print; None where the model is not known here."""
     if fitted.model is None:
         return None
     size = measure(fitted.model, config.training.micro_batch_size, config.data.sequence_length, precision)

@@ -7,6 +7,9 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
+from launch.jobs.screen import CHATTER, STEP, style
 from launch.jobs.session import Launch, run_session
 
 LINES = """\
@@ -22,6 +25,9 @@ sample: '[red]not markup[/red] ü'
 """
 PROGRAM = f"""
 from pathlib import Path
+import pytest
+
+from launch.jobs.screen import CHATTER, STEP, style
 from launch.jobs.session import Launch, run_session
 run_session(Launch(["printf", "%s", {LINES!r}], {{"PATH": "/usr/bin:/bin"}}, Path("launch.log")))
 """
@@ -32,6 +38,15 @@ def test_elsewhere_lines_are_copied_but_for_deepspeeds_chatter(tmp_path: Path, c
     run_session(Launch(["printf", "%s", LINES], {"PATH": os.environ["PATH"]}, tmp_path / "launch.log"))
     assert capfd.readouterr().out.splitlines() == SHOWN
     assert (tmp_path / "launch.log").read_text() == LINES
+
+
+@pytest.mark.parametrize("host", ["", "node-1.cluster: ", "0: "])
+def test_lines_of_other_hosts_look_the_same(host: str) -> None:
+    assert STEP.match(f"{host}step 10/1,300  loss 7.9773")
+    assert CHATTER.search(f"{host}DeepSpeed deepspeed.ops.comm built successfully".encode())
+    assert style(f"{host}warning: step 11: spike") == "yellow"
+    assert style(f"{host}critical: globallocal: rank 1 on a failed in forward") == "bold red"
+    assert style(f"{host}run     made in runs/made") == ""
 
 
 def test_on_a_terminal_steps_are_one_live_line_and_warnings_stand_out(tmp_path: Path) -> None:
