@@ -76,7 +76,8 @@ def draw(charts: Sequence[Chart], runs: Sequence[Run]) -> dict[str, list[Drawn]]
     drawn: dict[str, list[Drawn]] = {}
     for chart in [*charts, *rest]:
         names = chart.names(known)
-        if names:
+        longest = max((len(run.curve(name)) for run in runs for name in names), default=0)
+        if longest > 1 or (longest and chart.wide):  # one point alone is no curve; tables have it
             made = _bars(chart, runs, names) if chart.stacked and len(runs) > 1 else _lines(chart, runs, names)
             drawn.setdefault(chart.section, []).append(
                 Drawn(chart.title, chart.unit, chart.wide, str(made.to_json(remove_uids=True)))

@@ -13,6 +13,7 @@ import os
 import re
 import time
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -66,7 +67,7 @@ def read_run(folder: Path, *, whole: bool = True) -> Run:
         missing=missing,
     )
     state, why = judge_state(run, held=is_held(folder), last_sign=_last_sign(folder))
-    return Run(**{**vars(run), "state": state, "why": why})
+    return replace(run, state=state, why=why)
 
 
 def is_run(folder: Path) -> bool:

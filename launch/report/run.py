@@ -6,6 +6,7 @@ import bisect
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
@@ -161,16 +162,25 @@ class Run:
         value = self.setting(key)
         return float(value) if isinstance(value, int | float) else None
 
+    @cached_property
+    def curves(self) -> dict[str, list[tuple[int, float]]]:
+        """Metric → steps and values, finite or not."""
+        found: dict[str, list[tuple[int, float]]] = {}
+        for point in self.points:
+            for name, value in point.metrics.items():
+                found.setdefault(name, []).append((point.step, value))
+        return found
+
     def curve(self, metric: str) -> list[tuple[int, float]]:
-        """Steps and values of a metric, finite or not."""
-        return [(point.step, point.metrics[metric]) for point in self.points if metric in point.metrics]
+        return self.curves.get(metric, [])
 
     def last(self, metric: str) -> float | None:
-        return next((point.metrics[metric] for point in reversed(self.points) if metric in point.metrics), None)
+        curve = self.curve(metric)
+        return curve[-1][1] if curve else None
 
     @property
     def metrics(self) -> list[str]:
-        return sorted({name for point in self.points for name in point.metrics})
+        return sorted(self.curves)
 
 
 def label_of(run: Run, runs: Sequence[Run]) -> str:
