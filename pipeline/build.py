@@ -36,11 +36,8 @@ from pipeline.health.guard import Guard
 from pipeline.health.state import HealthState
 from pipeline.introduce import introduce
 from pipeline.profiler import StepProfiler
+from pipeline.record import start_tracker
 from pipeline.redact import redact
-from pipeline.tracking.facts import RunFacts, Sizes
-from pipeline.tracking.opening import open_tracker
-from pipeline.tracking.restarts import restart_tags
-from pipeline.tracking.tracker import NullTracker
 from pipeline.trainer import Trainer
 from pipeline.utilisation import Utilisation, device_name, peak_teraflops
 
@@ -90,17 +87,7 @@ def build(config: RunConfig, world: World, stop: StopRequest, clock: Clock) -> T
     clock.move()
 
     tokenizer = load_tokenizer(corpus.tokenizer_folder)
-    sizes = Sizes(
-        max_steps=steps,
-        tokens_per_step=layout.global_batch_size * config.data.sequence_length,
-        flops_per_token=model_config.flops_per_token(config.data.sequence_length),
-        parameters=sum(parameter.numel() for parameter in model.parameters()),
-        ranks=world.size,
-        device=device_name(world.device),
-        precision=precision,
-        zero_stage=zero_stage(settings),
-    )
-    tracker = start_tracker(config, world, corpus, resumed, sizes)
+    tracker = start_tracker(config, world, fitted, resumed, precision)
     run_id = world.broadcast(tracker.run_id)
     clock.seconds.update(resumed.seconds)
     held_out_split = config.evaluation.split or ""
@@ -232,34 +219,6 @@ def check_corpus(config: RunConfig, corpus: Corpus, world: World, clock: Clock) 
         hashes = config.data.verify == "hashes"
         problems = corpus.check_shards(wanted, world.rank, world.size, hashes, clock.touch)
     world.raise_together(problems)
-
-
-def start_tracker(config: RunConfig, world: World, corpus: Corpus, resumed: Resumed, sizes: Sizes) -> NullTracker:
-    if not world.is_main:
-        return NullTracker()
-    # Another run's checkpoint is where this one begins; its MLflow run stays its own.
-    own = resumed.folder is None or resumed.folder.parent.absolute() == config.checkpoints.absolute()
-    parent = {} if own else {"globallocal.begins_from": str(resumed.folder)}
-    if not own and resumed.mlflow_run_id:
-        parent |= {"mlflow.parentRunId": resumed.mlflow_run_id}
-    facts = RunFacts(
-        name=config.run.name,
-        params={**config.flat(), "precision": sizes.precision, "world_size": sizes.ranks},
-        tags={"dataset_id": corpus.dataset_id} | parent | restart_tags(config.run_folder),
-        datasets=[
-            {
-                "source": part.location,
-                "name": part.dataset.manifest.source.name,
-                "dataset_id": part.dataset.dataset_id,
-                "weight": str(float(part.share)),
-            }
-            for part in corpus.parts
-        ],
-        sizes=sizes,
-        model=config.model.preset,
-        step=resumed.step,
-    )
-    return open_tracker(config.tracking, config.run_folder, facts, resumed.mlflow_run_id if own else None, log.info)
 
 
 def versions() -> dict[str, str]:

@@ -317,7 +317,7 @@ class HealthSection(Section):
     leaves the global batch out, the step is taken with the next one."""
     max_skipped_steps: int = Field(5, ge=1, le=MOST)
     """More bad batches in a row than this end the run under `skip`: then it is not the data."""
-    spike_z_score: float | None = Field(30.0, gt=0, le=1e9)
+    spike_z_score: float | None = Field(10.0, gt=0, le=1e9)
     """A loss or gradient norm this many robust deviations above its recent median is a spike; null: not looked for."""
     spike_action: Literal["none", "dump", "roll_back"] = "dump"
     """`dump`: write what the batch was; `roll_back`: also go back to the newest verified checkpoint and leave the
@@ -340,7 +340,8 @@ class EvaluationSection(Section):
 
 class TrackingSection(Section):
     enabled: bool = True
-    experiment: str = Field("globallocal", min_length=1, max_length=200)
+    experiment: str | None = Field(None, min_length=1, max_length=200)
+    """MLflow experiment; MLFLOW_EXPERIMENT_NAME or MLFLOW_EXPERIMENT_ID when absent, else `globallocal`."""
     uri: str | None = Field(None, min_length=1, max_length=2000)
     """MLflow tracking URI; MLFLOW_TRACKING_URI when absent, else `sqlite:///mlflow.db` in the working folder."""
     routers_per_layer: bool = False
@@ -380,7 +381,7 @@ class RunConfig(Section):
         if self.health.spike_action == "roll_back" and self.health.spike_z_score is None:
             problems.append(
                 "health.spike_action = roll_back, but health.spike_z_score is null and no spike is looked for; set "
-                "spike_z_score, such as 30, or spike_action to none"
+                "spike_z_score, such as 10, or spike_action to none"
             )
         training, optimizer = self.training, self.optimizer
         if training.micro_batch_size > training.global_batch_size:

@@ -125,6 +125,23 @@ def _of_routers(name: str, values: Sequence[float]) -> dict[str, float]:
     return {f"{router}_{name}": value for router, value in zip(("attention", "block"), values, strict=True)}
 
 
+@dataclass(frozen=True)
+class RankMeasures:
+    """What a rank adds to a log line.
+
+    Attributes:
+        seconds: as `StepTimes.read` gives them.
+        device_bytes, host_bytes: most of its GPU so far; of its node's memory now.
+        system: its node's meters, in one rank of each node.
+    """
+
+    seconds: list[float]
+    device_bytes: int
+    host_bytes: int
+    node: str
+    system: dict[str, float]
+
+
 class StepTimes:
     """This rank's seconds per step, phase by phase, between two readings."""
 

@@ -22,6 +22,7 @@ _WORDS = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+|\d+")
 # Up to the last @ before the path; a password with a slash in it (database URLs take one) needs its colon.
 _URL_USER = re.compile(r"(?P<scheme>[A-Za-z][A-Za-z0-9+.-]*://)(?:[^/?#\s'\"]*|[^/?#\s'\":@]*:[^\s'\"]*)@")
 _URL_QUERY = re.compile(r"(?P<name>[?&][^=&\s]*(?:password|passwd|token|secret|key)[^=&\s]*=)[^&\s'\"]+", re.IGNORECASE)
+_SOURCE_ASSIGNMENT = re.compile(r"(?P<before>(?P<name>[A-Za-z_][\w.-]*)['\"]?[ \t]*[:=][ \t]*)(?P<value>[^\s,;)]+)")
 _ASSIGNMENT = re.compile(r"^(?P<name>[^=\s]+)=(?P<value>.*)$", re.DOTALL)
 
 
@@ -76,6 +77,15 @@ def redact_arguments(arguments: Sequence[str]) -> list[str]:
             result.append(redact_text(argument))
         hide_next = argument.startswith("-") and not assignment and is_secret_name(argument)
     return result
+
+
+def redact_lines(text: str) -> str:
+    """Source text without secrets: what is assigned to a secret name becomes `***`, URLs lose their passwords."""
+
+    def hide(match: re.Match[str]) -> str:
+        return match["before"] + REDACTED if is_secret_name(match["name"]) else match[0]
+
+    return redact_text(_SOURCE_ASSIGNMENT.sub(hide, text))
 
 
 def failure_message(error: BaseException) -> str:

@@ -24,6 +24,7 @@ from pipeline.health.guard import Guard, Verdict, nan_unless_finite
 from pipeline.health.state import HealthState
 from pipeline.metrics import (
     LossMeter,
+    RankMeasures,
     RouterMeter,
     StepTimes,
     Throughput,
@@ -33,6 +34,8 @@ from pipeline.metrics import (
 )
 from pipeline.profiler import StepProfiler
 from pipeline.random_state import random_state, set_random_state
+from pipeline.record import record_saved
+from pipeline.tracking.node import NodeMonitor, node_name, system_metrics
 from pipeline.utilisation import Utilisation, describe, peak_memory_bytes
 
 log = logging.getLogger("globallocal")
@@ -99,12 +102,14 @@ class Trainer:
     routers: RouterMeter = field(init=False)
     throughput: Throughput = field(init=False)
     step_times: StepTimes = field(init=False)
+    node: NodeMonitor = field(init=False)
 
     def __post_init__(self) -> None:
         self.losses = LossMeter(self.world.device)
         self.routers = RouterMeter(self.config.tracking.routers_per_layer)
         self.throughput = Throughput(self.clock)
         self.step_times = StepTimes(self.clock, self.step)
+        self.node = NodeMonitor(self.config.tracking.enabled and self.world.local_rank == 0)
 
     def train(self) -> bool:
         """Train to the last step. Returns False where a stop ended it early.
@@ -236,19 +241,31 @@ class Trainer:
     def tokens_per_step(self) -> int:
         return self.layout.global_batch_size * self.config.data.sequence_length
 
+    def measure(self) -> RankMeasures:
+        """What this rank adds to a log line."""
+        return RankMeasures(
+            seconds=self.step_times.read(self.step),
+            device_bytes=peak_memory_bytes(self.world.device),
+            host_bytes=self.node.host_bytes(),
+            node=node_name(),
+            system=self.node.read(),
+        )
+
     def log_step(self, losses: dict[str, float]) -> None:
         gradient_norm = float(self.engine.get_global_grad_norm())  # before clipping
         rate = learning_rate(self.step - 1, self.max_steps, self.config.optimizer)
-        by_rank = self.world.gather((self.step_times.read(self.step), peak_memory_bytes(self.world.device)))
-        seconds = [times for times, _ in by_rank]
+        by_rank = self.world.gather(self.measure())
+        seconds = [rank.seconds for rank in by_rank]
         tokens_per_second = self.throughput.read()
-        use = self.utilisation.metrics(tokens_per_second, max(peak for _, peak in by_rank))
+        use = self.utilisation.metrics(tokens_per_second, max(rank.device_bytes for rank in by_rank))
         metrics = {
             **losses,
             "learning_rate": rate,
             "gradient_norm": gradient_norm,
             **use,
             **times_per_step(seconds),
+            "memory/host_gib": max(rank.host_bytes for rank in by_rank) / 2**30,
+            **system_metrics([(rank.node, rank.system) for rank in by_rank]),
             **self.routers.read(),
             **self.guard.metrics(),
         }
@@ -281,7 +298,11 @@ class Trainer:
         self.tracker.log_event("evaluation", self.step, **result, seconds=time.perf_counter() - begin, samples=texts)
         if texts:
             with decorating("samples"):
-                self.tracker.log_text("\n\n---\n\n".join(texts), f"samples/step-{self.step:08d}.txt")
+                rows = [
+                    {"step": self.step, "prompt": prompt, "continuation": text.removeprefix(prompt)}
+                    for prompt, text in zip(self.config.evaluation.prompts, texts, strict=True)
+                ]
+                self.tracker.log_table("samples.json", rows, key=("step", "prompt"))
             for text in texts:
                 log.info(f"sample: {text!r}")
 
@@ -308,14 +329,7 @@ class Trainer:
             if not saved.problems:
                 self.saved_step, self.save_seconds = saved.step, saved.seconds
                 deleted = f"; deleted {', '.join(item.name for item in saved.deleted)}" if saved.deleted else ""
-                self.tracker.log_event(
-                    "saved",
-                    saved.step,
-                    folder=saved.folder,
-                    size_bytes=saved.size_bytes,
-                    seconds=saved.seconds,
-                    deleted=[item.name for item in saved.deleted],
-                )
+                record_saved(self.tracker, saved, self.evaluation)
                 size = f"{saved.size_bytes / 1e6:,.1f} MB in {saved.seconds:.1f} s"
                 log.info(f"step {saved.step:,}  saved {saved.folder}  {size}{deleted}")
 

@@ -43,13 +43,17 @@ ROOMS: dict[str, dict[str, set[str]]] = {
         "export": {"checkpoints", "config", "data", "files"},
         "fitting": {"checkpoints", "config", "data", "engine", "export"},
         "introduce": {"checkpoints", "config", "engine", "fitting"},
+        "record": {
+            *("checkpoints", "config", "data", "distributed", "engine", "fitting", "redact", "tracking"),
+            "utilisation",
+        },
         "trainer": {
             *("checkpoints", "config", "data", "distributed", "duration", "engine", "health", "metrics", "profiler"),
-            *("random_state", "utilisation"),
+            *("random_state", "record", "tracking", "utilisation"),
         },
         "build": {
             *("checkpoints", "config", "data", "distributed", "engine", "evaluate", "export", "fitting", "health"),
-            *("introduce", "profiler", "redact", "tracking", "trainer", "utilisation"),
+            *("introduce", "profiler", "record", "redact", "trainer", "utilisation"),
         },
         "train": {"build", "checkpoints", "config", "distributed", "exit_codes"},
     },

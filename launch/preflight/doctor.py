@@ -313,14 +313,14 @@ def tracking(config: RunConfig) -> Finding:
     """MLflow takes a run, or says within a bound why not."""
     if not config.tracking.enabled:
         return Finding("mlflow", "ok", "tracking.enabled is false")
-    from pipeline.tracking.opening import tracking_uri
+    from pipeline.tracking.store import experiment_of, tracking_uri
 
-    uri = tracking_uri(config.tracking.uri)
+    uri, experiment = tracking_uri(config.tracking.uri), experiment_of(config.tracking)
     environment = {**os.environ, "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1", "MLFLOW_HTTP_REQUEST_TIMEOUT": "10"}
     remedy = "start the server, set MLFLOW_TRACKING_URI, or tracking.enabled=false"
     try:
         done = subprocess.run(
-            [sys.executable, "-m", "launch.preflight.tracking_probe", uri, config.tracking.experiment],
+            [sys.executable, "-m", "launch.preflight.tracking_probe", uri, experiment.name, experiment.id],
             env=environment,
             capture_output=True,
             text=True,

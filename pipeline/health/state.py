@@ -7,6 +7,7 @@ the data (`data.data_step`).
 import math
 import statistics
 from collections.abc import Iterable, Sequence
+from itertools import pairwise
 
 from pydantic import BaseModel, ConfigDict
 
@@ -14,8 +15,11 @@ from pipeline.data.loader import Ranges, merge_ranges
 
 WINDOW_STEPS = 128
 """Steps that a spike is compared with; before a quarter of them are known, nothing is one."""
-SMALLEST_DEVIATION = 0.01
+SMALLEST_LOSS_DEVIATION = 0.01
 """A deviation below this part of the median is taken as this: a flat curve must not make noise a spike."""
+SMALLEST_NORM_DEVIATION = 3.0
+"""Likewise of gradient norms, which have heavy tails: one odd batch of a healthy run has a norm of up to thirteen times
+the median (`tests/pipeline/healthy_curves`), and clipping takes its force away."""
 MAX_OVERFLOWS_IN_A_ROW = 40
 """fp16: halving a loss scale of 2^32 down to 1 takes 33."""
 
@@ -98,16 +102,20 @@ class HealthState(BaseModel):
         )
 
 
-def robust_z_score(value: float, history: Sequence[float]) -> float:
+def robust_z_score(value: float, history: Sequence[float], smallest: float = SMALLEST_LOSS_DEVIATION) -> float:
     """How many robust standard deviations `value` lies above the median of `history`.
 
-    (value − median) / (1.4826 · MAD), where MAD is the median of |x − median| (Iglewicz and Hoaglin 1993, "How to
-    Detect and Handle Outliers"; 1.4826 makes MAD a normal distribution's standard deviation). Outliers in the history
-    hardly move it. The deviation is at least SMALLEST_DEVIATION · |median|.
+    The deviation is that of steps from their neighbours: 1.4826 · median |x(t) − x(t−1)| / √2, which is a normal
+    distribution's standard deviation, and which neither a falling curve nor an outlier moves much (the median of
+    absolute deviations as in Iglewicz and Hoaglin 1993, "How to Detect and Handle Outliers").
+
+    Args:
+        smallest: the deviation is at least this part of the |median|.
     """
     median = statistics.median(history)
-    deviation = 1.4826 * statistics.median([abs(item - median) for item in history])
-    return (value - median) / max(deviation, SMALLEST_DEVIATION * abs(median), 1e-12)
+    changes = [abs(after - before) for before, after in pairwise(history)]
+    deviation = 1.4826 * statistics.median(changes) / math.sqrt(2)
+    return (value - median) / max(deviation, smallest * abs(median), 1e-12)
 
 
 def find_spike(state: HealthState, loss: float, gradient_norm: float, z_score: float | None) -> str | None:
@@ -115,11 +123,11 @@ def find_spike(state: HealthState, loss: float, gradient_norm: float, z_score: f
     if z_score is None or len(state.losses) < WINDOW_STEPS // 4:
         return None
     found = []
-    for name, value, history in (
-        ("loss", loss, state.losses),
-        ("gradient norm", gradient_norm, state.gradient_norms),
+    for name, value, history, smallest in (
+        ("loss", loss, state.losses, SMALLEST_LOSS_DEVIATION),
+        ("gradient norm", gradient_norm, state.gradient_norms, SMALLEST_NORM_DEVIATION),
     ):
-        score = robust_z_score(value, history)
+        score = robust_z_score(value, history, smallest)
         if score > z_score:
             median = statistics.median(history)
             found.append(

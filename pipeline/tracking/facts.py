@@ -24,6 +24,26 @@ class Sizes:
 
 
 @dataclass(frozen=True)
+class DatasetUse:
+    """One split of one dataset that a run reads.
+
+    Attributes:
+        source: folder or URL.
+        context: MLflow's word for what it is read for: training or validation.
+        weight: its share of the samples.
+    """
+
+    name: str
+    dataset_id: str
+    source: str
+    split: str = "train"
+    context: str = "training"
+    tokens: int = 0
+    documents: int = 0
+    weight: float = 1.0
+
+
+@dataclass(frozen=True)
 class RunFacts:
     """What `open_tracker` is told of a run.
 
@@ -31,19 +51,31 @@ class RunFacts:
         name: MLflow's display name.
         params: flattened settings, as resolved; secrets are redacted by the tracker.
         tags: further tags; commit, command, host and versions are added by the tracker.
-        datasets: `source`, `name`, `dataset_id` (sha256) and `weight` of each.
+        texts: further artifacts, path → text, such as the resolved settings.
+        model: its preset.
+        about: what the description of the run says, such as {"Model": "small, 45,000,000 parameters"}.
         step: where this start begins.
     """
 
     name: str
     params: Mapping[str, Any] = field(default_factory=dict)
     tags: Mapping[str, Any] = field(default_factory=dict)
-    datasets: Sequence[Mapping[str, str]] = ()
+    datasets: Sequence[DatasetUse] = ()
+    texts: Mapping[str, str] = field(default_factory=dict)
     sizes: Sizes = field(default_factory=Sizes)
     model: str = ""
+    about: Mapping[str, str] = field(default_factory=dict)
     step: int = 0
+
+    def described(self) -> dict[str, Any]:
+        """What the description of the run is made of, in the spool."""
+        return {
+            "max_steps": self.sizes.max_steps,
+            "tokens_per_step": self.sizes.tokens_per_step,
+            "about": dict(self.about),
+        }
 
     def started(self) -> dict[str, Any]:
         """The facts of the event that a start is, for the journal."""
-        datasets = [{"name": item["name"], "dataset_id": item["dataset_id"]} for item in self.datasets]
+        datasets = [{"name": item.name, "dataset_id": item.dataset_id, "split": item.split} for item in self.datasets]
         return {"run": self.name, "model": self.model, **asdict(self.sizes), "datasets": datasets}

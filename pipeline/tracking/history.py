@@ -3,10 +3,14 @@
 import hashlib
 import re
 from dataclasses import dataclass, field
+from typing import Any
 
 from pipeline.tracking.spool import Record, Spool
 
 NAME_LENGTH = 250
+BEST_OF = "loss/valid"
+CHECKPOINTS_TABLE = "checkpoints.json"
+"""An artifact: every checkpoint that the run has kept, a row each."""
 _NAME_CHARACTERS = re.compile(r"[^\w\-. :/]")
 
 
@@ -34,6 +38,10 @@ class History:
         highest_step: per metric; points at or below it are replays.
         nonfinite: metrics whose first inf or NaN has been stated.
         changes: one line for each setting that differed at a resume.
+        facts: what the latest start said of the run (`description.py` tells it).
+        latest: per metric the last finite point, (step, value).
+        best: the point of the least held-out loss.
+        checkpoint: the newest row of the checkpoints' table.
     """
 
     run_key: str = ""
@@ -44,6 +52,10 @@ class History:
     params: dict[str, str] = field(default_factory=dict)
     tags: dict[str, str] = field(default_factory=dict)
     changes: list[str] = field(default_factory=list)
+    facts: dict[str, Any] = field(default_factory=dict)
+    latest: dict[str, tuple[int, float]] = field(default_factory=dict)
+    best: tuple[int, float] | None = None
+    checkpoint: dict[str, Any] | None = None
     last_time: int = 0
     damaged_lines: int = 0
 
@@ -67,17 +79,34 @@ class History:
                     self.highest_step[key] = max(record["step"], self.highest_step.get(key, -1))
                     if isinstance(value, str):
                         self.nonfinite.add(key)
+                    else:
+                        self._point(key, (record["step"], value))
             case "params":
                 self.params |= record["values"]
             case "changes":
                 self.params |= record["params"]
                 self.changes += record["lines"]
+            case "facts":
+                self.facts = record["values"]
+            case "table" if record["path"] == CHECKPOINTS_TABLE:
+                self.checkpoint = record["rows"][-1]
             case "tags":
                 self.tags |= record["values"]
             case "status" if record["status"] == "RUNNING":
                 self.attempts.append(record["reason"])
             case "status":
                 self.attempts[-1:] = [record["reason"]]
+
+    def _point(self, key: str, point: tuple[int, float]) -> None:
+        self.latest[key] = point
+        if key == BEST_OF and (self.best is None or point[1] < self.best[1]):
+            self.best = point
+
+    @property
+    def latest_step(self) -> int:
+        """The highest step that any metric was recorded at, or that the newest checkpoint is of."""
+        saved = self.checkpoint["step"] if self.checkpoint else 0
+        return max([saved, *self.highest_step.values()])
 
     @property
     def is_open(self) -> bool:

@@ -1,14 +1,19 @@
 """One run in one MLflow store: finding, creating, and what each record of the spool becomes there."""
 
+import json
 import logging
 import math
 import os
+import tempfile
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from pipeline.tracking.description import NOTE_TAG, keep_what_people_wrote
 from pipeline.tracking.spool import Record
+from pipeline.tracking.store import Experiment
+from pipeline.tracking.tables import merged, table
 
 RUN_KEY_TAG = "globallocal.run_key"
 METRICS_PER_BATCH = 1_000  # MLflow's own bounds
@@ -16,6 +21,10 @@ NAMES_PER_BATCH = 100
 PARAM_VALUE_LENGTH = 6_000
 TAG_VALUE_LENGTH = 8_000
 REQUEST_TIMEOUT_SECONDS = 10
+RETRIES_VARIABLE = "MLFLOW_HTTP_REQUEST_MAX_RETRIES"
+EXPERIMENT_TAGS = {"mlflow.experimentKind": "custom_model_development"}
+"""MLflow's word for training: its pages then show runs, not traces of language models' calls."""
+TABLES_TAG = "mlflow.loggedArtifacts"
 # What only a person can change; anything else may heal by itself.
 _REFUSALS = {"INVALID_PARAMETER_VALUE", "BAD_REQUEST", "MALFORMED_REQUEST", "RESOURCE_ALREADY_EXISTS"}
 _DENIALS = {"UNAUTHENTICATED", "PERMISSION_DENIED", "CUSTOMER_UNAUTHORIZED"}
@@ -57,15 +66,15 @@ class MlflowRun:
         run_folder: where the files lie that become artifacts.
     """
 
-    def __init__(self, uri: str, experiment: str, run_key: str, run_name: str, run_folder: Path) -> None:
+    def __init__(self, uri: str, experiment: Experiment, run_key: str, run_name: str, run_folder: Path) -> None:
         self._uri, self._experiment, self._run_key, self._run_name = uri, experiment, run_key, run_name
         self._run_folder = run_folder
         self._client: Any = None
 
     def client(self) -> Any:
         if self._client is None:
-            # The retries are ours: MLflow's own would repeat a creation and block for minutes.
-            os.environ["MLFLOW_HTTP_REQUEST_MAX_RETRIES"] = "0"
+            # The retries are ours: MLflow's own would repeat a creation and block for minutes. A person's wish stands.
+            os.environ.setdefault(RETRIES_VARIABLE, "0")
             os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", str(REQUEST_TIMEOUT_SECONDS))
             os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
             from mlflow import MlflowClient
@@ -76,29 +85,43 @@ class MlflowRun:
             self._client = MlflowClient(self._uri)
         return self._client
 
-    def _experiment_id(self) -> str:
+    def repeats_requests(self) -> bool:
+        """Whether MLflow's client sends a request again that was not answered, so that one creation may make two."""
+        return os.environ.get(RETRIES_VARIABLE, "0") != "0"
+
+    def experiment_id(self) -> str:
+        """Made where there is none of the name."""
         client = self.client()
-        experiment = client.get_experiment_by_name(self._experiment)
+        if self._experiment.id:
+            experiment = client.get_experiment(self._experiment.id)
+        else:
+            experiment = client.get_experiment_by_name(self._experiment.name)
         if experiment is None:
             try:
-                return client.create_experiment(self._experiment)
+                return client.create_experiment(self._experiment.name, tags=EXPERIMENT_TAGS)
             except Exception as error:  # another run may have made it meanwhile
                 if getattr(error, "error_code", None) != "RESOURCE_ALREADY_EXISTS":
                     raise
-                experiment = client.get_experiment_by_name(self._experiment)
+                experiment = client.get_experiment_by_name(self._experiment.name)
         if experiment.lifecycle_stage != "active":
             from mlflow.exceptions import MlflowException
 
             raise MlflowException.invalid_parameter_value(
-                f"experiment {self._experiment!r} is deleted: restore it with `mlflow experiments restore "
+                f"experiment {str(self._experiment)!r} is deleted: restore it with `mlflow experiments restore "
                 f"--experiment-id {experiment.experiment_id}`, or set tracking.experiment to another name"
             )
+        for name, value in EXPERIMENT_TAGS.items():
+            if name not in experiment.tags:
+                client.set_experiment_tag(experiment.experiment_id, name, value)
         return experiment.experiment_id
+
+    def experiment_of_run(self, run_id: str) -> str:
+        return self.client().get_run(run_id).info.experiment_id
 
     def find(self) -> list[str]:
         """Ids of the runs that carry our key, oldest first."""
         runs = self.client().search_runs(
-            [self._experiment_id()],
+            [self.experiment_id()],
             f"tags.`{RUN_KEY_TAG}` = '{self._run_key}'",
             order_by=["attributes.start_time ASC"],
         )
@@ -115,7 +138,7 @@ class MlflowRun:
 
     def create(self) -> str:
         tags = {RUN_KEY_TAG: self._run_key}
-        return self.client().create_run(self._experiment_id(), run_name=self._run_name, tags=tags).info.run_id
+        return self.client().create_run(self.experiment_id(), run_name=self._run_name, tags=tags).info.run_id
 
     def adopt(self, run_id: str) -> dict[str, int]:
         """Puts our key on a run made elsewhere; returns the highest step per metric it holds."""
@@ -133,7 +156,7 @@ class MlflowRun:
 
     def send(self, run_id: str, batch: list[Record]) -> None:
         """Either any number of metrics records, or one record of another kind."""
-        from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param, RunTag
+        from mlflow.entities import Metric, Param, RunTag
 
         client, record = self.client(), batch[0]
         values = record.get("values", {}).items()
@@ -159,14 +182,39 @@ class MlflowRun:
             case "file":
                 path = Path(record["path"])
                 client.log_artifact(run_id, str(self._run_folder / path), str(path.parent))
+            case "note":
+                note = keep_what_people_wrote(record["text"], client.get_run(run_id).data.tags.get(NOTE_TAG, ""))
+                client.set_tag(run_id, NOTE_TAG, note)
+            case "table":
+                self._send_table(run_id, record)
             case "dataset":
-                dataset = Dataset(record["name"], record["digest"], record["source_type"], record["source"])
-                inputs = [InputTag("mlflow.data.context", "training"), InputTag("weight", record.get("weight", "1"))]
-                client.log_inputs(run_id, datasets=[DatasetInput(dataset, inputs)])
+                self._send_dataset(run_id, record)
             case "status" if record["status"] == "RUNNING":
                 client.update_run(run_id, status="RUNNING")
             case "status":
                 client.set_terminated(run_id, status=record["status"], end_time=record["time"])
+
+    def _send_dataset(self, run_id: str, record: Record) -> None:
+        from mlflow.entities import Dataset, DatasetInput, InputTag
+
+        profile = json.dumps(record["profile"]) if "profile" in record else None
+        dataset = Dataset(record["name"], record["digest"], record["source_type"], record["source"], profile=profile)
+        context = InputTag("mlflow.data.context", record.get("context", "training"))
+        inputs = DatasetInput(dataset, [context, InputTag("weight", record.get("weight", "1"))])
+        self.client().log_inputs(run_id, datasets=[inputs])
+
+    def _send_table(self, run_id: str, record: Record) -> None:
+        """The rows go into the table that stands; the same record twice changes nothing, as `log_table` would."""
+        client, path = self.client(), record["path"]
+        tags = client.get_run(run_id).data.tags
+        known = json.loads(tags.get(TABLES_TAG, "[]"))
+        entry, standing = {"path": path, "type": "table"}, []
+        if entry in known:
+            with tempfile.TemporaryDirectory() as folder:
+                standing = table(Path(client.download_artifacts(run_id, path, folder)).read_text())
+        client.log_dict(run_id, merged(standing, record["rows"], record["key"]), path)
+        if entry not in known:
+            client.set_tag(run_id, TABLES_TAG, json.dumps([*known, entry]))
 
 
 def _finite_or_nan(value: float | str) -> float:

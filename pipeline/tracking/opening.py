@@ -18,17 +18,17 @@ import time
 import uuid
 from pathlib import Path
 from typing import IO, TYPE_CHECKING
-from urllib.parse import unquote, urlsplit
 
 from data_prep.errors import UserError
 from pipeline.redact import failure_message, redact_text
-from pipeline.tracking.facts import RunFacts
+from pipeline.tracking.facts import RunFacts, Sizes
 from pipeline.tracking.history import History
 from pipeline.tracking.journal import Journal
 from pipeline.tracking.mlflow_run import MlflowRun, needs_a_person
 from pipeline.tracking.provenance import provenance_tags
 from pipeline.tracking.shipping import ARTIFACTS, Delivery, Say, Shipper
 from pipeline.tracking.spool import Spool
+from pipeline.tracking.store import Experiment, experiment_of, run_page, tags_of_environment, tracking_uri
 from pipeline.tracking.tracker import LocalTracker, NullTracker, Tracker, now_ms
 
 if TYPE_CHECKING:
@@ -36,24 +36,6 @@ if TYPE_CHECKING:
 
 START_WAIT_SECONDS = 60.0  # a new SQLite store takes 5 to 10 s to lay out its tables
 LOCK_WAIT_SECONDS = 10.0
-
-
-def tracking_uri(uri: str | None) -> str:
-    """The store: `uri`, else MLFLOW_TRACKING_URI, else `sqlite:///<cwd>/mlflow.db`; SQLite paths absolute.
-
-    A server's user and password go from the URL, which MLflow prints, into the variables that it reads them from.
-    """
-    uri = uri or os.environ.get("MLFLOW_TRACKING_URI") or "sqlite:///mlflow.db"
-    server = urlsplit(uri)
-    if server.scheme in ("http", "https") and server.username is not None:
-        uri = server._replace(netloc=server.netloc.rpartition("@")[2]).geturl()
-        os.environ |= {
-            "MLFLOW_TRACKING_USERNAME": unquote(server.username),
-            "MLFLOW_TRACKING_PASSWORD": unquote(server.password or ""),
-            "MLFLOW_TRACKING_URI": uri,
-        }
-    path = uri.removeprefix("sqlite:///")
-    return uri if path == uri else f"sqlite:///{Path(path).absolute()}"
 
 
 def open_tracker(
@@ -66,9 +48,10 @@ def open_tracker(
     at the first start of a run, and at a resume is said while training goes on.
 
     Args:
-        config: `enabled`, `experiment`, `uri` (see `tracking_uri`).
+        config: `enabled`, `experiment` (see `experiment_of`), `uri` (see `tracking_uri`).
         run_folder: the run's folder; its `tracking/` and `metrics.jsonl` are ours.
-        run_id: the run a checkpoint belongs to; used when `tracking/` knows of no run in this store.
+        run_id: the run a checkpoint belongs to; used when `tracking/` knows of no run in this store. Without one,
+            MLFLOW_RUN_ID.
         say: receives one line at a time.
 
     Returns:
@@ -77,12 +60,13 @@ def open_tracker(
     Raises:
         UserError: another process writes this run; the folder cannot be written; refused by the store.
     """
-    folder, tags = Path(run_folder), provenance_tags() | dict(facts.tags)
+    folder, tags = Path(run_folder), provenance_tags() | tags_of_environment() | dict(facts.tags)
     if not config.enabled:
         tracker = LocalTracker(_journal(folder, facts.sizes.tokens_per_step))
         tracker.log_event("started", facts.step, **facts.started(), tags=tags)
         return tracker
-    opened = _open(config, folder, facts.name, run_id, _careful(say), facts.sizes.tokens_per_step)
+    run_id = run_id or os.environ.get("MLFLOW_RUN_ID")
+    opened = _open(config, folder, facts.name, run_id, _careful(say), facts.sizes)
     opened.log_event("started", facts.step, **facts.started(), tags=tags)
     opened._begin_attempt(facts, tags)
     return opened
@@ -121,7 +105,7 @@ def settle_run(
 
 
 def _open(
-    config: "TrackingSection", run_folder: Path, run_name: str, run_id: str | None, say: Say, tokens_per_step: int = 0
+    config: "TrackingSection", run_folder: Path, run_name: str, run_id: str | None, say: Say, sizes: Sizes | None = None
 ) -> Tracker:
     """Lock, spool, thread; waits for the thread's first try at the store."""
     folder = run_folder / "tracking"
@@ -140,9 +124,9 @@ def _open(
         header = {"kind": "run", "run_key": uuid.uuid4().hex, "name": run_name, "time": now_ms()}
         spool.append(header)
         history.apply(header)
-    uri = tracking_uri(config.uri)
-    delivery = _delivery(folder, redact_text(uri), config.experiment, run_id, say)
-    run = MlflowRun(uri, config.experiment, history.run_key, history.run_name, run_folder)
+    uri, experiment = tracking_uri(config.uri), experiment_of(config)
+    delivery = _delivery(folder, redact_text(uri), experiment, run_id, say)
+    run = MlflowRun(uri, experiment, history.run_key, history.run_name, run_folder)
     shipper = Shipper(spool, run, delivery, say)
     if history.attempts and shipper.undelivered_bytes:
         say(f"tracking: {shipper.undelivered_bytes:,} bytes that had not reached MLflow are sent first")
@@ -158,17 +142,18 @@ def _open(
             f"tracking.uri {delivery.store}: {failure_message(shipper.first_error)}: correct tracking.uri, "
             "tracking.experiment or MLFLOW_TRACKING_*, or set tracking.enabled=false"
         )
-    if shipper.run_id:
-        say(
-            f"tracking: MLflow run {shipper.run_id} ({history.run_name}) in experiment "
-            f"{config.experiment!r} at {delivery.store}"
-        )
-    return Tracker(_journal(run_folder, tokens_per_step), spool, history, shipper, lock, say)
+    elif shipper.first_error:
+        shipper.say_down(shipper.first_error)
+    if shipper.run_id and shipper.experiment_id:
+        say(f"tracking: MLflow run {shipper.run_id} ({history.run_name}) in experiment {str(experiment)!r}")
+        say(f"tracking: {run_page(delivery.store, shipper.experiment_id, shipper.run_id)}")
+    sizes = sizes or Sizes()
+    return Tracker(_journal(run_folder, sizes.tokens_per_step), sizes, spool, history, shipper, lock, say)
 
 
-def _delivery(folder: Path, store: str, experiment: str, run_id: str | None, say: Say) -> Delivery:
+def _delivery(folder: Path, store: str, where: Experiment, run_id: str | None, say: Say) -> Delivery:
     """What this store has received; another store starts from nothing."""
-    delivery = Delivery.load(folder / "delivery.json")
+    delivery, experiment = Delivery.load(folder / "delivery.json"), str(where)
     if delivery and (delivery.store, delivery.experiment) == (store, experiment):
         if delivery.run_id and run_id and delivery.run_id != run_id:
             say(f"tracking: the checkpoint names run {run_id}; {delivery.run_id} of this folder goes on")

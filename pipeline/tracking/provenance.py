@@ -1,4 +1,4 @@
-"""Where a run comes from: commit, command line, host, versions, as MLflow tags."""
+"""Where a run comes from: commit, command line, host, versions, as MLflow tags and artifacts."""
 
 import contextlib
 import getpass
@@ -10,9 +10,16 @@ import subprocess
 import sys
 from pathlib import Path
 
-from pipeline.redact import redact_arguments
+from pipeline.redact import redact_arguments, redact_lines
 
+MOST_DIFF_BYTES = 1_000_000
 _PACKAGES = ("torch", "deepspeed", "transformers", "mlflow")
+
+
+def _git(file: Path, *arguments: str) -> str:
+    command = ["git", "-C", str(file.resolve().parent), *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, errors="replace", check=True, timeout=20)
+    return done.stdout.strip()
 
 
 def git_commit(file: Path = Path(__file__)) -> str | None:
@@ -20,17 +27,42 @@ def git_commit(file: Path = Path(__file__)) -> str | None:
 
     None outside a repository, or when the file is not tracked (a package installed inside somebody's).
     """
-
-    def git(*arguments: str) -> str:
-        command = ["git", "-C", str(file.resolve().parent), *arguments]
-        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=20).stdout.strip()
-
     try:
-        git("ls-files", "--error-unmatch", file.name)
-        commit = git("rev-parse", "HEAD")
-        return f"{commit}-dirty" if git("status", "--porcelain", "--untracked-files=no") else commit
+        _git(file, "ls-files", "--error-unmatch", file.name)
+        commit = _git(file, "rev-parse", "HEAD")
+        return f"{commit}-dirty" if _git(file, "status", "--porcelain", "--untracked-files=no") else commit
     except (OSError, subprocess.SubprocessError):
         return None
+
+
+def git_diff(file: Path = Path(__file__)) -> str:
+    """What differs from that commit, in lines that hold no secret; "" where nothing does, or there is no repository."""
+    try:
+        _git(file, "ls-files", "--error-unmatch", file.name)
+        top = Path(_git(file, "rev-parse", "--show-toplevel"))
+        diff = redact_lines(_git(top / "any", "diff", "HEAD"))
+    except (OSError, subprocess.SubprocessError):
+        return ""
+    cut = f"\n… {len(diff) - MOST_DIFF_BYTES:,} characters more\n" if len(diff) > MOST_DIFF_BYTES else ""
+    return diff[:MOST_DIFF_BYTES] + cut
+
+
+def environment_lock() -> str:
+    """Every installed package and its version, a line each, as pip takes them; no place that one was installed from."""
+    found = {item.metadata["Name"]: item.version for item in importlib.metadata.distributions()}
+    named = sorted((str(name), version) for name, version in found.items() if name)
+    return "".join(f"{name}=={version}\n" for name, version in named)
+
+
+def provenance_texts() -> dict[str, str]:
+    """Artifacts of this process: path → text."""
+    texts = {
+        "environment/command.txt": shlex.join(redact_arguments(sys.orig_argv)) + "\n",
+        "environment/requirements.txt": environment_lock(),
+    }
+    if diff := git_diff():
+        texts["environment/uncommitted.diff"] = diff + "\n"
+    return texts
 
 
 def provenance_tags() -> dict[str, str]:

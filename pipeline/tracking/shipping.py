@@ -20,7 +20,7 @@ from pipeline.tracking.spool import Record, Spool
 GATHER_SECONDS = 1.0
 FIRST_RETRY_SECONDS = 0.5
 LONGEST_RETRY_SECONDS = 30.0
-ARTIFACTS = ("text", "file")
+ARTIFACTS = ("text", "file", "table")
 """Kinds of records that go to the artifact store."""
 ARTIFACT_ATTEMPTS = 3
 
@@ -38,7 +38,7 @@ class Delivery:
     Attributes:
         store: tracking URI without secrets; with another one, delivery starts over.
         experiment: experiment name, likewise.
-        run_id: the run there, None before it was created.
+        run_id, experiment_id: the run there, None before it was created.
         offset: bytes of the spool that arrived.
         adopt: a run made elsewhere that is to be gone on with, None once done.
         steps_before: highest step per metric that the adopted run held.
@@ -48,6 +48,7 @@ class Delivery:
     store: str
     experiment: str
     run_id: str | None = None
+    experiment_id: str | None = None
     offset: int = 0
     adopt: str | None = None
     steps_before: dict[str, int] = field(default_factory=dict)
@@ -88,6 +89,10 @@ class Shipper(threading.Thread):
     @property
     def run_id(self) -> str | None:
         return self._delivery.run_id
+
+    @property
+    def experiment_id(self) -> str | None:
+        return self._delivery.experiment_id
 
     @property
     def undelivered_bytes(self) -> int:
@@ -144,6 +149,7 @@ class Shipper(threading.Thread):
         if not delivery.run_id:
             found = run.find()
             delivery.run_id = found[0] if found else self._create()
+        delivery.experiment_id = run.experiment_of_run(delivery.run_id)
         self._tidy()
         self._save()
         self._connected = True
@@ -152,7 +158,7 @@ class Shipper(threading.Thread):
         earlier, self._delivery.uncertain_create = self._delivery.uncertain_create, True
         self._save()
         run_id = self._run.create()
-        self._delivery.uncertain_create = earlier
+        self._delivery.uncertain_create = earlier or self._run.repeats_requests()
         return run_id
 
     def _tidy(self) -> None:
@@ -245,15 +251,20 @@ class Shipper(threading.Thread):
             pass  # a full disk: what arrived is then sent once more, which changes nothing
 
     def _went_down(self, error: Exception) -> None:
-        if self._down_since is None:
-            self._down_since = time.monotonic()
-            self._say(
-                f"tracking: MLflow at {self._delivery.store} cannot be used ({failure_message(error)}); training "
-                f"goes on, everything is kept in {self._spool.path} and sent when it can be"
-            )
-        if not self.first_attempt.is_set():
+        first = not self.first_attempt.is_set()
+        if first:  # whoever waits for it decides whether this ends the run, and says so
             self.first_error = error
             self.first_attempt.set()
+        if self._down_since is None:
+            self._down_since = time.monotonic()
+            if not first:
+                self.say_down(error)
+
+    def say_down(self, error: Exception) -> None:
+        self._say(
+            f"tracking: MLflow at {self._delivery.store} cannot be used ({failure_message(error)}); training "
+            f"goes on, everything is kept in {self._spool.path} and sent when it can be"
+        )
 
     def _came_back(self) -> None:
         if self._down_since is not None:

@@ -4,15 +4,18 @@ import json
 import math
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from types import TracebackType
 from typing import IO, Any
 
 from pipeline.redact import redact, redact_text
-from pipeline.tracking.facts import RunFacts
+from pipeline.tracking.description import describe
+from pipeline.tracking.facts import DatasetUse, RunFacts, Sizes
 from pipeline.tracking.history import History, clean_name
 from pipeline.tracking.journal import Journal
 from pipeline.tracking.mlflow_run import PARAM_VALUE_LENGTH
+from pipeline.tracking.provenance import provenance_texts
 from pipeline.tracking.shipping import Say, Shipper
 from pipeline.tracking.spool import Record, Spool
 
@@ -21,6 +24,10 @@ STATUSES = ("FINISHED", "FAILED", "KILLED")
 # Changes of these between two attempts are worth a line; the command line and the process are not.
 _WATCHED_TAGS = ("mlflow.source.git.commit", "dataset_id")
 _NOT_SET = "(not set)"
+DESCRIBED_EVENTS = ("evaluation", "saved", "roll_back")
+"""After these the description of the run in MLflow is written anew."""
+SOURCE_TYPES = {"http": "http", "https": "http", "s3": "s3", "gs": "gs", "": "local", "file": "local"}
+"""MLflow's kinds of dataset sources, by the scheme of their URL."""
 
 
 class NullTracker:
@@ -35,6 +42,7 @@ class NullTracker:
     def log_event(self, name: str, step: int | None, **facts: Any) -> None: ...
     def log_text(self, text: str, artifact_path: str) -> None: ...
     def log_file(self, path: str) -> None: ...
+    def log_table(self, path: str, rows: Sequence[Mapping[str, Any]], key: Sequence[str]) -> None: ...
     def set_tags(self, tags: Mapping[str, Any]) -> None: ...
 
     def close(self, status: str = "FINISHED", deadline_seconds: float = 20.0) -> bool:
@@ -84,9 +92,17 @@ class Tracker(LocalTracker):
     """
 
     def __init__(
-        self, journal: Journal, spool: Spool, history: History, shipper: Shipper, lock: IO[str], say: Say
+        self,
+        journal: Journal,
+        sizes: Sizes,
+        spool: Spool,
+        history: History,
+        shipper: Shipper,
+        lock: IO[str],
+        say: Say,
     ) -> None:
         super().__init__(journal)
+        self._sizes = sizes
         self._spool, self._history, self._shipper, self._lock_file = spool, history, shipper, lock
         self._say = say
         self._lock = threading.RLock()
@@ -103,6 +119,8 @@ class Tracker(LocalTracker):
         """Records scalars at a step (>= 0). inf and NaN reach MLflow as NaN, and a tag says which, where."""
         super().log_metrics(values, step)
         step = int(step)
+        if step > self._history.highest_step.get("progress/steps", 0):
+            values = {**values, **self._progress(step)}
         points = {clean_name(name): float(value) for name, value in values.items()}
         with self._lock:
             highest = self._history.highest_step
@@ -125,6 +143,24 @@ class Tracker(LocalTracker):
                 self._append({"kind": "metrics", "time": now_ms(), "step": step, "values": new | texts})
             if first:
                 self.set_tags(first)
+
+    def _progress(self, step: int) -> dict[str, float]:
+        """What else than the step a chart may have for its axis."""
+        tokens = step * self._sizes.tokens_per_step
+        flops = tokens * self._sizes.flops_per_token
+        axes = {"progress/steps": step, "progress/tokens": tokens, "progress/flops": flops}
+        return {name: float(value) for name, value in axes.items() if value}
+
+    def log_event(self, name: str, step: int | None, **facts: Any) -> None:
+        """Records what happened, in the run folder; MLflow's description of the run follows."""
+        super().log_event(name, step, **facts)
+        if name in DESCRIBED_EVENTS:
+            self._describe()
+
+    def log_table(self, path: str, rows: Sequence[Mapping[str, Any]], key: Sequence[str]) -> None:
+        """Records rows of a table, an artifact of the run; a row whose `key` columns stand there changes that row."""
+        plain = [{name: _plain(v) if isinstance(v, str) else v for name, v in redact(row).items()} for row in rows]
+        self._append({"kind": "table", "path": path, "rows": plain, "key": list(key)})
 
     def log_text(self, text: str, artifact_path: str) -> None:
         """Records a text file of the run; the same path again replaces it. URLs lose their passwords."""
@@ -202,6 +238,11 @@ class Tracker(LocalTracker):
         self._append({"kind": "status", "status": status, "reason": reason, "time": time_ms or now_ms()})
         attempts = ", ".join(f"{i} {how}" for i, how in enumerate(self._history.attempts, start=1))
         self.set_tags({STATUS_TAG: reason, "globallocal.attempts": attempts})
+        if status != "RUNNING":
+            self._describe()
+
+    def _describe(self) -> None:
+        self._append({"kind": "note", "text": _plain(redact_text(describe(self._history)))})
 
     def _begin_attempt(self, facts: RunFacts, tags: Mapping[str, Any]) -> None:
         """What every start records: how the last attempt ended, the status, what changed since."""
@@ -219,7 +260,11 @@ class Tracker(LocalTracker):
         self.set_tags(all_tags)
         for dataset in facts.datasets:
             self._append(_dataset_record(dataset))
+        self._append({"kind": "facts", "values": redact(facts.described())})
         self._record_params(_strings(facts.params), lines)
+        for path, text in (provenance_texts() | dict(facts.texts)).items():
+            self.log_text(text, path)
+        self._describe()
 
     def _record_params(self, params: dict[str, str], lines: list[str]) -> None:
         """New ones as parameters; MLflow refuses changed ones, so they become a tag, an artifact, a line."""
@@ -244,16 +289,19 @@ class Tracker(LocalTracker):
                 self._say(f"tracking: changed since the last attempt: {line}")
 
 
-def _dataset_record(dataset: Mapping[str, str]) -> Record:
-    source = redact_text(dataset["source"])
-    is_http = source.startswith(("http://", "https://"))
+def _dataset_record(dataset: DatasetUse) -> Record:
+    scheme, mark, _ = dataset.source.partition("://")
+    kind = SOURCE_TYPES.get(scheme if mark else "", "local")
+    source = redact_text(dataset.source if mark else str(Path(dataset.source).absolute()))
     return {
         "kind": "dataset",
-        "name": dataset["name"],
-        "digest": dataset["dataset_id"][:36],  # MLflow's bound; the checkpoints' state has it whole
-        "weight": dataset["weight"],
-        "source_type": "http" if is_http else "local",
-        "source": json.dumps({"url" if is_http else "uri": source}),
+        "name": f"{dataset.name}/{dataset.split}",
+        "digest": dataset.dataset_id[:36],  # MLflow's bound; the checkpoints' state has it whole
+        "context": dataset.context,
+        "weight": f"{dataset.weight:g}",
+        "profile": {"num_tokens": dataset.tokens, "num_documents": dataset.documents},
+        "source_type": kind,
+        "source": json.dumps({"url" if kind == "http" else "uri": source}),
     }
 
 
