@@ -318,7 +318,8 @@ class HealthSection(Section):
     max_skipped_steps: int = Field(5, ge=1, le=MOST)
     """More bad batches in a row than this end the run under `skip`: then it is not the data."""
     spike_z_score: float | None = Field(10.0, gt=0, le=1e9)
-    """A loss or gradient norm this many robust deviations above its recent median is a spike; null: not looked for."""
+    """A loss this many robust deviations above its recent median is a spike, and so is a gradient norm in two steps
+    in a row; null: not looked for."""
     spike_action: Literal["none", "dump", "roll_back"] = "dump"
     """`dump`: write what the batch was; `roll_back`: also go back to the newest verified checkpoint and leave the
     batches around the spike out."""

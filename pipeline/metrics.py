@@ -51,7 +51,7 @@ class LossMeter:
         dist.all_reduce(sums)
         self.sums.zero_()
         language, diversity, count = sums.tolist()
-        return {"loss/train": language / count, "loss/diversity": diversity / count}
+        return {"loss/train": language / count, "router/diversity_loss": diversity / count}
 
 
 class RouterMeter:

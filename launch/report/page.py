@@ -56,7 +56,7 @@ CHARTS = (
     Chart("routers", "Pool used by layer", "", ("router/layer_*hit_rate",)),
     Chart("routers", "Entropy by layer", "nats", ("router/layer_*entropy_nats",)),
     Chart("routers", "Dead rows by layer", "", ("router/layer_*dead_rows",)),
-    Chart("health", "Diversity loss", "of the routers", ("loss/diversity",)),
+    Chart("health", "Diversity loss", "of the routers", ("router/diversity_loss",)),
     Chart("health", "Bad numbers", "count so far", ("health/*",), smooth=False),
 )
 """Metrics that are not named here get charts of their own, at the end."""

@@ -6,13 +6,13 @@ NOTE_TAG = "mlflow.note.content"
 BELOW = "*Written by GlobalLocal while the run goes on; what you write below this line stays.*"
 
 _STATES = {
-    "running": "🟢 running",
-    "finished": "✅ finished",
-    "preempted": "⏸ preempted: start it again, and it goes on",
-    "interrupted": "⏸ interrupted: start it again, and it goes on",
-    "lost": "⚠️ lost: the process was killed; start it again, and it goes on",
-    "hung": "❌ hung: a rank did not move; start it again",
-    "failed": "❌ failed: the end of its log says why",
+    "running": "running",
+    "finished": "finished",
+    "preempted": "preempted: start it again, and it goes on",
+    "interrupted": "interrupted: start it again, and it goes on",
+    "lost": "lost: the process was killed; start it again, and it goes on",
+    "hung": "hung: a rank did not move; start it again",
+    "failed": "failed: the end of its log says why",
 }
 
 

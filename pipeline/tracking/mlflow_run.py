@@ -77,6 +77,7 @@ class MlflowRun:
             os.environ.setdefault(RETRIES_VARIABLE, "0")
             os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", str(REQUEST_TIMEOUT_SECONDS))
             os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+            os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
             from mlflow import MlflowClient
 
             for noisy in ("alembic", "mlflow.store.db.utils", "urllib3.connectionpool"):

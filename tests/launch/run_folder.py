@@ -109,7 +109,7 @@ def training_metrics(step: int, learning_rate: float) -> dict[str, float]:
         "throughput/tokens_per_second_per_device": 2050 + 200 * noise,
         "throughput/teraflops_per_device": 0.031 + 0.003 * noise,
         "memory/device_peak_gib": 0.4 + 0.001 * step,
-        "loss/diversity": 0.02,
+        "router/diversity_loss": 0.02,
     }
     for phase, seconds in (("data", 0.01), ("forward", 0.2), ("backward", 0.25), ("optimizer", 0.03), ("other", 0.01)):
         metrics[f"time/{phase}_seconds"] = seconds * (1 + 0.2 * noise)

@@ -19,7 +19,7 @@ import torch
 from launch.cli import main
 from pipeline.checkpoints.folder import INTEGRITY, listing_digest, verify
 from pipeline.distributed.stop import Stopped
-from pipeline.tracking.opening import tracking_uri
+from pipeline.tracking.store import tracking_uri
 from pipeline.trainer import decorating
 from tests.conftest import ROOT, globallocal
 from tests.pipeline.ranks import Run, environment, run_ranks

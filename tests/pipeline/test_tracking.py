@@ -7,6 +7,8 @@ import shutil
 import subprocess
 import sys
 import time
+import uuid
+from dataclasses import replace
 from pathlib import Path
 
 import mlflow.data
@@ -17,7 +19,8 @@ import pipeline.tracking.opening as tracking
 from data_prep.errors import UserError
 from pipeline.tracking.facts import RunFacts, Sizes
 from pipeline.tracking.journal import JOURNAL_FILE, read_journal
-from pipeline.tracking.opening import open_tracker, settle_run, tracking_uri
+from pipeline.tracking.opening import open_tracker, settle_run
+from pipeline.tracking.store import tracking_uri
 from tests.pipeline.test_tracking_spool import file_size_limit
 from tests.pipeline.tracking_fixtures import (
     DATASET,
@@ -44,7 +47,7 @@ def test_a_run_holds_what_was_logged(store: str, tmp_path: Path) -> None:
         tmp_path / "run",
         said,
         params={"optimizer.learning_rate": 3e-4, "model.conv_dilations": [1, 2], "run.name": "a run"},
-        tags={"purpose": "test", "dataset_id": DATASET["dataset_id"]},
+        tags={"purpose": "test", "dataset_id": DATASET.dataset_id},
         datasets=[DATASET],
     )
     for step in range(5):
@@ -65,7 +68,7 @@ def test_a_run_holds_what_was_logged(store: str, tmp_path: Path) -> None:
     }
     tags = run.data.tags
     assert tags["purpose"] == "test"
-    assert tags["dataset_id"] == DATASET["dataset_id"]
+    assert tags["dataset_id"] == DATASET.dataset_id
     assert tags["globallocal.status"] == "finished"
     assert Path(sys.executable).name in tags["globallocal.command"]
     assert {"globallocal.host", "globallocal.version.torch", "globallocal.version.deepspeed"} < set(tags)
@@ -75,11 +78,21 @@ def test_a_run_holds_what_was_logged(store: str, tmp_path: Path) -> None:
 
 
 def test_the_dataset_is_an_input_of_the_run(store: str, tmp_path: Path) -> None:
-    start(store, tmp_path / "run", [], datasets=[DATASET]).close()
-    (used,) = only_run(store).inputs.dataset_inputs
-    assert (used.dataset.name, used.dataset.digest) == ("books", DATASET["dataset_id"][:36])
-    assert {tag.key: tag.value for tag in used.tags} == {"mlflow.data.context": "training", "weight": "1"}
-    assert mlflow.data.get_source(used.dataset).uri == DATASET["source"]
+    held_out = replace(DATASET, source="s3://bucket/books", split="valid", context="validation", weight=0.25)
+    relative = replace(DATASET, name="pages", source="data/pages")
+    start(store, tmp_path / "run", [], datasets=[DATASET, held_out, relative]).close()
+    used = {item.dataset.name: item for item in only_run(store).inputs.dataset_inputs}
+    assert set(used) == {"books/train", "books/valid", "pages/train"}
+    assert {item.dataset.digest for item in used.values()} == {DATASET.dataset_id[:36]}
+    contexts = {name: {tag.key: tag.value for tag in item.tags} for name, item in used.items()}
+    assert contexts["books/train"] == {"mlflow.data.context": "training", "weight": "1"}
+    assert contexts["books/valid"] == {"mlflow.data.context": "validation", "weight": "0.25"}
+    assert json.loads(used["books/train"].dataset.profile) == {"num_tokens": 1000, "num_documents": 10}
+    sources = {name: mlflow.data.get_source(item.dataset).uri for name, item in used.items()}
+    assert sources["books/train"] == DATASET.source
+    assert sources["books/valid"] == "s3://bucket/books"
+    assert used["books/valid"].dataset.source_type == "s3"
+    assert sources["pages/train"] == str(tmp_path / "data/pages")
 
 
 def test_resumed_runs_go_on_in_the_same_run_and_repeat_no_step(store: str, tmp_path: Path) -> None:
@@ -153,12 +166,12 @@ def test_changed_parameters_are_recorded_and_nothing_else_is_lost(store: str, tm
 
 
 def test_another_dataset_or_commit_at_a_resume_is_a_change(store: str, tmp_path: Path) -> None:
-    start(store, tmp_path / "run", [], tags={"dataset_id": DATASET["dataset_id"]}).close()
+    start(store, tmp_path / "run", [], tags={"dataset_id": DATASET.dataset_id}).close()
     said: list[str] = []
     tags = {"mlflow.source.git.commit": "abc", "dataset_id": "f" * 64}
     start(store, tmp_path / "run", said, tags=tags).close()
     changes = [line for line in said if "changed since" in line]
-    assert any(f"dataset_id: {DATASET['dataset_id']} → {'f' * 64}" in line for line in changes)
+    assert any(f"dataset_id: {DATASET.dataset_id} → {'f' * 64}" in line for line in changes)
     assert only_run(store).data.tags["dataset_id"] == "f" * 64
 
 
@@ -239,11 +252,12 @@ def test_odd_names_arrive_under_names_that_mlflow_takes(store: str, tmp_path: Pa
 
 def test_secrets_reach_neither_disk_nor_store_nor_screen(store: str, tmp_path: Path) -> None:
     said: list[str] = []
-    secret = "http://user:hunter2@127.0.0.1:9"
+    word = uuid.uuid4().hex  # none that stands in this file: the difference from the commit is an artifact
+    secret = f"http://user:{word}@127.0.0.1:9"
     known = {
-        "params": {"tracking.uri": secret, "wandb.api_key": "hunter2", "nested": {"token": "hunter2"}},
-        "tags": {"remote": secret, "hf_token": "hunter2"},
-        "datasets": [DATASET | {"source": f"{secret}/data"}],
+        "params": {"tracking.uri": secret, "wandb.api_key": word, "nested": {"token": word}},
+        "tags": {"remote": secret, "hf_token": word},
+        "datasets": [replace(DATASET, source=f"{secret}/data")],
     }
     for uri in (secret, store):  # the first store is out of reach, the second receives everything
         tracker = start(uri, tmp_path / "run", said, **known)
@@ -254,10 +268,10 @@ def test_secrets_reach_neither_disk_nor_store_nor_screen(store: str, tmp_path: P
     assert run.data.params["wandb.api_key"] == "***"
     assert run.data.tags["later"] == "http://***@127.0.0.1:9"
     assert any("http://127.0.0.1:9 cannot be used" in line for line in said)
-    assert "hunter2" not in "\n".join(said)
-    assert "hunter2" not in folder_text(tmp_path / "run")
-    assert b"hunter2" not in (tmp_path / "mlflow.db").read_bytes()
-    assert "hunter2" not in folder_text(tmp_path / "mlruns")
+    assert word not in "\n".join(said)
+    assert word not in folder_text(tmp_path / "run")
+    assert word.encode() not in (tmp_path / "mlflow.db").read_bytes()
+    assert word not in folder_text(tmp_path / "mlruns")
 
 
 def test_a_deleted_run_is_made_again_with_its_whole_history(store: str, tmp_path: Path) -> None:

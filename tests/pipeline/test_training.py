@@ -93,7 +93,7 @@ def test_bf16_stays_near_fp32(runs: Runs, trained: Path) -> None:
 
 
 @pytest.mark.parametrize("policy", POLICIES)
-@pytest.mark.parametrize("metric", ["loss/train", "loss/diversity", "gradient_norm"])
+@pytest.mark.parametrize("metric", ["loss/train", "router/diversity_loss", "gradient_norm"])
 def test_recomputing_activations_changes_no_bit_at_stage_3(runs: Runs, trained: Path, policy: str, metric: str) -> None:
     run = f"recomputed-{policy}"
     assert runs[run]["code"] == 0, runs[run]

@@ -11,11 +11,11 @@ from typing import Any
 import pytest
 from mlflow import MlflowClient
 
-from pipeline.tracking.facts import RunFacts
+from pipeline.tracking.facts import DatasetUse, RunFacts
 from pipeline.tracking.opening import open_tracker
 from pipeline.tracking.tracker import NullTracker
 
-DATASET = {"source": "/data/books", "name": "books", "dataset_id": "0123456789abcdef" * 4, "weight": "1"}
+DATASET = DatasetUse("books", "0123456789abcdef" * 4, "/data/books", tokens=1000, documents=10)
 
 
 @dataclass
