@@ -18,8 +18,12 @@ DASHES = ("solid", "dash", "dot", "dashdot", "longdash", "longdashdot")
 RESTART, ROLL_BACK, SAVE = "#c98a1b", "#d23f34", "#8a94a3"
 FEW_POINTS = 25
 SPIKE = {"spikethickness": 1, "spikedash": "dot", "spikecolor": SAVE}
-UNDRAWN = {"time/step_seconds"}
-"""Metrics that others add up to."""
+UNDRAWN = (
+    "time/step_seconds",
+    *("system/*memory_usage_percentage", "system/*power_usage_percentage"),
+    *("system/*disk_usage_megabytes", "system/*disk_available_megabytes"),
+)
+"""Metrics that say what others say: patterns."""
 LABELS = {"loss/train": "training", "loss/valid": "held-out"}
 MOST_POINTS = 2000
 """Of one curve: a longer one is thinned, its highs and lows kept."""
@@ -67,7 +71,8 @@ class Drawn:
 def draw(charts: Sequence[Chart], runs: Sequence[Run]) -> dict[str, list[Drawn]]:
     """Section → its charts that have data; metrics that no chart names come last, one chart for each group."""
     known = sorted({name for run in runs for name in run.metrics})
-    taken = {name for chart in charts for name in chart.names(known)} | UNDRAWN
+    taken = {name for chart in charts for name in chart.names(known)}
+    taken |= {name for name in known if any(fnmatchcase(name, pattern) for pattern in UNDRAWN)}
     groups: dict[str, list[str]] = {}
     for name in known:
         if name not in taken:

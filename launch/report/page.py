@@ -42,7 +42,12 @@ CHARTS = (
         stacked=True,
         wide=True,
     ),
-    Chart("memory", "Memory", "GiB", ("memory/*_gib",), smooth=False, from_zero=True),
+    Chart("memory", "Memory", "GiB, of the rank that has most", ("memory/*_gib",), smooth=False, from_zero=True),
+    Chart("memory", "Memory of nodes and GPUs", "MB", ("system/*memory_usage_megabytes",), from_zero=True),
+    Chart("nodes", "Processors and GPUs at work", "%", ("system/*utilization_percentage",), from_zero=True),
+    Chart("nodes", "Power", "W", ("system/*power_usage_watts",), from_zero=True),
+    Chart("nodes", "Network", "MB since the start", ("system/*network_*megabytes",), from_zero=True),
+    Chart("nodes", "Disk", "% used", ("system/*disk_usage_percentage",), from_zero=True),
     *(
         Chart("routers", title, f"{unit}; minimum, mean and maximum over layers", _summary(name), band=True)
         for title, unit, name in (
@@ -69,6 +74,7 @@ SECTIONS = {
     "curves": "Curves",
     "speed": "Speed",
     "memory": "Memory",
+    "nodes": "Nodes",
     "routers": "Routers",
     "health": "Health",
     "more": "More",
@@ -107,7 +113,7 @@ def page(runs: Sequence[Run]) -> str:
     rows = words.settings_table(runs)
     there = {
         "summary": True,
-        **{name: name in sections for name in ("curves", "speed", "memory", "routers", "more")},
+        **{name: name in sections for name in ("curves", "speed", "memory", "nodes", "routers", "more")},
         "health": "health" in sections or any(run.warnings or run.roll_backs or run.ends for run in runs),
         "evaluation": bool(measured),
         "samples": bool(samples),

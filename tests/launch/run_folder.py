@@ -109,6 +109,12 @@ def training_metrics(step: int, learning_rate: float) -> dict[str, float]:
         "throughput/tokens_per_second_per_device": 2050 + 200 * noise,
         "throughput/teraflops_per_device": 0.031 + 0.003 * noise,
         "memory/device_peak_gib": 0.4 + 0.001 * step,
+        "memory/host_gib": 1.2,
+        "system/cpu_utilization_percentage": 80 + 10 * noise,
+        "system/system_memory_usage_megabytes": 9000.0 + step,
+        "system/system_memory_usage_percentage": 40.0,
+        "system/disk_available_megabytes": 1e5,
+        "system/network_receive_megabytes": 0.1 * step,
         "router/diversity_loss": 0.02,
     }
     for phase, seconds in (("data", 0.01), ("forward", 0.2), ("backward", 0.25), ("optimizer", 0.03), ("other", 0.01)):

@@ -206,6 +206,8 @@ def test_several_runs_are_compared(tmp_path: Path) -> None:
     assert differing == {"run.name": ["one", "two"], "optimizer.learning_rate": ["0.003", "0.001"]}
     tags = Tags(page(runs))
     assert "Where the runs differ" in tags.text
+    assert ("section", {"id": "nodes"}) in tags.found
+    assert ("section", {"id": "more"}) not in tags.found, "a metric that no chart names"
     assert sum("differs" in (attributes.get("class") or "") for _, attributes in tags.found) == 4
 
 
