@@ -31,7 +31,7 @@ RUN pip install --constraint requirements.lock ${TORCH_INDEX:+--extra-index-url 
 RUN case "$DEVICE" in cpu) export DS_ACCELERATOR=cpu ;; cuda) export DS_BUILD_FUSED_ADAM=1 TORCH_CUDA_ARCH_LIST="8.0;9.0;10.0" ;; esac && \
     DS_BUILD_CPU_ADAM=1 pip install --constraint requirements.lock --no-build-isolation deepspeed
 COPY . .
-RUN pip install --constraint requirements.lock --editable '.[s3]'
+RUN pip install --constraint requirements.lock --editable '.[s3,sample]'
 
 FROM ${PYTHON_IMAGE} AS tracking
 COPY requirements.lock /tmp/requirements.lock

@@ -8,10 +8,10 @@ from typing import Any
 
 import numpy as np
 
-from data_prep.documents import ReadCounts, Task
 from data_prep.errors import UserError
 from data_prep.packing import Piece, Position
-from data_prep.tokenizer import SPACE_MARK, Tokenizer, segments
+from data_prep.sources.documents import ReadCounts, Task
+from data_prep.tokenizers.tokenizer import SPACE_MARK, Tokenizer, segments
 
 # Per document: tokens (eos included); UTF-8 bytes, words and newlines of its text; whether decoding gave
 # the text back; the first 16 bytes of the text's sha256.

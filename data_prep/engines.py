@@ -14,8 +14,8 @@ from contextlib import contextmanager
 from multiprocessing import forkserver
 from typing import Any, Protocol
 
-from data_prep.documents import Task
 from data_prep.errors import UserError
+from data_prep.sources.documents import Task
 
 MAX_WORKERS = 1024
 WINDOW = 4  # tasks in flight for each worker: bounds memory, hides uneven tasks
@@ -51,7 +51,7 @@ class ProcessEngine:
     @contextmanager
     def start(self, function: Callable[[Any], Any]) -> Iterator[OrderedMap]:
         context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["data_prep.encode", "data_prep.files"])  # imported once, not by each
+        context.set_forkserver_preload(["data_prep.encode", "data_prep.sources.files"])  # imported once, not by each
         _start_forkserver()
         before = set(multiprocessing.active_children())
         pool = ProcessPoolExecutor(self.workers, context, initializer=_install, initargs=(function,))

@@ -3,7 +3,7 @@
 A dataset folder is one token stream per split, cut into chunks, packed into WebDataset shards:
 
     manifest.json            what this file describes; written last, so that it vouches for all the rest
-    tokenizer/               tokenizer.model and its Hugging Face twin
+    tokenizer/               tokenizer.model and its Hugging Face form
     SPLIT-000000.tar …       the shards
     SPLIT-000000.ids.jsonl … the ids of the documents that start in the shard, one JSON string a line
     SPLIT.shards.npy         per shard: bytes, sha256, first chunk (`SHARD_RECORD`)
@@ -38,7 +38,7 @@ FORMAT_VERSION = 2  # what is written; 1, which named a dataset by its source's 
 MANIFEST_NAME = "manifest.json"
 TOKENIZER_FOLDER = "tokenizer"
 MODEL_FILE = f"{TOKENIZER_FOLDER}/tokenizer.model"
-TWIN_FILES = (f"{TOKENIZER_FOLDER}/tokenizer.json", f"{TOKENIZER_FOLDER}/tokenizer_config.json")
+HF_TOKENIZER_FILES = (f"{TOKENIZER_FOLDER}/tokenizer.json", f"{TOKENIZER_FOLDER}/tokenizer_config.json")
 
 SHARD_RECORD = np.dtype(
     [
@@ -267,7 +267,7 @@ def opened(location: str | Path) -> Iterator[Dataset]:
         folder = Path(name)
         (folder / TOKENIZER_FOLDER).mkdir()
         (folder / MANIFEST_NAME).write_bytes(content)
-        for file in (*index_files(manifest), MODEL_FILE, *TWIN_FILES):
+        for file in (*index_files(manifest), MODEL_FILE, *HF_TOKENIZER_FILES):
             if (found := store.read(file)) is not None:
                 (folder / file).write_bytes(found)
         yield open_dataset(folder, store.where)

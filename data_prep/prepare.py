@@ -18,7 +18,6 @@ from typing import Any
 
 import numpy as np
 
-from data_prep.documents import Source
 from data_prep.encode import Encoded, Encoder, Filters, digest_task
 from data_prep.engines import Engine, InProcess, OrderedMap
 from data_prep.errors import UserError
@@ -37,9 +36,10 @@ from data_prep.manifest import (
 )
 from data_prep.packing import END, START, Chunk, Piece, Position, pack
 from data_prep.shards import build_shard
+from data_prep.sources.documents import TextSource
 from data_prep.store import WORK_FOLDER, Store, open_store
-from data_prep.tokenizer import Tokenizer
-from data_prep.twin import tokenizer_files
+from data_prep.tokenizers.hf_tokenizer import tokenizer_files
+from data_prep.tokenizers.tokenizer import Tokenizer
 
 # 8 MiB a member and 32 MiB a shard: a chunk costs about 1,900 bytes of tar and .npy headers and padding, and
 # 4 bytes a document, in all less than a thousandth of its tokens at the lengths of Wikipedia's articles.
@@ -61,7 +61,7 @@ class PrepareSettings:
         chunks_per_shard: chunks a tar.
     """
 
-    source: Source
+    source: TextSource
     tokenizer: Tokenizer
     output: str | Path
     filters: Filters = field(default_factory=Filters)

@@ -11,9 +11,9 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from data_prep.documents import Task
 from data_prep.engines import WINDOW, OrderedMap, windowed
 from data_prep.errors import UserError
+from data_prep.sources.documents import Task
 
 CONNECT_SECONDS = 10
 MAX_RETRIES = 20  # of a task whose worker or node died

@@ -6,7 +6,7 @@ import numpy as np
 
 from data_prep.errors import UserError
 from data_prep.manifest import Dataset, SplitIndex
-from data_prep.tokenizer import load_tokenizer
+from data_prep.tokenizers.tokenizer import load_tokenizer
 from data_prep.verify import read_chunk, summary
 
 SHOWN_TOKENS = 2048

@@ -16,9 +16,9 @@ import tokenizers
 
 from data_prep.errors import UserError
 from data_prep.manifest import (
+    HF_TOKENIZER_FILES,
     MANIFEST_NAME,
     MODEL_FILE,
-    TWIN_FILES,
     Dataset,
     Manifest,
     SplitIndex,
@@ -31,8 +31,8 @@ from data_prep.manifest import (
 )
 from data_prep.remote import UnreachableError
 from data_prep.store import Store
-from data_prep.tokenizer import MODEL_NAME, SELF_TEST_TEXTS, SPACE_MARK, load_tokenizer, segments
-from data_prep.twin import differing_texts
+from data_prep.tokenizers.hf_tokenizer import differing_texts
+from data_prep.tokenizers.tokenizer import MODEL_NAME, SELF_TEST_TEXTS, SPACE_MARK, load_tokenizer, segments
 
 Depth = Literal["quick", "full", "deep"]
 
@@ -195,7 +195,7 @@ def _check_counts(dataset: Dataset) -> list[str]:
 
 def _check_tokenizer(dataset: Dataset, depth: Depth) -> list[str]:
     where = dataset.store.where
-    hashes = {MODEL_FILE: dataset.manifest.tokenizer.sha256, **dict.fromkeys(TWIN_FILES)}
+    hashes = {MODEL_FILE: dataset.manifest.tokenizer.sha256, **dict.fromkeys(HF_TOKENIZER_FILES)}
     problems = []
     for name, sha256 in hashes.items():
         problems += check_file(Path(dataset.folder) / name, None, sha256, f"{where}/{name}")
@@ -203,14 +203,19 @@ def _check_tokenizer(dataset: Dataset, depth: Depth) -> list[str]:
         return problems
     tokenizer = load_tokenizer(dataset.tokenizer_folder)
     try:
-        twin = tokenizers.Tokenizer.from_file(str(dataset.tokenizer_folder / "tokenizer.json"))
-        twin.encode_special_tokens = True  # not in the file: transformers has it from tokenizer_config.json
-        same = twin.get_vocab_size() == tokenizer.vocab_size and not differing_texts(tokenizer, twin, SELF_TEST_TEXTS)
+        hf_tokenizer = tokenizers.Tokenizer.from_file(str(dataset.tokenizer_folder / "tokenizer.json"))
+        hf_tokenizer.encode_special_tokens = True  # not in the file: transformers has it from tokenizer_config.json
+        same = hf_tokenizer.get_vocab_size() == tokenizer.vocab_size and not differing_texts(
+            tokenizer, hf_tokenizer, SELF_TEST_TEXTS
+        )
     except Exception:  # the library raises nothing more precise for a damaged file
         same = False
     if same or tokenizer.info.model_type != "bpe":
         return []
-    return [f"{where}/{TWIN_FILES[0]}: not the twin of {MODEL_NAME}; restore the file, or prepare the dataset again"]
+    return [
+        f"{where}/{HF_TOKENIZER_FILES[0]}: not the Hugging Face form of {MODEL_NAME}; "
+        "restore the file, or prepare the dataset again"
+    ]
 
 
 def _check_structure(dataset: Dataset, index: SplitIndex, shard: int, content: bytes) -> list[str]:

@@ -8,23 +8,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
+from typer.models import OptionInfo
+
+from data_prep.sources.choice import SOURCES, SourceOptions, choose_source
+from launch.commands.options import grouped
 
 if TYPE_CHECKING:
-    from data_prep.documents import Source
     from data_prep.engines import Engine
-
-
-class SourceName(StrEnum):
-    sample = "sample"
-    files = "files"
-    wikitext = "wikitext-103"
-    hub = "hub"
-
-
-class Separator(StrEnum):
-    file = "file"
-    blank_lines = "blank-lines"
-    wikitext_headings = "wikitext-headings"
+    from data_prep.manifest import Manifest
+    from data_prep.sources.documents import TextSource
 
 
 class ModelType(StrEnum):
@@ -37,64 +29,70 @@ class EngineName(StrEnum):
     ray = "ray"
 
 
-SOURCE, FILTERS, WORK = "Source of the text", "Filters (off by default)", "Who works"
+FILTERS, WORK = "Filters (off by default)", "Who works"
 
-SourceOption = Annotated[
-    SourceName,
-    typer.Option(
-        rich_help_panel=SOURCE,
-        metavar="NAME",
-        help="sample: 106 Wikipedia articles that come with the installation. files: your own text (--path). "
-        "wikitext-103: from the Hugging Face hub. hub: any dataset there (--dataset).",
-    ),
-]
-PathOption = Annotated[
-    list[str] | None,
-    typer.Option(
-        rich_help_panel=SOURCE,
-        metavar="PATTERN",
-        help="files: a file, folder, pattern or URL (http, s3) of .txt, .jsonl (.gz, .zst) or .parquet. Repeat it for "
+
+def _source_option(metavar: str, help: str) -> OptionInfo:
+    option: OptionInfo = typer.Option(rich_help_panel="Source of the text", metavar=metavar, help=help)
+    return option
+
+
+SOURCE_OPTIONS = {
+    "source": _source_option("NAME", "; ".join(f"{name}: {item.help}" for name, item in SOURCES.items()) + "."),
+    "path": _source_option(
+        "PATTERN",
+        "files: a file, folder, pattern or URL (http, s3) of .txt, .jsonl (.gz, .zst) or .parquet. Repeat it for "
         "more; valid=PATTERN and test=PATTERN are held-out splits.",
     ),
-]
-DatasetOption = Annotated[
-    str | None,
-    typer.Option(rich_help_panel=SOURCE, metavar="ID", help="hub: the dataset, such as Salesforce/wikitext."),
-]
-ConfigOption = Annotated[
-    str | None, typer.Option(rich_help_panel=SOURCE, metavar="NAME", help="hub: its configuration, if it has several.")
-]
-RevisionOption = Annotated[
-    str | None, typer.Option(rich_help_panel=SOURCE, metavar="NAME", help="hub: commit, tag or branch.")
-]
-TextColumnOption = Annotated[
-    str, typer.Option(rich_help_panel=SOURCE, metavar="NAME", help="jsonl, parquet, hub: the column with the text.")
-]
-IdColumnOption = Annotated[
-    str | None,
-    typer.Option(
-        rich_help_panel=SOURCE, metavar="NAME", help="jsonl, parquet, hub: a column with ids; by default file and row."
-    ),
-]
-SeparatorOption = Annotated[
-    Separator,
-    typer.Option(
-        rich_help_panel=SOURCE,
-        metavar="NAME",
-        help="txt: 'file', a document a file; 'blank-lines', what stands between blank lines; 'wikitext-headings', an "
+    "dataset": _source_option("ID", "hub: the dataset, such as Salesforce/wikitext."),
+    "config": _source_option("NAME", "hub: its configuration, if it has several."),
+    "revision": _source_option("NAME", "hub: commit, tag or branch."),
+    "text_column": _source_option("NAME", "jsonl, parquet, hub: the column with the text."),
+    "id_column": _source_option("NAME", "jsonl, parquet, hub: a column with ids; by default file and row."),
+    "separator": _source_option(
+        "NAME",
+        "txt: 'file', one document per file; 'blank-lines', what stands between blank lines; 'wikitext-headings', an "
         "article of a file in WikiText's form.",
     ),
-]
-ValidShareOption = Annotated[
-    float,
-    typer.Option(
-        rich_help_panel=SOURCE,
-        metavar="SHARE",
-        help="files, hub: hold out this part of the training documents as 'valid', such as 0.01; chosen by the hash of "
+    "valid_share": _source_option(
+        "SHARE",
+        "files, hub: hold out this part of the training documents as 'valid', such as 0.01; chosen by the hash of "
         "their text.",
     ),
+    "test_share": _source_option("SHARE", "The same for 'test'."),
+}
+
+MinimumCharacters = Annotated[
+    int, typer.Option(rich_help_panel=FILTERS, help="Drop shorter documents; they are counted.", metavar="N")
 ]
-TestShareOption = Annotated[float, typer.Option(rich_help_panel=SOURCE, metavar="SHARE", help="The same for 'test'.")]
+DropDuplicates = Annotated[
+    bool,
+    typer.Option(
+        "--drop-duplicates",
+        rich_help_panel=FILTERS,
+        help="Keep the first of documents with equal text; the others are counted.",
+    ),
+]
+AllowLossy = Annotated[
+    bool,
+    typer.Option(
+        "--allow-lossy",
+        rich_help_panel=FILTERS,
+        help="Accept documents that decoding does not give back; they are counted.",
+    ),
+]
+Workers = Annotated[
+    int | None, typer.Option(rich_help_panel=WORK, help="Processes that encode; all cores when absent.", metavar="N")
+]
+EngineOption = Annotated[
+    EngineName, typer.Option(rich_help_panel=WORK, help="ray: encode on the nodes of a Ray cluster.", metavar="NAME")
+]
+RayAddress = Annotated[
+    str | None,
+    typer.Option(
+        rich_help_panel=WORK, metavar="ADDRESS", help="Of the cluster; 'auto' on one of its nodes; else a local one."
+    ),
+]
 
 
 def register(app: typer.Typer) -> None:
@@ -104,25 +102,17 @@ def register(app: typer.Typer) -> None:
     app.command("inspect")(inspect_dataset)
 
 
+@grouped(text=SOURCE_OPTIONS)
 def tokenizer(
     output: Annotated[Path, typer.Option(help="The tokenizer folder to write.", metavar="FOLDER")],
-    source: SourceOption = SourceName.sample,
+    text: SourceOptions,
     vocab_size: Annotated[int, typer.Option(help="Pieces, 4 special ones and 256 bytes included.")] = 8192,
     model_type: Annotated[ModelType, typer.Option(help="unigram trains some 20 times as long.")] = ModelType.bpe,
     training_bytes: Annotated[
         int, typer.Option(help="Bytes of text to learn from, at most; the first of the train split.")
     ] = 100_000_000,
-    path: PathOption = None,
-    dataset: DatasetOption = None,
-    config: ConfigOption = None,
-    revision: RevisionOption = None,
-    text_column: TextColumnOption = "text",
-    id_column: IdColumnOption = None,
-    separator: SeparatorOption = Separator.file,
-    valid_share: ValidShareOption = 0.0,
-    test_share: TestShareOption = 0.0,
 ) -> None:
-    """Train a lossless sentencepiece tokenizer, and write it with its Hugging Face twin.
+    """Train a lossless sentencepiece tokenizer, and write it in its Hugging Face form too.
 
     Every text decodes to itself: white space is kept, nothing is normalised, and characters outside the
     vocabulary become bytes. Only the train split is learned from. Special ids are unk 0, bos 1, eos 2, pad 3.
@@ -138,20 +128,19 @@ def tokenizer(
         globallocal tokenizer --source files --path 'corpus/*.jsonl.zst' --output data/tokenizer
     """
     from data_prep.errors import interruptible
-    from data_prep.tokenizer import TokenizerSettings
-    from data_prep.train_tokenizer import make_tokenizer
+    from data_prep.tokenizers.tokenizer import TokenizerSettings
+    from data_prep.tokenizers.train import make_tokenizer
 
-    text = make_source(
-        source, path, dataset, config, revision, text_column, id_column, separator, valid_share, test_share
-    )
+    source = choose_source(text)
     settings = TokenizerSettings(vocab_size, model_type.value, training_bytes)
-    show_notes(text)
+    show_notes(source)
     with interruptible(f"{output}: nothing was written; the same command begins anew"):
-        for line in make_tokenizer(text, settings, output):
+        for line in make_tokenizer(source, settings, output):
             typer.echo(line)
-    typer.echo(f"next: globallocal prepare --source {source.value} --tokenizer {output} --output DATASET")
+    typer.echo(f"next: globallocal prepare --source {text.source} --tokenizer {output} --output DATASET")
 
 
+@grouped(text=SOURCE_OPTIONS)
 def prepare(
     tokenizer: Annotated[
         Path, typer.Option(help="A tokenizer folder, or a sentencepiece .model file of your own.", metavar="FOLDER")
@@ -159,52 +148,13 @@ def prepare(
     output: Annotated[
         str, typer.Option(help="The dataset folder to make, or a URL such as s3://bucket/data.", metavar="FOLDER")
     ],
-    source: SourceOption = SourceName.sample,
-    path: PathOption = None,
-    dataset: DatasetOption = None,
-    config: ConfigOption = None,
-    revision: RevisionOption = None,
-    text_column: TextColumnOption = "text",
-    id_column: IdColumnOption = None,
-    separator: SeparatorOption = Separator.file,
-    valid_share: ValidShareOption = 0.0,
-    test_share: TestShareOption = 0.0,
-    minimum_characters: Annotated[
-        int,
-        typer.Option(rich_help_panel=FILTERS, help="Drop shorter documents; they are counted.", metavar="N"),
-    ] = 0,
-    drop_duplicates: Annotated[
-        bool,
-        typer.Option(
-            "--drop-duplicates",
-            rich_help_panel=FILTERS,
-            help="Keep the first of documents with equal text; the others are counted.",
-        ),
-    ] = False,
-    allow_lossy: Annotated[
-        bool,
-        typer.Option(
-            "--allow-lossy",
-            rich_help_panel=FILTERS,
-            help="Accept documents that decoding does not give back; they are counted.",
-        ),
-    ] = False,
-    workers: Annotated[
-        int | None,
-        typer.Option(rich_help_panel=WORK, help="Processes that encode; all cores when absent.", metavar="N"),
-    ] = None,
-    engine: Annotated[
-        EngineName,
-        typer.Option(rich_help_panel=WORK, help="ray: encode on the nodes of a Ray cluster.", metavar="NAME"),
-    ] = EngineName.processes,
-    ray_address: Annotated[
-        str | None,
-        typer.Option(
-            rich_help_panel=WORK,
-            metavar="ADDRESS",
-            help="Of the cluster; 'auto' on one of its nodes; else a local one.",
-        ),
-    ] = None,
+    text: SourceOptions,
+    minimum_characters: MinimumCharacters = 0,
+    drop_duplicates: DropDuplicates = False,
+    allow_lossy: AllowLossy = False,
+    workers: Workers = None,
+    engine: EngineOption = EngineName.processes,
+    ray_address: RayAddress = None,
 ) -> None:
     """Turn text into a dataset folder: WebDataset shards, a manifest, the tokenizer.
 
@@ -226,21 +176,18 @@ def prepare(
     from data_prep.errors import interruptible
     from data_prep.prepare import PrepareSettings, finished
     from data_prep.prepare import prepare as run
-    from data_prep.tokenizer import load_tokenizer
-    from data_prep.verify import summary
+    from data_prep.tokenizers.tokenizer import load_tokenizer
     from launch.commands.progress import PrepareReporter
 
-    text = make_source(
-        source, path, dataset, config, revision, text_column, id_column, separator, valid_share, test_share
-    )
+    source = choose_source(text)
     settings = PrepareSettings(
-        source=text,
+        source=source,
         tokenizer=load_tokenizer(tokenizer),
         output=output,
         filters=Filters(minimum_characters, drop_duplicates, allow_lossy),
         engine=make_engine(engine, workers, ray_address),
     )
-    show_notes(text)
+    show_notes(source)
     with interruptible(f"{output}: what is finished stays; the same command goes on from there"):
         there = finished(settings)
         if there:
@@ -249,6 +196,13 @@ def prepare(
         else:
             with PrepareReporter() as reporter:
                 manifest = run(settings, reporter)
+    show_prepared(manifest, output)
+
+
+def show_prepared(manifest: Manifest, output: str) -> None:
+    """Prints what a dataset holds, and what to do next."""
+    from data_prep.verify import summary
+
     for line in summary(manifest):
         typer.echo(line)
     if "valid" not in manifest.splits:
@@ -330,51 +284,10 @@ def inspect_dataset(
             typer.echo(f"page: {html}")
 
 
-def show_notes(source: Source) -> None:
+def show_notes(source: TextSource) -> None:
     """What a person should know before the text is read."""
     for note in source.notes:
         typer.echo(f"note: {note}")
-
-
-def make_source(
-    source: SourceName,
-    path: list[str] | None,
-    dataset: str | None,
-    config: str | None,
-    revision: str | None,
-    text_column: str,
-    id_column: str | None,
-    separator: Separator,
-    valid_share: float,
-    test_share: float,
-) -> Source:
-    """The source that the options name. Raises UserError for options that do not go with it."""
-    from data_prep.documents import SampleSource
-    from data_prep.errors import UserError
-    from data_prep.files import FilesSettings, FilesSource
-    from data_prep.hub import HubSettings, HubSource, WikitextSource
-
-    problems = []
-    if path and source != SourceName.files:
-        problems.append(f"--path goes with --source files, not with {source.value}")
-    if (dataset or config or revision) and source != SourceName.hub:
-        problems.append(f"--dataset, --config and --revision go with --source hub, not with {source.value}")
-    if (valid_share or test_share) and source in (SourceName.sample, SourceName.wikitext):
-        problems.append(f"--valid-share and --test-share: {source.value} has held-out splits of its own")
-    if source == SourceName.hub and not dataset:
-        problems.append("--source hub needs --dataset ID, such as --dataset Salesforce/wikitext")
-    if problems:
-        raise UserError(problems)
-    if source == SourceName.sample:
-        return SampleSource()
-    if source == SourceName.wikitext:
-        return WikitextSource()
-    if source == SourceName.hub:
-        return HubSource(HubSettings(dataset or "", config, revision, text_column, id_column, valid_share, test_share))
-    settings = FilesSettings(
-        paths_by_split(path or []), text_column, id_column, separator.value, valid_share, test_share
-    )
-    return FilesSource(settings)
 
 
 def make_engine(name: EngineName, workers: int | None, ray_address: str | None) -> Engine:
@@ -390,15 +303,3 @@ def make_engine(name: EngineName, workers: int | None, ray_address: str | None) 
     if ray_address is not None:
         raise UserError("--ray-address goes with --engine ray")
     return ProcessEngine((os.cpu_count() or 1) if workers is None else workers)
-
-
-def paths_by_split(paths: list[str]) -> dict[str, list[str]]:
-    """`valid=PATTERN` belongs to valid, `PATTERN` to train."""
-    splits: dict[str, list[str]] = {}
-    for path in paths:
-        split, equals, pattern = path.partition("=")
-        if equals and not os.path.lexists(path) and split in ("train", "valid", "test"):
-            splits.setdefault(split, []).append(pattern)
-        else:
-            splits.setdefault("train", []).append(path)
-    return splits

@@ -15,10 +15,10 @@ from threading import Thread
 
 from data_prep.errors import UserError
 from data_prep.manifest import (
+    HF_TOKENIZER_FILES,
     MANIFEST_NAME,
     MODEL_FILE,
     TOKENIZER_FOLDER,
-    TWIN_FILES,
     Dataset,
     SplitIndex,
     index_files,
@@ -88,7 +88,7 @@ def open_location(
     cache = ShardCache(cache_folder, cache_bytes)
     content = read_whole(f"{url}/{MANIFEST_NAME}")
     manifest = parse_manifest(content, f"{url}/{MANIFEST_NAME}")
-    files: dict[str, str | None] = {MODEL_FILE: manifest.tokenizer.sha256, **dict.fromkeys(TWIN_FILES)}
+    files: dict[str, str | None] = {MODEL_FILE: manifest.tokenizer.sha256, **dict.fromkeys(HF_TOKENIZER_FILES)}
     files |= index_files(manifest)
     folder = cache.folder / "datasets" / manifest.dataset_id
     (folder / TOKENIZER_FOLDER).mkdir(parents=True, exist_ok=True)

@@ -21,10 +21,10 @@ from pathlib import Path
 from typing import Any
 
 from data_prep.engines import ProcessEngine
-from data_prep.files import FilesSettings, FilesSource
 from data_prep.manifest import open_dataset
 from data_prep.prepare import PrepareSettings, prepare
-from data_prep.tokenizer import Tokenizer, TokenizerSettings, train_tokenizer
+from data_prep.sources.files import FilesSettings, FilesSource
+from data_prep.tokenizers.tokenizer import Tokenizer, TokenizerSettings, train_tokenizer
 from tests.benchmarks.peers import PEERS, ask, peer, peer_environment, versions
 
 TEXT = Path(__file__).parents[3] / "shared" / "data" / "enwiki2019"

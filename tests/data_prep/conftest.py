@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from data_prep.files import FilesSettings, FilesSource
-from data_prep.tokenizer import Tokenizer, TokenizerSettings, load_tokenizer, train_tokenizer
-from data_prep.twin import write_tokenizer
+from data_prep.sources.files import FilesSettings, FilesSource
+from data_prep.tokenizers.hf_tokenizer import write_tokenizer
+from data_prep.tokenizers.tokenizer import Tokenizer, TokenizerSettings, load_tokenizer, train_tokenizer
 
 REAL_TEXT = Path(__file__).parents[3] / "shared" / "data"
 

@@ -16,11 +16,11 @@ import numpy as np
 import pytest
 from transformers import PreTrainedTokenizerFast, TextStreamer
 
-from data_prep.files import FilesSettings, FilesSource
 from data_prep.manifest import open_dataset
 from data_prep.prepare import PrepareSettings, prepare
-from data_prep.tokenizer import Tokenizer, TokenizerSettings, train_tokenizer
-from data_prep.twin import build_twin, write_tokenizer
+from data_prep.sources.files import FilesSettings, FilesSource
+from data_prep.tokenizers.hf_tokenizer import build_hf_tokenizer, write_tokenizer
+from data_prep.tokenizers.tokenizer import Tokenizer, TokenizerSettings, train_tokenizer
 from data_prep.verify import verify_dataset
 from pipeline.data.samples import SampleSource
 from tests.data_prep.conftest import write_texts
@@ -32,7 +32,7 @@ def test_text_that_normalisation_would_change_comes_back(tokenizer: Tokenizer, t
     """sentencepiece#520, #650, #329, #766."""
     ids = tokenizer.encode(text)
     assert tokenizer.decode(ids) == text
-    assert build_twin(tokenizer).decode(ids.tolist(), skip_special_tokens=False) == text
+    assert build_hf_tokenizer(tokenizer).decode(ids.tolist(), skip_special_tokens=False) == text
 
 
 def test_five_lines_of_10_kb_are_kept(tokenizer: Tokenizer, tmp_path: Path) -> None:
@@ -93,9 +93,9 @@ def test_a_thousand_short_documents_lose_less_than_one_sequence(tmp_path: Path) 
 
 LARGE = """
 import resource, sys
-from data_prep.files import FilesSettings, FilesSource
+from data_prep.sources.files import FilesSettings, FilesSource
 from data_prep.prepare import PrepareSettings, prepare
-from data_prep.tokenizer import load_tokenizer
+from data_prep.tokenizers.tokenizer import load_tokenizer
 folder = sys.argv[1]
 source = FilesSource(FilesSettings({"train": [f"{folder}/large.txt", f"{folder}/small.txt"]}))
 prepare(PrepareSettings(source, load_tokenizer(f"{folder}/tokenizer"), f"{folder}/dataset"))

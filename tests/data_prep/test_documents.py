@@ -17,22 +17,23 @@ import zstandard
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data_prep.documents import ReadCounts, SampleSource, Selection, Source, batch_tasks, read_documents
 from data_prep.errors import UserError
-from data_prep.files import FilesSettings, FilesSource, JsonLinesTask, TextFilesTask
-from data_prep.hub import join_articles
 from data_prep.packing import Position
+from data_prep.sources.documents import ReadCounts, Selection, TextSource, batch_tasks, read_documents
+from data_prep.sources.files import FilesSettings, FilesSource, JsonLinesTask, TextFilesTask
+from data_prep.sources.sample import SampleArticles
+from data_prep.sources.text import join_articles
 from tests.data_prep.conftest import sentences
 
 ODD = ["first", "", "two\nlines\n", "naïve 🙂 \u2028 end", " spaces  ", '"quotes" \\ and \t']
 TEXTS = [*ODD, *sentences(2, 30)]
 
 
-def texts_of(source: Source, split: str = "train") -> list[str]:
+def texts_of(source: TextSource, split: str = "train") -> list[str]:
     return [document.text for document in read_documents(source, split)]
 
 
-def counts_of(source: Source, split: str = "train") -> ReadCounts:
+def counts_of(source: TextSource, split: str = "train") -> ReadCounts:
     counts = ReadCounts()
     for task in source.tasks(split):
         list(task.documents(counts))
@@ -77,7 +78,7 @@ def test_every_kind_of_file_gives_its_texts_exactly(kind, tmp_path):
 @pytest.mark.parametrize("kind", KINDS)
 def test_tasks_go_on_from_any_of_them(kind, tmp_path, monkeypatch):
     for module in ("documents", "files"):
-        monkeypatch.setattr(f"data_prep.{module}.TASK_BYTES", 300)
+        monkeypatch.setattr(f"data_prep.sources.{module}.TASK_BYTES", 300)
     source = write(tmp_path, kind, TEXTS)
     monkeypatch.setattr(batch_tasks, "__defaults__", (0, "", 300))
     tasks = list(source.tasks("train"))
@@ -276,7 +277,7 @@ def test_a_file_of_two_splits_is_left_out_of_train_or_refused(tmp_path):
 
 def test_a_line_longer_than_many_tasks_is_read_once(tmp_path, monkeypatch):
     """Each task looks for the end of a line that began before it in its own bytes alone."""
-    monkeypatch.setattr("data_prep.files.TASK_BYTES", 1000)
+    monkeypatch.setattr("data_prep.sources.files.TASK_BYTES", 1000)
     texts = ["a", "x" * 100_000, "b"]
     source = write(tmp_path, "jsonl", texts)
     read = 0
@@ -297,7 +298,7 @@ def test_a_line_longer_than_many_tasks_is_read_once(tmp_path, monkeypatch):
 
         return Counting(io.BytesIO())
 
-    monkeypatch.setattr("data_prep.files.open", counted, raising=False)
+    monkeypatch.setattr("data_prep.sources.files.open", counted, raising=False)
     assert texts_of(source) == texts
     assert read < 3 * (tmp_path / "a.jsonl").stat().st_size
 
@@ -343,7 +344,7 @@ def test_headings_need_blank_lines_around_them():
 
 
 def test_sample_articles_are_the_same_in_any_process_and_order():
-    source = SampleSource()
+    source = SampleArticles()
     tasks = list(source.tasks("valid"))
     forward = [next(iter(task.documents(ReadCounts()))) for task in tasks]
     backward = [next(iter(task.documents(ReadCounts()))) for task in reversed(tasks)]

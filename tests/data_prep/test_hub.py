@@ -20,11 +20,12 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from data_prep.documents import BatchTask, Document, ReadCounts
-from data_prep.hub import HubSettings, HubSource, WikitextSource, join_articles
 from data_prep.manifest import open_dataset
 from data_prep.packing import START, Position
 from data_prep.prepare import PrepareSettings, prepare
+from data_prep.sources.documents import BatchTask, Document, ReadCounts
+from data_prep.sources.hub import HubSettings, HubSource, WikitextSource
+from data_prep.sources.text import join_articles
 from data_prep.verify import verify_dataset
 from tests.data_prep.conftest import folder_bytes
 from tests.data_prep.hub_server import HubServer
@@ -43,10 +44,10 @@ configs:
 
 PROGRAM = """
 import sys, time
-from data_prep import hub
+from data_prep.sources import hub
 from data_prep.errors import UserError
 from data_prep.prepare import PrepareSettings, prepare
-from data_prep.tokenizer import load_tokenizer
+from data_prep.tokenizers.tokenizer import load_tokenizer
 
 sleep = time.sleep
 time.sleep = lambda seconds: sleep(min(seconds, 0.1))  # all retries, without most of the waiting
@@ -206,11 +207,11 @@ def test_another_text_under_the_same_name_is_refused(hub, texts, tokenizer_path,
 
 HUB_PROGRAM = """
 import json, sys
-from data_prep import hub
+from data_prep.sources import hub
 hub.RETRY_SECONDS = (0, 0, 0)
-from data_prep.documents import read_documents
+from data_prep.sources.documents import read_documents
 from data_prep.errors import UserError
-from data_prep.hub import HubSettings, HubSource
+from data_prep.sources.hub import HubSettings, HubSource
 try:
     source = HubSource(HubSettings(*sys.argv[1:3], text_column=sys.argv[3], valid_share=float(sys.argv[4])))
     documents = {split: [(d.id, d.text) for d in read_documents(source, split)] for split in source.splits}

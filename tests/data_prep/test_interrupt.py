@@ -11,7 +11,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from data_prep.documents import ReadCounts  # noqa: F401  imported once here, not in the time of the first test
+from data_prep.sources.documents import ReadCounts  # noqa: F401  imported once here, not in the time of the first test
 from tests.conftest import ROOT
 from tests.data_prep.conftest import sentences
 from tests.pipeline.servers_fixture import wait_until

@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 
 from data_prep.errors import UserError
-from data_prep.files import FilesSettings, FilesSource
 from data_prep.manifest import check_shards, open_dataset
 from data_prep.prepare import PrepareSettings, prepare
-from data_prep.tokenizer import TokenizerSettings, train_tokenizer
-from data_prep.twin import merges, tokenizer_files
+from data_prep.sources.files import FilesSettings, FilesSource
+from data_prep.tokenizers.hf_tokenizer import merges, tokenizer_files
+from data_prep.tokenizers.tokenizer import TokenizerSettings, train_tokenizer
 from data_prep.verify import verify_dataset
 from tests.data_prep.conftest import sentences, write_texts
 
@@ -164,12 +164,12 @@ def test_changed_tokenizer(folder):
     assert "tokenizer.model: sha256" in problem
 
 
-def test_twin_of_another_tokenizer(folder):
+def test_hf_tokenizer_of_another_tokenizer(folder):
     other = train_tokenizer(sentences(12, 100), TokenizerSettings(300))
     (folder / "tokenizer" / "tokenizer.json").write_bytes(tokenizer_files(other)["tokenizer.json"])
     (problem,) = problems_of(folder)
     assert problem == (
-        f"{folder}/tokenizer/tokenizer.json: not the twin of tokenizer.model; restore the file, "
+        f"{folder}/tokenizer/tokenizer.json: not the Hugging Face form of tokenizer.model; restore the file, "
         "or prepare the dataset again"
     )
 

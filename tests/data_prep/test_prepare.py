@@ -18,15 +18,15 @@ import numpy as np
 import pytest
 
 import data_prep
-from data_prep.documents import SampleSource
 from data_prep.encode import Filters
 from data_prep.engines import InProcess, ProcessEngine
 from data_prep.errors import UserError
-from data_prep.files import FilesSettings, FilesSource
 from data_prep.manifest import canonical_json, open_dataset
 from data_prep.prepare import PrepareSettings, prepare
+from data_prep.sources.files import FilesSettings, FilesSource
+from data_prep.sources.sample import SampleArticles
 from data_prep.store import FolderStore
-from data_prep.tokenizer import Tokenizer
+from data_prep.tokenizers.tokenizer import Tokenizer
 from data_prep.verify import documents_of, verify_dataset
 from tests.data_prep.conftest import folder_bytes, sentences, write_texts
 
@@ -200,9 +200,9 @@ PROGRAM = """
 import sys
 from pathlib import Path
 from data_prep.engines import InProcess, ProcessEngine
-from data_prep.files import FilesSettings, FilesSource
+from data_prep.sources.files import FilesSettings, FilesSource
 from data_prep.prepare import PrepareSettings, prepare
-from data_prep.tokenizer import load_tokenizer
+from data_prep.tokenizers.tokenizer import load_tokenizer
 if __name__ == "__main__":
     text, tokenizer, output, workers = sys.argv[1:]
     source = FilesSource(FilesSettings({"train": [text]}, id_column="id"))
@@ -549,7 +549,7 @@ def test_u2581_is_counted(tokenizer, tmp_path):
 
 
 def test_sample_source_is_106_articles(tokenizer, tmp_path):
-    settings = PrepareSettings(SampleSource(), tokenizer, tmp_path / "dataset", engine=ProcessEngine(2))
+    settings = PrepareSettings(SampleArticles(), tokenizer, tmp_path / "dataset", engine=ProcessEngine(2))
     splits = prepare(settings).splits
     assert {name: info.documents for name, info in splits.items()} == {"train": 94, "valid": 6, "test": 6}
     assert splits["train"].source_bytes == 2_843_290

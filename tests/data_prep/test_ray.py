@@ -33,7 +33,7 @@ def cluster(monkeypatch):
 
 def test_a_cluster_gives_the_same_bytes_though_a_node_dies(cluster, tokenizer, tmp_path, monkeypatch):
     cluster, nodes = cluster
-    monkeypatch.setattr("data_prep.files.TASK_BYTES", 1000)  # many tasks
+    monkeypatch.setattr("data_prep.sources.files.TASK_BYTES", 1000)  # many tasks
     source = write_texts(tmp_path / "texts", TEXTS)
     settings = PrepareSettings(source, tokenizer, tmp_path / "one", chunk_tokens=512, chunks_per_shard=4)
     prepare(settings)

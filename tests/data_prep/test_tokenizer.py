@@ -1,4 +1,4 @@
-"""Tokenizers lose nothing, are the same every time, and their twin gives the same ids."""
+"""Tokenizers lose nothing, are the same every time, and their Hugging Face form gives the same ids."""
 
 from __future__ import annotations
 
@@ -14,10 +14,11 @@ import sentencepiece
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data_prep.documents import SampleSource
 from data_prep.errors import UserError
-from data_prep.files import FilesSettings, FilesSource
-from data_prep.tokenizer import (
+from data_prep.sources.files import FilesSettings, FilesSource
+from data_prep.sources.sample import SampleArticles
+from data_prep.tokenizers.hf_tokenizer import build_hf_tokenizer, differing_texts, tokenizer_files, write_tokenizer
+from data_prep.tokenizers.tokenizer import (
     SELF_TEST_TEXTS,
     SPACE_MARK,
     Tokenizer,
@@ -26,8 +27,7 @@ from data_prep.tokenizer import (
     train_tokenizer,
     vocabulary_advice,
 )
-from data_prep.train_tokenizer import make_tokenizer
-from data_prep.twin import build_twin, differing_texts, tokenizer_files, write_tokenizer
+from data_prep.tokenizers.train import make_tokenizer
 from tests.data_prep.conftest import sentences
 
 # Any text, and texts that are full of what breaks tokenizers.
@@ -72,12 +72,12 @@ def test_words_looked_up_are_sentencepieces_ids(tokenizer: Tokenizer, text: str)
 
 @settings(max_examples=300)
 @given(st.one_of(any_text, nasty_text))
-def test_twin_gives_the_same_ids_and_text(tokenizer: Tokenizer, text: str):
-    assert differing_texts(tokenizer, build_twin(tokenizer), [text]) == []
+def test_hf_tokenizer_gives_the_same_ids_and_text(tokenizer: Tokenizer, text: str):
+    assert differing_texts(tokenizer, build_hf_tokenizer(tokenizer), [text]) == []
 
 
-def test_real_text_survives_and_the_twin_agrees(real_text: Path, real_tokenizer: Tokenizer):
-    twin = build_twin(real_tokenizer)
+def test_real_text_survives_and_hf_tokenizer_agrees(real_text: Path, real_tokenizer: Tokenizer):
+    hf_tokenizer = build_hf_tokenizer(real_tokenizer)
     files = [*real_text.glob("wikitext/*.raw"), *real_text.glob("novels/*.txt"), real_text / "enwiki2019/valid.txt"]
     assert len(files) == 11
     for path in files:
@@ -88,7 +88,7 @@ def test_real_text_survives_and_the_twin_agrees(real_text: Path, real_tokenizer:
             where = f"{path}, 500 lines from {start}"
             assert ids.tolist() == real_tokenizer.processor.encode(text), where
             assert real_tokenizer.decode(ids) == text, where
-            assert twin.encode(text).ids == ids.tolist(), where
+            assert hf_tokenizer.encode(text).ids == ids.tolist(), where
             assert 0 not in ids, where
 
 
@@ -134,14 +134,14 @@ def test_auto_tokenizer_loads_the_folder_where_this_project_is_unknown(tokenizer
     ],
     ids=lambda options: ",".join(f"{k}={v}" for k, v in options.items() if LOSSLESS.get(k) != v) or "lossless",
 )
-def test_a_model_of_ones_own_keeps_its_ids_and_gets_an_exact_twin(options):
-    """Whatever the options, ids are those of sentencepiece itself, and so are the twin's."""
+def test_a_model_of_ones_own_keeps_its_ids_and_gets_an_exact_hf_tokenizer(options):
+    """Whatever the options, ids are those of sentencepiece itself, and so are those of its Hugging Face form."""
     given_model = trained(**options)
     texts = [*SELF_TEST_TEXTS, *sentences(5, 100), "a <sep> b nhrnhr nhr"]
     assert [given_model.encode(text).tolist() for text in texts] == [
         given_model.processor.encode(text) for text in texts
     ]
-    assert differing_texts(given_model, build_twin(given_model), texts) == []
+    assert differing_texts(given_model, build_hf_tokenizer(given_model), texts) == []
 
 
 def test_unigram_is_lossless_and_encodes_whole_documents():
@@ -169,7 +169,7 @@ def test_special_ids_are_fixed_and_text_never_gives_them(tokenizer: Tokenizer):
 
 
 def test_segments_of_long_texts_do_not_show(tokenizer: Tokenizer, monkeypatch):
-    monkeypatch.setattr("data_prep.tokenizer.SEGMENT_CHARACTERS", 50)
+    monkeypatch.setattr("data_prep.tokenizers.tokenizer.SEGMENT_CHARACTERS", 50)
     for text in [*sentences(7, 100), "x" * 500, " " * 500, "ab " * 200]:
         assert tokenizer.encode(text).tolist() == tokenizer.processor.encode(text)
 
@@ -244,7 +244,7 @@ def test_model_without_eos_is_refused():
 
 
 def test_word_models_are_refused():
-    with pytest.raises(UserError, match="of type 'word' has no Hugging Face twin; use bpe or unigram"):
+    with pytest.raises(UserError, match="of type 'word' has no Hugging Face form; use bpe or unigram"):
         tokenizer_files(trained(model_type="word", vocab_size=250, hard_vocab_limit=False))
 
 
@@ -305,7 +305,7 @@ def test_a_tokenizer_of_somebody_else_is_never_overwritten(tokenizer, tmp_path):
 def test_folder_with_other_files_is_refused(tmp_path):
     (tmp_path / "thesis.tex").write_text("all my work")
     with pytest.raises(UserError, match=r"holds other files \(thesis.tex\); choose a new or empty folder"):
-        list(make_tokenizer(SampleSource(), TokenizerSettings(300), tmp_path))
+        list(make_tokenizer(SampleArticles(), TokenizerSettings(300), tmp_path))
 
 
 def test_written_folder_loads_to_the_same_model(tokenizer, tmp_path):

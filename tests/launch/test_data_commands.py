@@ -6,15 +6,20 @@ import html
 import re
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any, ClassVar
 
 import pyarrow
 import pyarrow.parquet
 import pytest
 
 from data_prep import remote
-from data_prep.tokenizer import TokenizerSettings, train_tokenizer
-from data_prep.twin import write_tokenizer
+from data_prep.packing import START, Position
+from data_prep.sources.choice import SOURCES, Registered, SourceOptions
+from data_prep.sources.documents import BatchTask, Document, ReadCounts
+from data_prep.tokenizers.hf_tokenizer import write_tokenizer
+from data_prep.tokenizers.tokenizer import TokenizerSettings, train_tokenizer
 from launch.cli import main
 from tests.conftest import ROOT
 from tests.data_prep.conftest import sentences
@@ -44,6 +49,13 @@ PREPARE = ["prepare", "--tokenizer", "{place}/tokenizer", "--output", "{place}/n
         ([*PREPARE, *FILES, "--minimum-characters", "-3"], "minimum_characters is -3; it must be 0 or more"),
         ([*PREPARE, *FILES, "--workers", "0"], "workers is 0; it must be 1 to 1,024"),
         ([*PREPARE, *FILES, "--workers", "1000000"], "workers is 1000000; it must be 1 to 1,024"),
+        ([*PREPARE, "--source", "hub"], "--source hub needs --dataset ID, such as"),
+        ([*PREPARE, "--source", "books"], "--source books: unknown; it is one of sample, files, wikitext-103, hub"),
+        (
+            [*PREPARE, "--source", "wikitext-103", "--test-share", "0.1"],
+            "--test-share goes with --source files or hub, not with wikitext-103",
+        ),
+        ([*PREPARE, *FILES, "--dataset", "a/b"], "--dataset goes with --source hub, not with files"),
         ([*PREPARE, "--source", "files"], "no files named; give some with --path PATTERN"),
         ([*PREPARE, "--source", "files", "--path", ""], "no path; give a file, a folder, a pattern or a URL"),
         ([*PREPARE[:-1], "", *FILES], "'' names no folder; give one, or a URL"),
@@ -122,3 +134,48 @@ def test_a_parquet_column_of_integers_is_exit_code_2_every_time(place):
         )
         line = f"error: {file}: column 'text' holds int64, not text; name another with --text-column\n"
         assert (job.returncode, job.stderr) == (2, line)
+
+
+class Numbers:
+    """A source of a few documents, as another project would write it."""
+
+    name = "numbers"
+    takes: ClassVar = frozenset({"valid_share"})
+    notes: ClassVar[list[str]] = ["numbers have no end"]
+    settings: ClassVar[dict[str, Any]] = {"numbers": 50}
+    splits: ClassVar[list[str]] = ["train"]
+
+    @classmethod
+    def from_options(cls, options: SourceOptions) -> Numbers:
+        return cls()
+
+    def fingerprint(self) -> str:
+        return "fifty"
+
+    def changed(self, split: str) -> list[str]:
+        return []
+
+    def total_bytes(self, split: str) -> int | None:
+        return None
+
+    def tasks(self, split: str, start: Position = START) -> Iterator[BatchTask]:
+        batch = [Document(str(number), f"number {number}") for number in range(50)]
+        yield BatchTask(Position(0, 0), 500, batch, ReadCounts(rows=50), "numbers")
+
+
+def test_a_new_source_is_one_class_and_one_registration(place, tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(SOURCES, "numbers", Registered(f"{__name__}:Numbers", "the numbers"))
+    command = ["prepare", "--source", "numbers", "--tokenizer", f"{place}/tokenizer", "--output", f"{tmp_path}/d"]
+    assert main([*command, "--valid-share", "0", "--workers", "1"]) == 0
+    said = capsys.readouterr()
+    assert "note: numbers have no end" in said.out
+    assert "train: 50 documents" in said.out
+    assert main([*command, "--path", "x"]) == 2
+    assert "--path goes with --source files, not with numbers" in capsys.readouterr().err
+
+
+def test_the_sample_without_its_text_says_what_to_install(place, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("data_prep.sources.sample.find_spec", lambda name: None)
+    assert main(["prepare", "--tokenizer", f"{place}/tokenizer", "--output", f"{tmp_path}/d"]) == 2
+    line = "error: --source sample: its text is not installed; `pip install 'globallocal[sample]'`"
+    assert capsys.readouterr().err.startswith(line)

@@ -14,10 +14,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data_prep.errors import UserError
-from data_prep.files import FilesSettings, FilesSource
 from data_prep.manifest import check_shards, open_dataset
 from data_prep.prepare import PrepareSettings, prepare
-from data_prep.tokenizer import TokenizerSettings, train_tokenizer
+from data_prep.sources.files import FilesSettings, FilesSource
+from data_prep.tokenizers.tokenizer import TokenizerSettings, train_tokenizer
 from pipeline.data.loader import BatchLayout, BatchLoader
 from pipeline.data.samples import SampleSource
 from pipeline.data.token_stream import TokenStream

@@ -31,14 +31,15 @@ import pyarrow
 import pyarrow.parquet
 import zstandard
 
-from data_prep import hub, remote
-from data_prep.documents import Source
+from data_prep import remote
 from data_prep.errors import UserError
-from data_prep.files import FilesSettings, FilesSource
-from data_prep.hub import HubSettings, HubSource
 from data_prep.manifest import open_dataset
 from data_prep.prepare import PrepareSettings, prepare
-from data_prep.tokenizer import Tokenizer, TokenizerSettings, train_tokenizer
+from data_prep.sources import hub
+from data_prep.sources.documents import TextSource
+from data_prep.sources.files import FilesSettings, FilesSource
+from data_prep.sources.hub import HubSettings, HubSource
+from data_prep.tokenizers.tokenizer import Tokenizer, TokenizerSettings, train_tokenizer
 from data_prep.verify import documents_of, verify_dataset
 from launch.hosts.node import free_port
 from pipeline.data.remote import open_location
@@ -581,7 +582,7 @@ def prepare_case(case: Case, place: Path, tokenizer: Tokenizer) -> str | None:
     return prepared(source, place / "dataset", tokenizer, case.right)
 
 
-def prepared(source: Source, folder: Path, tokenizer: Tokenizer, right: Documents | None) -> str | None:
+def prepared(source: TextSource, folder: Path, tokenizer: Tokenizer, right: Documents | None) -> str | None:
     prepare(PrepareSettings(source, tokenizer, folder, chunk_tokens=1 << 16))
     if problems := verify_dataset(folder).problems:
         return f"a dataset that does not verify: {problems[0]}"

@@ -95,6 +95,18 @@ def find_files(paths: dict[str, list[str]]) -> tuple[dict[str, list[FoundFile]],
     return {split: _named(list(files.values())) for split, files in found.items()}, notes
 
 
+def paths_by_split(paths: list[str]) -> dict[str, list[str]]:
+    """Patterns by split: `valid=PATTERN` belongs to valid, `PATTERN` to train."""
+    splits: dict[str, list[str]] = {}
+    for path in paths:
+        split, equals, pattern = path.partition("=")
+        if equals and not os.path.lexists(path) and split in ("train", "valid", "test"):
+            splits.setdefault(split, []).append(pattern)
+        else:
+            splits.setdefault("train", []).append(path)
+    return splits
+
+
 def _named(files: list[FoundFile]) -> list[FoundFile]:
     """The files in the order of their names, which no two share."""
     parts = {file.url: PurePosixPath(_path(file.url)).parts for file in files}

@@ -1,11 +1,11 @@
-"""The tokenizer's Hugging Face twin: the same ids from `AutoTokenizer`, without sentencepiece.
+"""The Hugging Face form of a tokenizer: the same ids from `AutoTokenizer`, without sentencepiece.
 
 `tokenizer.json` is built from the model's pieces; before it is written, its ids are compared with
 sentencepiece's on texts that commonly tell the two apart.
 
 That holds for BPE. For unigram models the `tokenizers` library sums scores in another precision, so that it
 may choose another of two almost equally likely segmentations, and takes a literal "</s>" for the piece: such
-a twin is close, not exact, and `UNIGRAM_NOTE` says so.
+a form is close, not exact, and `UNIGRAM_NOTE` says so.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tok
 
 from data_prep.errors import UserError
 from data_prep.store import FolderStore
-from data_prep.tokenizer import (
+from data_prep.tokenizers.tokenizer import (
     MODEL_NAME,
     PIECE_NORMAL,
     PIECE_USER_DEFINED,
@@ -29,7 +29,7 @@ from data_prep.tokenizer import (
 )
 
 UNIGRAM_NOTE = (
-    "the Hugging Face twin of a unigram model is close, not exact: about one id in 100,000 may differ, and a "
+    "the Hugging Face form of a unigram model is close, not exact: about one id in 100,000 may differ, and a "
     'literal "</s>" in text becomes the special piece; --model-type bpe gives an exact one'
 )
 
@@ -44,14 +44,14 @@ def write_tokenizer(folder: Path, tokenizer: Tokenizer) -> None:
 def tokenizer_files(tokenizer: Tokenizer) -> dict[str, bytes]:
     """The files of a tokenizer folder, by name.
 
-    Raises UserError if the twin's ids would differ from sentencepiece's.
+    Raises UserError if its Hugging Face form's ids would differ from sentencepiece's.
     """
-    twin = build_twin(tokenizer)
+    hf_tokenizer = build_hf_tokenizer(tokenizer)
     exact = tokenizer.info.model_type == "bpe"
-    if exact and (different := differing_texts(tokenizer, twin, SELF_TEST_TEXTS)):
+    if exact and (different := differing_texts(tokenizer, hf_tokenizer, SELF_TEST_TEXTS)):
         shown = ", ".join(map(repr, different[:3]))
         raise UserError(
-            f"{tokenizer.where}: its Hugging Face twin would give other ids for {shown}; "
+            f"{tokenizer.where}: its Hugging Face form would give other ids for {shown}; "
             "use a tokenizer made by `globallocal tokenizer`"
         )
     config = {
@@ -63,7 +63,7 @@ def tokenizer_files(tokenizer: Tokenizer) -> dict[str, bytes]:
     }
     return {
         MODEL_NAME: tokenizer.model,
-        "tokenizer.json": twin.to_str(pretty=False).encode(),
+        "tokenizer.json": hf_tokenizer.to_str(pretty=False).encode(),
         "tokenizer_config.json": json.dumps(config, indent=2, ensure_ascii=False).encode() + b"\n",
     }
 
@@ -80,31 +80,31 @@ def special_tokens(tokenizer: Tokenizer) -> dict[str, str]:
     return {name: pieces[id].piece for name, id in ids.items() if id >= 0}
 
 
-def build_twin(tokenizer: Tokenizer) -> tokenizers.Tokenizer:
+def build_hf_tokenizer(tokenizer: Tokenizer) -> tokenizers.Tokenizer:
     """A `tokenizers` pipeline with the model's normalisation, pieces, merges and bytes.
 
     Raises UserError for models that are neither BPE nor unigram.
     """
     proto, spec = tokenizer.proto, tokenizer.proto.normalizer_spec
-    twin = tokenizers.Tokenizer(_model(tokenizer))
+    hf_tokenizer = tokenizers.Tokenizer(_model(tokenizer))
     steps: list[normalizers.Normalizer] = (
         [normalizers.Precompiled(spec.precompiled_charsmap)] if spec.precompiled_charsmap else []
     )
     if spec.remove_extra_whitespaces:
         steps += [normalizers.Replace(Regex(r"\A +| +\z"), ""), normalizers.Replace(Regex(" {2,}"), " ")]
     steps += [normalizers.Prepend(" ")] if spec.add_dummy_prefix else []
-    twin.normalizer = normalizers.Sequence([*steps, normalizers.Replace(" ", SPACE_MARK)])
+    hf_tokenizer.normalizer = normalizers.Sequence([*steps, normalizers.Replace(" ", SPACE_MARK)])
     if tokenizer.splits_at_spaces:  # cuts where no merge reaches across, which lets words be cached
-        twin.pre_tokenizer = pre_tokenizers.Split(SPACE_MARK, "merged_with_next")
+        hf_tokenizer.pre_tokenizer = pre_tokenizers.Split(SPACE_MARK, "merged_with_next")
     parts: list[decoders.Decoder] = [decoders.Replace(SPACE_MARK, " "), decoders.ByteFallback(), decoders.Fuse()]
     parts += [decoders.Strip(" ", 1, 0)] if spec.add_dummy_prefix else []
-    twin.decoder = decoders.Sequence(parts)
+    hf_tokenizer.decoder = decoders.Sequence(parts)
     # A piece with a space in it is never met: sentencepiece looks for pieces after spaces became marks.
     user_defined = [p.piece for p in proto.pieces if p.type == PIECE_USER_DEFINED and " " not in p.piece]
-    twin.add_tokens([AddedToken(piece, normalized=True) for piece in user_defined])
-    twin.add_special_tokens([AddedToken(piece, special=True) for piece in special_tokens(tokenizer).values()])
-    twin.encode_special_tokens = True
-    return twin
+    hf_tokenizer.add_tokens([AddedToken(piece, normalized=True) for piece in user_defined])
+    hf_tokenizer.add_special_tokens([AddedToken(piece, special=True) for piece in special_tokens(tokenizer).values()])
+    hf_tokenizer.encode_special_tokens = True
+    return hf_tokenizer
 
 
 def _model(tokenizer: Tokenizer) -> models.BPE | models.Unigram:
@@ -116,7 +116,7 @@ def _model(tokenizer: Tokenizer) -> models.BPE | models.Unigram:
         return models.Unigram(pieces, tokenizer.info.unk_token_id, byte_fallback)
     if kind != "bpe":
         raise UserError(
-            f"{tokenizer.where}: a sentencepiece model of type '{kind}' has no Hugging Face twin; use bpe or unigram"
+            f"{tokenizer.where}: a sentencepiece model of type '{kind}' has no Hugging Face form; use bpe or unigram"
         )
     vocabulary = {piece.piece: id for id, piece in enumerate(proto.pieces)}
     return models.BPE(
@@ -145,16 +145,18 @@ def merges(tokenizer: Tokenizer) -> list[tuple[str, str]]:
     return [(left, right) for _, _, left, right in rules]
 
 
-def differing_texts(tokenizer: Tokenizer, twin: tokenizers.Tokenizer, texts: Iterable[str]) -> list[str]:
-    """Those of `texts` for which ids or decoded text differ between sentencepiece and the twin.
+def differing_texts(tokenizer: Tokenizer, hf_tokenizer: tokenizers.Tokenizer, texts: Iterable[str]) -> list[str]:
+    """Those of `texts` for which ids or decoded text differ between sentencepiece and the Hugging Face form.
 
     Decoded unknown pieces are spelled differently by the two, and not compared.
     """
     different = []
     for text in texts:
         expected = tokenizer.processor.encode(text)
-        ids = twin.encode(text, add_special_tokens=False).ids
+        ids = hf_tokenizer.encode(text, add_special_tokens=False).ids
         readable = tokenizer.info.unk_token_id not in expected
-        if ids != expected or (readable and twin.decode(ids, skip_special_tokens=False) != tokenizer.decode(expected)):
+        if ids != expected or (
+            readable and hf_tokenizer.decode(ids, skip_special_tokens=False) != tokenizer.decode(expected)
+        ):
             different.append(text)
     return different

@@ -4,35 +4,33 @@ from __future__ import annotations
 
 import io
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from typing import IO, Any, Literal
+from typing import IO, Any, ClassVar
 
 import pyarrow
 import pyarrow.parquet
 
 from data_prep import remote
-from data_prep.documents import (
+from data_prep.errors import UserError
+from data_prep.packing import START, Position
+from data_prep.sources.choice import Separator, SourceOptions
+from data_prep.sources.documents import (
     TASK_BYTES,
     Document,
     ReadCounts,
     Selection,
     Task,
     batch_tasks,
-    join_articles,
     select,
+    share_problems,
 )
-from data_prep.errors import UserError
-from data_prep.find import FoundFile, find_files
-from data_prep.packing import START, Position
+from data_prep.sources.find import FoundFile, find_files, paths_by_split
+from data_prep.sources.text import beginning, columns_shown, decode_utf8, join_articles, row_document
 
 READ_BYTES = 1 << 18
 MAX_TASK_FILES = 64
-Separator = Literal["file", "blank-lines", "wikitext-headings"]
-BYTE_ORDER_MARK = b"\xef\xbb\xbf"
-UTF16_MARKS = (b"\xff\xfe", b"\xfe\xff", b"\0\0\xfe\xff")
-NUL_SHARE = 0.05  # of the first bytes of a file: more are UTF-16 without a mark, or no text at all
 
 
 @dataclass(frozen=True)
@@ -84,6 +82,20 @@ class FilesSource:
     """Text files by split. Raises UserError, with all problems at once, if a pattern matches nothing."""
 
     name = "files"
+    takes: ClassVar = frozenset({"path", "text_column", "id_column", "separator", "valid_share", "test_share"})
+
+    @classmethod
+    def from_options(cls, options: SourceOptions) -> FilesSource:
+        return cls(
+            FilesSettings(
+                paths_by_split(options.path),
+                options.text_column,
+                options.id_column,
+                options.separator,
+                options.valid_share,
+                options.test_share,
+            )
+        )
 
     def __init__(self, settings: FilesSettings) -> None:
         self._settings = settings
@@ -169,21 +181,6 @@ class FilesSource:
             first_row += group.num_rows
 
 
-def share_problems(valid_share: float, test_share: float) -> list[str]:
-    """One line each for shares that leave nothing to train on."""
-    problems = [
-        f"{name} is {share}; it must be 0 or more, and less than 1"
-        for name, share in (("valid_share", valid_share), ("test_share", test_share))
-        if not 0 <= share < 1
-    ]
-    if not problems and valid_share + test_share >= 1:
-        problems.append(
-            f"valid_share {valid_share} and test_share {test_share} leave nothing for train; together they must be "
-            "less than 1"
-        )
-    return problems
-
-
 def _group(files: list[FoundFile], separator: str) -> Iterator[list[FoundFile]]:
     """Whole small txt files together, everything else alone."""
     group: list[FoundFile] = []
@@ -199,41 +196,6 @@ def _group(files: list[FoundFile], separator: str) -> Iterator[list[FoundFile]]:
             group.append(file)
     if group:
         yield group
-
-
-def beginning(content: bytes, where: str) -> tuple[bytes, dict[str, int]]:
-    """The first bytes of a text file without a byte-order mark, which is counted.
-
-    Raises UserError for UTF-16 and for what is no text: read as UTF-8 it would be NULs and U+FFFD.
-    """
-    head = content[:4096]
-    if head.startswith(UTF16_MARKS) or head.count(0) > NUL_SHARE * len(head):
-        raise UserError(
-            f"{where}: not UTF-8 (UTF-16, or no text at all); write it as UTF-8, for example with "
-            "`iconv -f UTF-16 -t UTF-8`, or leave it out"
-        )
-    if content.startswith(BYTE_ORDER_MARK):
-        return content[len(BYTE_ORDER_MARK) :], {"byte_order_mark": 1}
-    return content, {}
-
-
-def decode_utf8(content: bytes) -> tuple[str, dict[str, int]]:
-    """Text of bytes. What is not UTF-8 becomes U+FFFD, and is counted as `invalid_utf8`."""
-    try:
-        return content.decode(), {}
-    except UnicodeDecodeError:
-        text = content.decode("utf-8", "replace")
-        genuine = content.count("\ufffd".encode())
-        return text, {"invalid_utf8": text.count("\ufffd") - genuine}
-
-
-def repair_surrogates(text: str) -> tuple[str, dict[str, int]]:
-    """JSON may spell half a surrogate pair, which is no character: it becomes U+FFFD, and is counted."""
-    if text.isascii():
-        return text, {}
-    whole = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-    replaced = whole.count("\ufffd") - text.count("\ufffd")
-    return whole, {"lone_surrogate": replaced} if replaced else {}
 
 
 @dataclass(frozen=True)
@@ -360,37 +322,6 @@ def _json_documents(
             raise UserError(f"{where}: {type(row).__name__}, expected an object; repair the line")
         id = f"{file.name}:{begin}"
         yield row_document(row, settings.text_column, settings.id_column, id, where, {**mark, **changed})
-
-
-def row_document(
-    row: dict[str, Any], text_column: str, id_column: str | None, id: str, where: str, changed: dict[str, int]
-) -> Document | None:
-    """The document of a row, or None where the text is null; `id` serves where there is no id column.
-
-    Raises UserError if a column is missing or the text is no string.
-    """
-    for column in (text_column, id_column):
-        if column is not None and column not in row:
-            raise UserError(f"{where}: no column '{column}'; it has {columns_shown(row)}")
-    text = row[text_column]
-    if text is None:
-        return None
-    if isinstance(text, bytes):
-        text, changed = decode_utf8(text)
-    if not isinstance(text, str):
-        raise UserError(
-            f"{where}: column '{text_column}' holds {type(text).__name__}, not text; name another with --text-column"
-        )
-    text, more = repair_surrogates(text)
-    id = id if id_column is None else repair_surrogates(str(row[id_column]))[0]
-    return Document(id, text, {**changed, **more})
-
-
-def columns_shown(columns: Iterable[Any]) -> str:
-    """The names of columns, in one line."""
-    names = list(map(str, columns))
-    more = f" and {len(names) - 20} more" if len(names) > 20 else ""
-    return ", ".join(name if len(name) <= 40 else name[:40] + "…" for name in names[:20]) + more or "none"
 
 
 @contextmanager

@@ -12,10 +12,11 @@ from dataclasses import asdict, dataclass
 from functools import cache, cached_property
 from typing import Any, ClassVar
 
-from data_prep.documents import Document, ReadCounts, Selection, Task, batch_tasks, join_articles, select
 from data_prep.errors import UserError
-from data_prep.files import row_document, share_problems
 from data_prep.packing import START, Position
+from data_prep.sources.choice import SourceOptions
+from data_prep.sources.documents import Document, ReadCounts, Selection, Task, batch_tasks, select, share_problems
+from data_prep.sources.text import join_articles, row_document
 
 # Waits between attempts; a row that arrives starts them anew. Within each attempt the libraries below
 # retry single requests, for some two minutes.
@@ -53,6 +54,25 @@ class HubSource:
     """A dataset of the hub, streamed row by row; a row is a document."""
 
     name = "hub"
+    takes: ClassVar = frozenset(
+        {"dataset", "config", "revision", "text_column", "id_column", "valid_share", "test_share"}
+    )
+
+    @classmethod
+    def from_options(cls, options: SourceOptions) -> HubSource:
+        if not options.dataset:
+            raise UserError("--source hub needs --dataset ID, such as --dataset Salesforce/wikitext")
+        return cls(
+            HubSettings(
+                options.dataset,
+                options.config,
+                options.revision,
+                options.text_column,
+                options.id_column,
+                options.valid_share,
+                options.test_share,
+            )
+        )
 
     def __init__(self, settings: HubSettings) -> None:
         if problems := share_problems(settings.valid_share, settings.test_share):
@@ -235,9 +255,14 @@ class WikitextSource(HubSource):
     """
 
     name = "wikitext-103"
+    takes: ClassVar = frozenset[str]()
     REVISION = "b08601e04326c79dfdd32d625aee71d232d685c3"
     ROWS: ClassVar = {"train": 1_801_350, "valid": 3_760, "test": 4_358}
     ROW_BYTES: ClassVar = {"train": 539_295_549, "valid": 1_144_248, "test": 1_287_656}
+
+    @classmethod
+    def from_options(cls, options: SourceOptions) -> WikitextSource:
+        return cls()
 
     def __init__(self) -> None:
         super().__init__(HubSettings("Salesforce/wikitext", "wikitext-103-raw-v1", self.REVISION))

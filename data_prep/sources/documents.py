@@ -1,4 +1,4 @@
-"""Sources: where documents come from.
+"""Documents, and the tasks and sources that give them.
 
 A source lists `Task`s: small, picklable pieces of work, each of which yields a run of the split's documents
 wherever it is executed. The tasks of a split, and so its documents and their order, depend on the text alone.
@@ -6,21 +6,14 @@ wherever it is executed. The tasks of a split, and so its documents and their or
 
 from __future__ import annotations
 
-import bz2
 import hashlib
-import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
-from functools import cached_property
-from importlib.util import find_spec
-from itertools import chain
-from pathlib import Path
 from typing import Any, Protocol
 
-from data_prep.errors import UserError
 from data_prep.packing import START, Position
 
-TASK_BYTES = 1 << 20  # text a task: large enough to hide its overhead, small enough to keep workers even
+TASK_BYTES = 1 << 20  # of text per task: large enough to hide its overhead, small enough to keep workers even
 
 
 @dataclass(frozen=True)
@@ -69,8 +62,8 @@ class Task(Protocol):
         ...
 
 
-class Source(Protocol):
-    """Text by split."""
+class TextSource(Protocol):
+    """A place that text comes from, by split."""
 
     name: str
 
@@ -104,7 +97,7 @@ class Source(Protocol):
         ...
 
 
-def read_documents(source: Source, split: str) -> Iterator[Document]:
+def read_documents(source: TextSource, split: str) -> Iterator[Document]:
     """All documents of a split, in order, in this process."""
     for task in source.tasks(split):
         yield from task.documents(ReadCounts())
@@ -200,116 +193,16 @@ def batch_tasks(
         yield close()
 
 
-class SampleSource:
-    """The 106 real Wikipedia articles that the pinned gensim package ships as test data.
-
-    Every 18th article from the 6th on is validation text, every 18th from the 15th on test text: 94, 6
-    and 6 articles.
-    """
-
-    name = "sample"
-    notes: list[str] = []  # noqa: RUF012
-    FILE = "enwiki-latest-pages-articles1.xml-p000000010p000030302-shortened.bz2"
-    SHA256 = "a53f4648dec40467ebdcbc7a1307eddb51fe6e28e9309f6ebde81ba0d04bea2d"
-    PERIOD, VALID, TEST = 18, 5, 14
-
-    def __init__(self) -> None:
-        package = find_spec("gensim")  # found, not imported: that takes seconds
-        if package is None or package.origin is None:
-            raise UserError("the sample text is not installed; `pip install gensim==4.4.0` brings it")
-        self._path = Path(package.origin).parent / "test" / "test_data" / self.FILE
-
-    @property
-    def settings(self) -> dict[str, Any]:
-        return {"articles": "gensim 4.4.0 test data", "sha256": self.SHA256}
-
-    @property
-    def splits(self) -> list[str]:
-        return ["train", "valid", "test"]
-
-    def fingerprint(self) -> str:
-        if not self._path.is_file():
-            raise UserError(f"{self._path}: missing; install the sample text with `pip install gensim==4.4.0`")
-        sha256 = hashlib.sha256(self._path.read_bytes()).hexdigest()
-        if sha256 != self.SHA256:
-            raise UserError(
-                f"{self._path}: sha256 {sha256[:16]}…, expected {self.SHA256[:16]}…; "
-                "install the sample text with `pip install gensim==4.4.0`"
-            )
-        return sha256
-
-    def changed(self, split: str) -> list[str]:
-        return []
-
-    def total_bytes(self, split: str) -> int | None:
-        return sum(task.source_bytes for task in self.tasks(split))
-
-    def tasks(self, split: str, start: Position = START) -> Iterator[Task]:
-        for number, (title, markup) in enumerate(self._articles):
-            position = Position(0, number)
-            if self._split_of(number) == split and position >= start:
-                yield SampleTask(position, len(markup), title, markup)
-
-    def _split_of(self, number: int) -> str:
-        return {self.VALID: "valid", self.TEST: "test"}.get(number % self.PERIOD, "train")
-
-    @cached_property
-    def _articles(self) -> list[tuple[str, str]]:
-        from gensim.corpora import wikicorpus
-
-        with bz2.open(self._path) as file:
-            pages = wikicorpus.extract_pages(file, filter_namespaces=("0",))
-            return [(title, text) for title, text, _ in pages if text and not text.upper().startswith("#RED")]
-
-
-@dataclass(frozen=True)
-class SampleTask:
-    """One article's wiki markup, made plain text where the task runs."""
-
-    position: Position
-    source_bytes: int
-    title: str
-    markup: str
-
-    @property
-    def name(self) -> str:
-        return self.title
-
-    def documents(self, counts: ReadCounts) -> Iterator[Document]:
-        from gensim.corpora import wikicorpus
-
-        counts.rows += 1
-        text = wikicorpus.filter_wiki(self.markup)
-        text = re.sub(r"'{2,}", "", text)  # marks of bold and italic type
-        text = re.sub(r"[ \t]+\n", "\n", text)
-        text = re.sub(r"\n{3,}", "\n\n", text).strip()
-        yield Document(self.title, f"{self.title}\n\n{text}\n")
-
-
-HEADING = re.compile(r" = ([^=].*[^=]|[^=]) = \n")
-
-
-def join_articles(lines: Iterable[str]) -> Iterator[tuple[str, str]]:
-    """(title, text) of each article of a wikitext file; the texts joined are the file.
-
-    An article begins at a line ` = Title = ` between two blank ones: body text has such lines too, but
-    not between blank lines. What stands before the first heading goes with the first article.
-    """
-    title = ""
-    article: list[str] = []
-    before = " \n"
-    line: str | None = None
-    headed = False
-    for after in chain(lines, [None]):
-        if line is not None:
-            heading = HEADING.fullmatch(line)
-            if heading and not before.strip() and not (after or "").strip():
-                if headed:
-                    yield title, "".join(article)
-                    article = []
-                title, headed = heading[1], True
-            article.append(line)
-            before = line
-        line = after
-    if article:
-        yield title, "".join(article)
+def share_problems(valid_share: float, test_share: float) -> list[str]:
+    """One line each for shares that leave nothing to train on."""
+    problems = [
+        f"{name} is {share}; it must be 0 or more, and less than 1"
+        for name, share in (("valid_share", valid_share), ("test_share", test_share))
+        if not 0 <= share < 1
+    ]
+    if not problems and valid_share + test_share >= 1:
+        problems.append(
+            f"valid_share {valid_share} and test_share {test_share} leave nothing for train; together they must be "
+            "less than 1"
+        )
+    return problems

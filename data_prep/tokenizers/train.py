@@ -1,4 +1,4 @@
-"""A tokenizer folder from a source: trained, tested, written with its twin, and reused by the same command."""
+"""A tokenizer folder from a source: trained, tested, written for both libraries, reused by the same command."""
 
 from __future__ import annotations
 
@@ -10,11 +10,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from data_prep.documents import Source, read_documents
 from data_prep.engines import ProcessEngine
 from data_prep.errors import UserError
+from data_prep.sources.documents import TextSource, read_documents
 from data_prep.store import FolderStore, explained_write_errors, sync_folder
-from data_prep.tokenizer import (
+from data_prep.tokenizers.hf_tokenizer import UNIGRAM_NOTE, tokenizer_files
+from data_prep.tokenizers.tokenizer import (
     Tokenizer,
     TokenizerSettings,
     load_tokenizer,
@@ -22,12 +23,11 @@ from data_prep.tokenizer import (
     training_lines,
     vocabulary_advice,
 )
-from data_prep.twin import UNIGRAM_NOTE, tokenizer_files
 
 RECORD_NAME = "training.json"  # what the tokenizer was trained on
 
 
-def make_tokenizer(source: Source, settings: TokenizerSettings, output: Path) -> Iterator[str]:
+def make_tokenizer(source: TextSource, settings: TokenizerSettings, output: Path) -> Iterator[str]:
     """Trains and writes a tokenizer folder, or finds it there; yields lines to show.
 
     The work is done in a process of its own, which Ctrl-C ends whatever it is at.
@@ -74,7 +74,7 @@ def _write(folder: Path, files: dict[str, bytes]) -> None:
         sync_folder(folder.parent)
 
 
-def _described(source: Source) -> dict[str, Any]:
+def _described(source: TextSource) -> dict[str, Any]:
     return {"name": source.name, "settings": source.settings, "fingerprint": source.fingerprint()}
 
 
@@ -112,7 +112,7 @@ class _Job:
     settings: TokenizerSettings
     train: bool
 
-    def __call__(self, source: Source) -> _Done:
+    def __call__(self, source: TextSource) -> _Done:
         sha256 = hashlib.sha256()
         trained_bytes = 0
 

@@ -1,0 +1,1 @@
+"""Tokenizers: trained, loaded, checked, and written in the form that Hugging Face loads."""
