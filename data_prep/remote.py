@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import errno
 import hashlib
-import io
 import logging
 import os
 import random
@@ -20,6 +19,7 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
+from data_prep import retries
 from data_prep.errors import UserError
 
 _log = logging.getLogger(__name__)
@@ -30,7 +30,7 @@ _ATTEMPTS = 8  # in a row without a byte of progress: with the delays below, abo
 _FIRST_DELAY_SECONDS = 0.5
 _LONGEST_DELAY_SECONDS = 30.0
 _TIMEOUT_SECONDS = 30  # to connect, and between two bytes of an answer
-_SLOW_SECONDS, _SLOWEST_BYTES = 60, 1024  # after so long, an answer must have brought so much a second
+_SLOW_SECONDS, _SLOWEST_BYTES = 60, 1024  # after so long, an answer must have brought so much per second
 _SKIPPED_BYTES = 64 << 20  # of a server that ignores ranges, at most so much is read to get at what was asked for
 
 T = TypeVar("T")
@@ -134,15 +134,6 @@ def state_of(entry: dict[str, Any]) -> FileState:
     return FileState(entry["size"], str(mark))
 
 
-def open_file(url: str, num_bytes: int, ahead: int | None = None) -> io.BufferedReader:
-    """A file of known size to read and seek in; raises as `download`, while it is read.
-
-    Args:
-        ahead: how many bytes to ask for at once; None where all of it will be read from front to back.
-    """
-    return io.BufferedReader(_RemoteFile(url, num_bytes, ahead), min(BLOCK_BYTES, ahead or BLOCK_BYTES))
-
-
 def stream(url: str, start: int, stop: int, num_bytes: int) -> Iterator[bytes]:
     """Bytes [start, stop) of a file of `num_bytes`, as they arrive; raises as `download`."""
     first, failures = start, 0
@@ -162,47 +153,6 @@ def stream(url: str, start: int, stop: int, num_bytes: int) -> Iterator[bytes]:
             _wait(url, short if beyond else error, failures)
 
 
-class _RemoteFile(io.RawIOBase):
-    """A file at a URL: what is read in a row comes from one request."""
-
-    def __init__(self, url: str, num_bytes: int, ahead: int | None) -> None:
-        self._url, self._num_bytes, self._ahead = url, num_bytes, ahead
-        self._at = 0
-        self._blocks: Iterator[bytes] = iter(())
-        self._rest = memoryview(b"")
-
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def tell(self) -> int:
-        return self._at
-
-    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        place = offset + {io.SEEK_SET: 0, io.SEEK_CUR: self._at, io.SEEK_END: self._num_bytes}[whence]
-        if place != self._at:
-            self._at, self._rest, self._blocks = place, memoryview(b""), iter(())
-        return place
-
-    def readinto(self, buffer: Any) -> int:
-        wanted = min(len(buffer), self._num_bytes - self._at)
-        if wanted <= 0:
-            return 0
-        if not self._rest and not (block := next(self._blocks, b"")):
-            ahead = self._num_bytes if self._ahead is None else max(self._ahead, wanted)
-            stop = min(self._at + ahead, self._num_bytes)
-            self._blocks = stream(self._url, self._at, stop, self._num_bytes)
-            block = next(self._blocks)
-        if not self._rest:
-            self._rest = memoryview(block)
-        taken = self._rest[:wanted]
-        buffer[: len(taken)] = taken
-        self._rest, self._at = self._rest[len(taken) :], self._at + len(taken)
-        return len(taken)
-
-
 def _write(url: str, descriptor: int, block: bytes, offset: int) -> None:
     view = memoryview(block)
     try:
@@ -214,16 +164,8 @@ def _write(url: str, descriptor: int, block: bytes, offset: int) -> None:
 
 
 def retried(url: str, request: Callable[[], T]) -> T:
-    """What a request gives, asked again while its faults may pass."""
-    failures = 0
-    while True:
-        try:
-            return request()
-        except UserError:
-            raise
-        except Exception as error:  # every storage client has exceptions of its own
-            failures += 1
-            _wait(url, error, failures)
+    """What a request for a URL gives, made again while its faults may pass."""
+    return retries.retried(request, lambda error, failures: _wait(url, error, failures))
 
 
 def _wait(url: str, error: Exception, failures: int) -> None:

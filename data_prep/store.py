@@ -8,14 +8,15 @@ journal line. As equal settings give equal bytes, neither can spoil what the oth
 from __future__ import annotations
 
 import errno
-import fcntl
 import os
 import secrets
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, Any, Protocol
+from typing import Any, Protocol
+
+from filelock import FileLock, Timeout
 
 from data_prep import remote
 from data_prep.errors import UserError
@@ -83,25 +84,23 @@ class FolderStore:
     def __init__(self, folder: Path) -> None:
         self.where = str(folder)
         self._folder = folder
-        self._lock: IO[str] | None = None
+        self._lock = FileLock(folder / WORK_FOLDER / "lock")
 
     def lock(self) -> None:
         work = self._folder / WORK_FOLDER
         with explained_write_errors(work):
             work.mkdir(parents=True, exist_ok=True)
-            self._lock = open(work / "lock", "w")  # noqa: SIM115  held until unlock()
             sync_folder(self._folder)
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            self.unlock()
-            raise UserError(
-                f"{self.where}: another preparation is writing into this folder; wait for it, or choose another folder"
-            ) from None
+            try:
+                self._lock.acquire(blocking=False)
+            except Timeout:
+                raise UserError(
+                    f"{self.where}: another preparation is writing into this folder; wait for it, or "
+                    "choose another folder"
+                ) from None
 
     def unlock(self) -> None:
-        if self._lock:
-            self._lock.close()
+        self._lock.release()
 
     def publish(self, name: str, content: bytes) -> None:
         path = self._folder / name

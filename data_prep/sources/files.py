@@ -12,7 +12,7 @@ from typing import IO, Any, ClassVar
 import pyarrow
 import pyarrow.parquet
 
-from data_prep import remote
+from data_prep import remote_file
 from data_prep.errors import UserError
 from data_prep.packing import START, Position
 from data_prep.sources.choice import Separator, SourceOptions
@@ -60,10 +60,10 @@ def opened(file: FoundFile, ahead: int | None = None) -> Iterator[IO[bytes]]:
     """A file's bytes, decompressed; whatever goes wrong while reading them is a UserError.
 
     Args:
-        ahead: see `remote.open_file`.
+        ahead: see `remote_file.open_file`.
     """
     try:
-        with remote.open_file(file.url, file.size, ahead) if file.remote else open(file.url, "rb") as raw:
+        with remote_file.open_file(file.url, file.size, ahead) if file.remote else open(file.url, "rb") as raw:
             if file.compression:  # pyarrow, unlike others, tells a cut stream from a whole one
                 stream = pyarrow.CompressedInputStream(pyarrow.PythonFile(raw, "r"), file.compression)
                 yield io.BufferedReader(stream, READ_BYTES)

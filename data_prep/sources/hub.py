@@ -7,13 +7,14 @@ import logging
 import os
 import re
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from functools import cache, cached_property
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
 from data_prep.errors import UserError
 from data_prep.packing import START, Position
+from data_prep.retries import retried
 from data_prep.sources.choice import SourceOptions
 from data_prep.sources.documents import Document, ReadCounts, Selection, Task, batch_tasks, select, share_problems
 from data_prep.sources.text import join_articles, row_document
@@ -25,6 +26,7 @@ TIMEOUT_SECONDS = 30.0  # to connect, and between two bytes of an answer
 WORDS_REPLACED = re.compile(r"wikitext-(2|103)-v1")  # WikiText's tokens: rare words are `<unk>`
 
 _log = logging.getLogger(__name__)
+T = TypeVar("T")
 SPLIT_NAMES = {"validation": "valid", "dev": "valid"}
 SPLIT_ORDER = ["train", "valid", "test"]
 
@@ -94,7 +96,7 @@ class HubSource:
 
         wanted = self._settings.revision
         info = _retried(lambda: HfApi().dataset_info(self._settings.dataset, revision=wanted), self._where)
-        return info.id or self._settings.dataset, info.sha
+        return info.id or self._settings.dataset, info.sha or ""
 
     @property
     def _dataset(self) -> str:
@@ -201,16 +203,8 @@ def bound_waits() -> None:
     huggingface_hub.set_client_factory(client)
 
 
-def _retried(call: Any, where: str) -> Any:
-    failures = 0
-    while True:
-        try:
-            return call()
-        except UserError:
-            raise
-        except Exception as error:
-            failures += 1
-            _wait_or_refuse(where, error, failures)
+def _retried(call: Callable[[], T], where: str) -> T:
+    return retried(call, lambda error, failures: _wait_or_refuse(where, error, failures))
 
 
 def _garbled() -> tuple[type[Exception], ...]:

@@ -174,8 +174,9 @@ def prepare(
     """
     from data_prep.encode import Filters
     from data_prep.errors import interruptible
-    from data_prep.prepare import PrepareSettings, finished
+    from data_prep.prepare import finished
     from data_prep.prepare import prepare as run
+    from data_prep.prepare_settings import PrepareSettings
     from data_prep.tokenizers.tokenizer import load_tokenizer
     from launch.commands.progress import PrepareReporter
 

@@ -8,7 +8,7 @@ from types import TracebackType
 
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-from data_prep.prepare import PrepareProgress
+from data_prep.prepare_settings import PrepareProgress
 
 LINE_SECONDS = 10
 

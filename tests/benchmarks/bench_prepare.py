@@ -22,7 +22,8 @@ from typing import Any
 
 from data_prep.engines import ProcessEngine
 from data_prep.manifest import open_dataset
-from data_prep.prepare import PrepareSettings, prepare
+from data_prep.prepare import prepare
+from data_prep.prepare_settings import PrepareSettings
 from data_prep.sources.files import FilesSettings, FilesSource
 from data_prep.tokenizers.tokenizer import Tokenizer, TokenizerSettings, train_tokenizer
 from tests.benchmarks.peers import PEERS, ask, peer, peer_environment, versions

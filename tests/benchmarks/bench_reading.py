@@ -24,7 +24,7 @@ import numpy as np
 import torch
 
 from data_prep.manifest import Dataset, open_dataset
-from data_prep.prepare import CHUNK_TOKENS, CHUNKS_PER_SHARD
+from data_prep.prepare_settings import CHUNK_TOKENS, CHUNKS_PER_SHARD
 from model.configuration_globallocal import GlobalLocalConfig
 from model.modeling_globallocal import GlobalLocalForCausalLM
 from pipeline.data.loader import BatchLayout, BatchLoader

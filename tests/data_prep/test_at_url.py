@@ -15,7 +15,8 @@ import pytest
 from data_prep import remote
 from data_prep.errors import UserError
 from data_prep.manifest import opened
-from data_prep.prepare import PrepareSettings, prepare
+from data_prep.prepare import prepare
+from data_prep.prepare_settings import PrepareSettings
 from data_prep.report import show_document
 from data_prep.verify import verify_dataset
 from launch.cli import main

@@ -17,7 +17,8 @@ import pytest
 from transformers import PreTrainedTokenizerFast, TextStreamer
 
 from data_prep.manifest import open_dataset
-from data_prep.prepare import PrepareSettings, prepare
+from data_prep.prepare import prepare
+from data_prep.prepare_settings import PrepareSettings
 from data_prep.sources.files import FilesSettings, FilesSource
 from data_prep.tokenizers.hf_tokenizer import build_hf_tokenizer, write_tokenizer
 from data_prep.tokenizers.tokenizer import Tokenizer, TokenizerSettings, train_tokenizer
@@ -94,7 +95,8 @@ def test_a_thousand_short_documents_lose_less_than_one_sequence(tmp_path: Path) 
 LARGE = """
 import resource, sys
 from data_prep.sources.files import FilesSettings, FilesSource
-from data_prep.prepare import PrepareSettings, prepare
+from data_prep.prepare import prepare
+from data_prep.prepare_settings import PrepareSettings
 from data_prep.tokenizers.tokenizer import load_tokenizer
 folder = sys.argv[1]
 source = FilesSource(FilesSettings({"train": [f"{folder}/large.txt", f"{folder}/small.txt"]}))

@@ -22,7 +22,8 @@ import pytest
 
 from data_prep.manifest import open_dataset
 from data_prep.packing import START, Position
-from data_prep.prepare import PrepareSettings, prepare
+from data_prep.prepare import prepare
+from data_prep.prepare_settings import PrepareSettings
 from data_prep.sources.documents import BatchTask, Document, ReadCounts
 from data_prep.sources.hub import HubSettings, HubSource, WikitextSource
 from data_prep.sources.text import join_articles
@@ -46,7 +47,8 @@ PROGRAM = """
 import sys, time
 from data_prep.sources import hub
 from data_prep.errors import UserError
-from data_prep.prepare import PrepareSettings, prepare
+from data_prep.prepare import prepare
+from data_prep.prepare_settings import PrepareSettings
 from data_prep.tokenizers.tokenizer import load_tokenizer
 
 sleep = time.sleep

@@ -11,7 +11,8 @@ import pytest
 
 from data_prep.errors import UserError
 from data_prep.manifest import check_shards, open_dataset
-from data_prep.prepare import PrepareSettings, prepare
+from data_prep.prepare import prepare
+from data_prep.prepare_settings import PrepareSettings
 from data_prep.sources.files import FilesSettings, FilesSource
 from data_prep.tokenizers.hf_tokenizer import merges, tokenizer_files
 from data_prep.tokenizers.tokenizer import TokenizerSettings, train_tokenizer

@@ -22,7 +22,8 @@ from data_prep.encode import Filters
 from data_prep.engines import InProcess, ProcessEngine
 from data_prep.errors import UserError
 from data_prep.manifest import canonical_json, open_dataset
-from data_prep.prepare import PrepareSettings, prepare
+from data_prep.prepare import prepare
+from data_prep.prepare_settings import PrepareSettings
 from data_prep.sources.files import FilesSettings, FilesSource
 from data_prep.sources.sample import SampleArticles
 from data_prep.store import FolderStore
@@ -201,7 +202,8 @@ import sys
 from pathlib import Path
 from data_prep.engines import InProcess, ProcessEngine
 from data_prep.sources.files import FilesSettings, FilesSource
-from data_prep.prepare import PrepareSettings, prepare
+from data_prep.prepare import prepare
+from data_prep.prepare_settings import PrepareSettings
 from data_prep.tokenizers.tokenizer import load_tokenizer
 if __name__ == "__main__":
     text, tokenizer, output, workers = sys.argv[1:]

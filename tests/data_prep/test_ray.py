@@ -7,7 +7,8 @@ from dataclasses import replace
 import pytest
 
 from data_prep.errors import UserError
-from data_prep.prepare import PrepareSettings, prepare
+from data_prep.prepare import prepare
+from data_prep.prepare_settings import PrepareSettings
 from data_prep.ray_engine import RayEngine
 from tests.data_prep.conftest import folder_bytes, sentences, write_texts
 

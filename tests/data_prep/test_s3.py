@@ -13,7 +13,8 @@ from pathlib import Path
 import pytest
 
 from data_prep.errors import UserError
-from data_prep.prepare import PrepareSettings, prepare
+from data_prep.prepare import prepare
+from data_prep.prepare_settings import PrepareSettings
 from data_prep.sources.files import FilesSettings, FilesSource
 from data_prep.store import open_store
 from tests.data_prep.conftest import folder_bytes, sentences, write_texts

@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 
 from data_prep.errors import UserError
 from data_prep.manifest import check_shards, open_dataset
-from data_prep.prepare import PrepareSettings, prepare
+from data_prep.prepare import prepare
+from data_prep.prepare_settings import PrepareSettings
 from data_prep.sources.files import FilesSettings, FilesSource
 from data_prep.tokenizers.tokenizer import TokenizerSettings, train_tokenizer
 from pipeline.data.loader import BatchLayout, BatchLoader

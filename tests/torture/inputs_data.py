@@ -34,7 +34,8 @@ import zstandard
 from data_prep import remote
 from data_prep.errors import UserError
 from data_prep.manifest import open_dataset
-from data_prep.prepare import PrepareSettings, prepare
+from data_prep.prepare import prepare
+from data_prep.prepare_settings import PrepareSettings
 from data_prep.sources import hub
 from data_prep.sources.documents import TextSource
 from data_prep.sources.files import FilesSettings, FilesSource
