@@ -14,13 +14,14 @@ import torch
 from data_prep.errors import UserError
 from model.configuration_globallocal import GlobalLocalConfig
 from pipeline.checkpoints.folder import nearest_checkpoints
-from pipeline.config import RunConfig, short, warmup_problem
+from pipeline.config import RunConfig, warmup_problem
 from pipeline.data.corpus import Corpus, open_corpus
 from pipeline.data.loader import BatchLayout
 from pipeline.data.samples import Source
 from pipeline.engine.compilation import resolve_compile
 from pipeline.engine.engine import check_machine, deepspeed_config, has_bf16, zero_stage
 from pipeline.export.load import build_model_config
+from pipeline.settings.section import short
 
 Part = TypeVar("Part")
 

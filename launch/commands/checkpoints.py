@@ -16,7 +16,7 @@ import typer
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from pipeline.config import Retention
+    from pipeline.settings.sections import Retention
 
 RunPath = Annotated[Path, typer.Argument(help="A run folder (or its checkpoints/, or one checkpoint).")]
 LINE_SECONDS = 10

@@ -45,10 +45,11 @@ def evaluate(
     """
     from data_prep.errors import UserError
     from data_prep.manifest import hash_file
-    from pipeline.config import DataSection, validate
+    from pipeline.config import validate
     from pipeline.data.corpus import open_corpus
     from pipeline.evaluate import held_out
     from pipeline.export.load import best_device, load_model
+    from pipeline.settings.sections import DataSection
 
     loaded = load_model(path)
     if dataset is not None:

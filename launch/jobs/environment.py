@@ -13,7 +13,7 @@ from data_prep.errors import UserError
 from launch.hosts import node
 from launch.jobs.command import Job, cpu_environment, deepspeed_program
 from launch.jobs.session import TRAIN_PROGRAM
-from pipeline.config import find_run_file
+from pipeline.settings.shipped import find_run_file
 
 DEFAULT_PORT = 29500
 KEEP_ALIVE = "-o BatchMode=yes -o ServerAliveInterval=5 -o ServerAliveCountMax=4"

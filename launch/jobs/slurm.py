@@ -23,7 +23,7 @@ from data_prep.errors import UserError
 from launch.hosts import node
 from launch.jobs import environment as cluster
 from launch.jobs.session import TRAIN_PROGRAM, grace_seconds
-from pipeline.config import find_run_file
+from pipeline.settings.shipped import find_run_file
 
 if TYPE_CHECKING:
     from pipeline.config import RunConfig

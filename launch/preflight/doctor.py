@@ -27,9 +27,10 @@ from launch.jobs.local import LocalRun, local_devices
 from launch.jobs.session import Launch, run_session
 from launch.preflight.estimate import Machine, estimate, gibibytes
 from pipeline.checkpoints.space import checkpoint_bytes, free_bytes, readable, retained, start_problems
-from pipeline.config import DEFAULT_CACHE_FOLDER, RunConfig, load_config
+from pipeline.config import RunConfig, load_config
 from pipeline.data.corpus import Corpus, open_corpus
 from pipeline.data.loader import BatchLayout
+from pipeline.settings.sections import DEFAULT_CACHE_FOLDER
 
 Level = Literal["ok", "warning", "problem"]
 TRACKING_SECONDS = 30

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from data_prep.errors import UserError
 from pipeline.checkpoints.folder import discard, list_checkpoints, read_state, step_of, verify_sizes
-from pipeline.config import Retention
+from pipeline.settings.sections import Retention
 
 
 @dataclass(frozen=True)

@@ -23,11 +23,11 @@ from pipeline.checkpoints.folder import SAVING, CheckpointState
 from pipeline.checkpoints.retention import Pruned, prune
 from pipeline.checkpoints.space import save_problems
 from pipeline.checkpoints.write import Written
-from pipeline.config import Retention
 from pipeline.distributed.world import World
 from pipeline.engine.internals import Engine
 from pipeline.files import step_name
 from pipeline.redact import failure_message
+from pipeline.settings.sections import Retention
 
 log = logging.getLogger("globallocal")
 

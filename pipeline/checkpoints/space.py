@@ -4,7 +4,7 @@ import shutil
 from pathlib import Path
 
 from pipeline.checkpoints.folder import list_checkpoints, read_listing
-from pipeline.config import Retention
+from pipeline.settings.sections import Retention
 
 _WIDTH_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
 _RANK_BYTES = 1 << 16

@@ -11,10 +11,10 @@ from pathlib import Path
 
 from data_prep.errors import UserError
 from data_prep.manifest import Dataset, TokenizerInfo, canonical_json, check_shards
-from pipeline.config import DEFAULT_CACHE_FOLDER, DataSection, MixturePart
 from pipeline.data.mixture import MixtureSource, mixture_order
 from pipeline.data.remote import RemoteDataset, open_location
 from pipeline.data.samples import SampleSource
+from pipeline.settings.sections import DEFAULT_CACHE_FOLDER, DataSection, MixturePart
 
 
 @dataclass(frozen=True)

@@ -26,9 +26,9 @@ from data_prep.manifest import (
     parse_manifest,
 )
 from data_prep.remote import read_whole
-from pipeline.config import DEFAULT_CACHE_BYTES, DEFAULT_CACHE_FOLDER
 from pipeline.data.shard_cache import ShardCache
 from pipeline.files import locked
+from pipeline.settings.sections import DEFAULT_CACHE_BYTES, DEFAULT_CACHE_FOLDER
 
 _log = logging.getLogger(__name__)
 

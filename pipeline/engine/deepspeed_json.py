@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from data_prep.errors import UserError
-from pipeline.config import DEEPSPEED_FILES, PROJECT, find_shipped
+from pipeline.settings.shipped import DEEPSPEED_FILES, PROJECT, find_shipped
 
 AUTO = {
     "reduce_bucket_size": 200_000_000,

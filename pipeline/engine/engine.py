@@ -9,7 +9,7 @@ from deepspeed.utils import logger as deepspeed_logger
 from torch import nn
 
 from data_prep.errors import UserError
-from pipeline.config import OptimizerSection, RunConfig, short
+from pipeline.config import RunConfig
 from pipeline.data.loader import BatchLayout
 from pipeline.distributed.world import World, load_operator
 from pipeline.engine.deepspeed_json import autos, device, faults, fill_autos, lacks, operators, read_deepspeed_json
@@ -21,6 +21,8 @@ from pipeline.engine.internals import (
 )
 from pipeline.engine.optim import build_optimizer, parameter_groups
 from pipeline.engine.schema import OWNED, knob_problems
+from pipeline.settings.section import short
+from pipeline.settings.sections import OptimizerSection
 
 
 def resolve_precision(wanted: str, world: World) -> str:

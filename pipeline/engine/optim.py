@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from pipeline.config import OptimizerSection
+from pipeline.settings.sections import OptimizerSection
 
 ALIGNED_ELEMENTS = 8  # 16 bytes of half precision
 

@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, Field, ValidationError
 
-from pipeline.config import MOST, Section, other_kind, plain, short
+from pipeline.settings.section import MOST, Section, other_kind, plain, short
 
 DType = Literal["fp32", "fp16", "bf16"]
 BUCKETS = ("reduce_bucket_size", "allgather_bucket_size")

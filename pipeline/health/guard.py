@@ -16,7 +16,6 @@ import torch
 import torch.distributed as dist
 
 from data_prep.errors import UserError
-from pipeline.config import HealthSection
 from pipeline.data.loader import BatchLayout, data_step
 from pipeline.data.samples import Source
 from pipeline.distributed.world import SharedUserError, World
@@ -34,6 +33,7 @@ from pipeline.health.state import (
 )
 from pipeline.metrics import LossMeter
 from pipeline.redact import failure_message
+from pipeline.settings.sections import HealthSection
 
 log = logging.getLogger("globallocal")
 

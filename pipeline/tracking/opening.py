@@ -32,7 +32,7 @@ from pipeline.tracking.store import Experiment, experiment_of, run_page, tags_of
 from pipeline.tracking.tracker import LocalTracker, NullTracker, Tracker, now_ms
 
 if TYPE_CHECKING:
-    from pipeline.config import TrackingSection
+    from pipeline.settings.sections import TrackingSection
 
 START_WAIT_SECONDS = 60.0  # a new SQLite store takes 5 to 10 s to lay out its tables
 LOCK_WAIT_SECONDS = 10.0

@@ -10,7 +10,7 @@ from urllib.parse import quote, unquote, urlsplit
 from data_prep.errors import UserError
 
 if TYPE_CHECKING:
-    from pipeline.config import TrackingSection
+    from pipeline.settings.sections import TrackingSection
 
 DEFAULT_EXPERIMENT = "globallocal"
 UI_PORT = 5000

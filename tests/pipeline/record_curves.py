@@ -16,10 +16,10 @@ import torch
 import transformers
 
 from model.modeling_globallocal import GlobalLocalForCausalLM
-from pipeline.config import DataSection, ModelSection, OptimizerSection
 from pipeline.data.corpus import open_corpus
 from pipeline.data.loader import BatchLayout, BatchLoader
 from pipeline.engine.optim import build_optimizer, learning_rate, parameter_groups, set_learning_rate
+from pipeline.settings.sections import DataSection, ModelSection, OptimizerSection
 
 CURVES = Path(__file__).with_name("healthy_curves")
 TINY = {

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.config import HealthSection
 from pipeline.health.state import HealthState, find_spike
+from pipeline.settings.sections import HealthSection
 from tests.pipeline.record_curves import CURVES, settings
 
 PLANTED_STEP = 200

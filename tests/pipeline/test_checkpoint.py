@@ -14,8 +14,8 @@ from data_prep.errors import UserError
 from pipeline.checkpoints import folder as checkpoint
 from pipeline.checkpoints import write as checkpoint_io
 from pipeline.checkpoints.retention import prune
-from pipeline.config import Retention
 from pipeline.random_state import random_state, set_random_state
+from pipeline.settings.sections import Retention
 
 
 @pytest.fixture

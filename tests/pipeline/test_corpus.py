@@ -15,9 +15,10 @@ from data_prep.errors import UserError
 from data_prep.manifest import open_dataset
 from launch.preflight import doctor
 from launch.preflight.estimate import Machine, estimate
-from pipeline.config import DataSection, load_config, validate
+from pipeline.config import load_config, validate
 from pipeline.data.corpus import open_corpus
 from pipeline.data.mixture import MixtureSource
+from pipeline.settings.sections import DataSection
 from tests.conftest import globallocal
 from tests.pipeline.dataset_fixture import cut, write_dataset, write_stream
 from tests.pipeline.ranks import Run, run_ranks

@@ -63,7 +63,7 @@ def fold(state: HealthState, curve: list[tuple[float, float]], z_score: float | 
 
 @pytest.mark.parametrize("seed", range(5, 11))
 def test_the_default_never_fires_on_a_normal_curve_and_does_on_a_spike(seed: int) -> None:
-    from pipeline.config import HealthSection
+    from pipeline.settings.sections import HealthSection
 
     z_score = HealthSection().spike_z_score
     curve = numbers(seed, 1500)

@@ -7,8 +7,8 @@ from hypothesis import strategies as st
 
 from model.configuration_globallocal import GlobalLocalConfig
 from model.modeling_globallocal import GlobalLocalForCausalLM
-from pipeline.config import OptimizerSection
 from pipeline.engine.optim import ALIGNED_ELEMENTS, build_optimizer, describe_groups, learning_rate, parameter_groups
+from pipeline.settings.sections import OptimizerSection
 
 
 @given(

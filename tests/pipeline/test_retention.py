@@ -17,8 +17,8 @@ from pipeline.checkpoints import folder as checkpoint
 from pipeline.checkpoints import write as checkpoint_io
 from pipeline.checkpoints.folder import SAVING, CheckpointState
 from pipeline.checkpoints.retention import Entry, prune, reasons
-from pipeline.config import Retention
 from pipeline.files import step_name
+from pipeline.settings.sections import Retention
 
 ENTRIES = st.lists(
     st.builds(Entry, st.integers(1, 40), st.none() | st.floats(0, 10), st.booleans()),

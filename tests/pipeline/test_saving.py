@@ -12,7 +12,7 @@ import torch
 
 from pipeline.checkpoints.folder import read_state
 from pipeline.checkpoints.space import checkpoint_bytes, retained, size_bytes, start_problems
-from pipeline.config import Retention
+from pipeline.settings.sections import Retention
 from tests.conftest import missing
 from tests.pipeline.only_weights import only_weights
 from tests.pipeline.ranks import outputs, start_ranks, wait

@@ -14,12 +14,12 @@ import numpy as np
 import torch
 
 from data_prep.manifest import Dataset
-from pipeline.config import OptimizerSection
 from pipeline.data.loader import BatchLayout, BatchLoader, evaluation_batches
 from pipeline.data.samples import SampleSource
 from pipeline.data.token_stream import TokenStream
 from pipeline.engine.optim import build_optimizer, learning_rate, parameter_groups, set_learning_rate
 from pipeline.evaluate import perplexities
+from pipeline.settings.sections import OptimizerSection
 from tests.benchmarks.quality.contenders import Contender
 from tests.benchmarks.quality.text import CACHE
 
