@@ -11,7 +11,7 @@ import typer
 from typer.models import OptionInfo
 
 from data_prep.sources.choice import SOURCES, SourceOptions, choose_source
-from launch.commands.options import grouped
+from launch.commands.options import grouped, option
 
 if TYPE_CHECKING:
     from data_prep.engines import Engine
@@ -33,8 +33,7 @@ FILTERS, WORK = "Filters (off by default)", "Who works"
 
 
 def _source_option(metavar: str, help: str) -> OptionInfo:
-    option: OptionInfo = typer.Option(rich_help_panel="Source of the text", metavar=metavar, help=help)
-    return option
+    return option(help, rich_help_panel="Source of the text", metavar=metavar)
 
 
 SOURCE_OPTIONS = {

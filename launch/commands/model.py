@@ -1,10 +1,16 @@
 """`globallocal evaluate | generate | export`: what is done with a trained model."""
 
+from __future__ import annotations
+
+from collections.abc import Mapping
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
+
+if TYPE_CHECKING:
+    from pipeline.data.corpus import Corpus
 
 ModelPath = Annotated[
     Path,
@@ -30,7 +36,7 @@ def evaluate(
     ] = None,
     split: Annotated[str, typer.Option(help="Which of its splits.")] = "valid",
     sequence_length: Annotated[
-        int | None, typer.Option(min=1, max=2**31 - 1, help="Tokens a sample; that of training when absent.")
+        int | None, typer.Option(min=1, max=2**31 - 1, help="Tokens per sample; that of training when absent.")
     ] = None,
     batch_size: Annotated[int, typer.Option(min=1, max=65536, help="Samples at once.")] = 8,
     max_samples: Annotated[int | None, typer.Option(min=1, help="Only the first so many samples.")] = None,
@@ -75,6 +81,11 @@ def evaluate(
     batch_size = min(batch_size, max_samples or batch_size, -(-tokens // length))  # no padding beyond the split
     device = best_device()
     result = held_out(loaded.model.to(device), corpus, split, length, batch_size, max_samples, device)
+    show_result(result, corpus, split, length)
+
+
+def show_result(result: Mapping[str, float], corpus: Corpus, split: str, length: int) -> None:
+    """Prints an evaluation: what was read, the loss and the perplexities."""
     for part in corpus.parts:
         info = part.dataset.manifest.splits[split]
         typer.echo(

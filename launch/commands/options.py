@@ -14,6 +14,12 @@ Options = Mapping[str, typer.models.OptionInfo]
 """The `typer.Option` of each field of a group, by the field's name."""
 
 
+def option(help: str, **more: Any) -> typer.models.OptionInfo:
+    """An option with a help text; `more` is as of `typer.Option`."""
+    made: typer.models.OptionInfo = typer.Option(help=help, **more)
+    return made
+
+
 def grouped(**groups: Options) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """Replaces parameters of a command, each a dataclass, by one option per field.
 

@@ -7,6 +7,9 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from launch.commands.options import grouped, option
+from launch.jobs.options import Allocation, HostChoice, Reach
+
 if TYPE_CHECKING:
     from pipeline.config import RunConfig
 
@@ -195,47 +198,44 @@ def train(
     raise typer.Exit(code)
 
 
+HOST_OPTIONS = {
+    "include": option("hostfile: only these hosts, joined by commas."),
+    "exclude": option("hostfile: all but these hosts."),
+    "min_nodes": option("hostfile: go on with so few hosts when others are gone; all when absent.", min=1),
+}
+REACH_OPTIONS = {
+    "ssh": option("hostfile: options for ssh, such as '-p 2222 -i ~/.ssh/cluster'."),
+    "master_addr": option("hostfile, slurm: address of the first host; asked of it when absent."),
+    "master_port": option(
+        "Port of the first host, 29500 when absent; local: a free one when absent.", min=1, max=65535
+    ),
+    "interface": option("hostfile, slurm: network interface; found on each node when absent."),
+    "env": option("hostfile, slurm: variable of this shell to hand to every rank, by name."),
+}
+SLURM_OPTIONS = {
+    "nodes": option("slurm: nodes, a number or MIN-MAX."),
+    "ranks_per_node": option("slurm: ranks of each node, one per device.", min=1),
+    "time": option("slurm: time limit of one start, such as 24:00:00."),
+    "partition": option("slurm: partition."),
+    "turns": option("slurm: so many jobs in turn, for queues that forbid requeue; 0: requeue.", min=0),
+    "sbatch": option("slurm: any option of sbatch, such as --sbatch=--gpus-per-node=8."),
+}
+
+
+@grouped(hosts=HOST_OPTIONS, reach=REACH_OPTIONS, allocation=SLURM_OPTIONS)
 def launch(
     config: ConfigOption,
+    hosts: HostChoice,
+    reach: Reach,
+    allocation: Allocation,
     overrides: Overrides = None,
     local: Annotated[int | None, typer.Option(min=1, help="On this machine, so many ranks.")] = None,
     hostfile: Annotated[
-        Path | None, typer.Option(help="On the hosts of this file (HOST slots=N a line), over pdsh and ssh.")
-    ] = None,
-    include: Annotated[str, typer.Option(help="hostfile: only these hosts, joined by commas.")] = "",
-    exclude: Annotated[str, typer.Option(help="hostfile: all but these hosts.")] = "",
-    ssh: Annotated[str, typer.Option(help="hostfile: options for ssh, such as '-p 2222 -i ~/.ssh/cluster'.")] = "",
-    master_addr: Annotated[
-        str, typer.Option(help="hostfile, slurm: address of the first host; asked of it when absent.")
-    ] = "",
-    master_port: Annotated[
-        int | None,
-        typer.Option(
-            min=1, max=65535, help="Port of the first host, 29500 when absent; local: a free one when absent."
-        ),
-    ] = None,
-    interface: Annotated[
-        str, typer.Option(help="hostfile, slurm: network interface; found on each node when absent.")
-    ] = "",
-    env: Annotated[
-        list[str] | None, typer.Option(help="hostfile, slurm: variable of this shell to hand to every rank, by name.")
+        Path | None, typer.Option(help="On the hosts of this file (HOST slots=N per line), over pdsh and ssh.")
     ] = None,
     slurm: Annotated[bool, typer.Option("--slurm", help="As a job of Slurm; returns when it is queued.")] = False,
-    nodes: Annotated[str, typer.Option(help="slurm: nodes, a number or MIN-MAX.")] = "1",
-    ranks_per_node: Annotated[int, typer.Option(min=1, help="slurm: ranks of each node, one a device.")] = 1,
-    time: Annotated[str, typer.Option(help="slurm: time limit of one start, such as 24:00:00.")] = "",
-    partition: Annotated[str, typer.Option(help="slurm: partition.")] = "",
-    sbatch: Annotated[
-        list[str] | None, typer.Option(help="slurm: any option of sbatch, such as --sbatch=--gpus-per-node=8.")
-    ] = None,
-    turns: Annotated[
-        int, typer.Option(min=0, help="slurm: so many jobs in turn, for queues that forbid requeue; 0: requeue.")
-    ] = 0,
     wait: Annotated[bool, typer.Option("--wait", help="slurm: print the log until the job has ended.")] = False,
     max_restarts: Annotated[int, typer.Option(min=0, help="Restarts after failures, from the newest checkpoint.")] = 3,
-    min_nodes: Annotated[
-        int | None, typer.Option(min=1, help="hostfile: go on with so few hosts when others are gone; all when absent.")
-    ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print what would run, contact no host.")] = False,
 ) -> None:
     """Run a training job here, over a hostfile or on Slurm, and start it again when it fails.
@@ -254,56 +254,34 @@ def launch(
         --time 24:00:00 --sbatch=--gpus-per-node=8 --dry-run
     """
     from data_prep.errors import UserError
-    from launch.jobs.environment import DEFAULT_PORT
+    from launch.jobs.environment import ClusterJob
     from launch.jobs.local import LocalRun, Run, run
     from launch.jobs.over_hosts import HostfileRun
+    from launch.jobs.slurm import SlurmRun
 
     if sum((local is not None, hostfile is not None, slurm)) != 1:
         raise UserError("give one of --local N, --hostfile FILE and --slurm")
-    settings = checked_config(config, overrides)
-    job: Run
+    settings, given = checked_config(config, overrides), tuple(overrides or ())
+    cluster = ClusterJob.new(config, given, settings.run_folder, reach)
     if slurm:
-        from launch.jobs.slurm import Allocation, SlurmRun
-
-        queued = SlurmRun.from_options(
-            config,
-            tuple(overrides or ()),
-            settings,
-            Allocation(nodes, ranks_per_node, time, partition, turns, tuple(sbatch or ())),
-            max_restarts=max_restarts,
-            master_address=master_addr,
-            interface=interface,
-            names=tuple(env or ()),
-        )
+        queued = SlurmRun(settings, cluster, allocation, max_restarts, reach.master_addr)
         if dry_run:
             typer.echo(queued.describe())
             return
         check_fit(settings, None)
         raise typer.Exit(queued.submit(wait))
+    job: Run
     if hostfile is not None:
-        job = HostfileRun.from_options(
-            config,
-            tuple(overrides or ()),
-            settings,
-            hostfile=hostfile,
-            include=include,
-            exclude=exclude,
-            ssh=ssh,
-            master_address=master_addr,
-            master_port=master_port or DEFAULT_PORT,
-            interface=interface,
-            names=tuple(env or ()),
-            min_nodes=min_nodes,
-        )
+        job = HostfileRun.of_hostfile(settings, cluster, hostfile, hosts, reach)
     else:
-        job = LocalRun(config, tuple(overrides or ()), settings, local, master_port)
+        job = LocalRun(config, given, settings, local, reach.master_port)
     if dry_run:
         typer.echo(job.describe())
-    else:
-        check_fit(settings, job.ranks if isinstance(job, LocalRun) else None)
-        code = run(job, max_restarts)
-        show_closing(settings, code)
-        raise typer.Exit(code)
+        return
+    check_fit(settings, job.ranks if isinstance(job, LocalRun) else None)
+    code = run(job, max_restarts)
+    show_closing(settings, code)
+    raise typer.Exit(code)
 
 
 def show_closing(settings: RunConfig, code: int) -> None:

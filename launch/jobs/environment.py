@@ -2,6 +2,7 @@
 
 import os
 import re
+import secrets
 import shlex
 import shutil
 import sys
@@ -12,6 +13,7 @@ from pathlib import Path
 from data_prep.errors import UserError
 from launch.hosts import node
 from launch.jobs.command import Job, cpu_environment, deepspeed_program
+from launch.jobs.options import Reach
 from launch.jobs.session import TRAIN_PROGRAM
 from pipeline.settings.shipped import find_run_file
 
@@ -51,6 +53,11 @@ class ClusterJob:
     ssh: str = ""
     interface: str = ""
     names: tuple[str, ...] = ()
+
+    @classmethod
+    def new(cls, config: Path, overrides: tuple[str, ...], run_folder: Path, reach: Reach) -> "ClusterJob":
+        """A job with an id of its own."""
+        return cls(config, overrides, run_folder, secrets.token_hex(8), reach.ssh, reach.interface, tuple(reach.env))
 
     @property
     def folder(self) -> Path:

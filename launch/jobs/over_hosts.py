@@ -1,19 +1,19 @@
 """A run file becomes `deepspeed` over the hosts of a hostfile, on as many of them as answer."""
 
-import secrets
 import signal
 import socket
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from data_prep.errors import UserError
 from launch.hosts.hostfile import read_hostfile, select
 from launch.hosts.ssh import Elsewhere, differences, gather_facts
 from launch.jobs import environment as cluster
 from launch.jobs.local import launch_log, local_devices
+from launch.jobs.options import HostChoice, Reach
 from launch.jobs.restarts import Failure, fitting_hosts
 from launch.jobs.session import Ended, Launch, grace_seconds, run_session
 
@@ -37,27 +37,18 @@ class HostfileRun:
     min_nodes: int
 
     @classmethod
-    def from_options(
-        cls,
-        config: Path,
-        overrides: tuple[str, ...],
-        settings: "RunConfig",
-        *,
-        hostfile: Path,
-        include: str,
-        exclude: str,
-        ssh: str,
-        master_address: str,
-        master_port: int,
-        interface: str,
-        names: tuple[str, ...],
-        min_nodes: int | None,
+    def of_hostfile(
+        cls, settings: "RunConfig", job: cluster.ClusterJob, hostfile: Path, choice: HostChoice, reach: Reach
     ) -> "HostfileRun":
-        hosts = select(read_hostfile(hostfile), include, exclude)
-        if min_nodes and min_nodes > len(hosts):
-            raise UserError(f"--min-nodes {min_nodes} is more than the {len(hosts)} hosts of {hostfile}")
-        job = cluster.ClusterJob(config, overrides, settings.run_folder, secrets.token_hex(8), ssh, interface, names)
-        return cls(settings, job, hosts, master_address, master_port, min_nodes or len(hosts))
+        """
+        Raises:
+            UserError: the hostfile cannot be read, names no such hosts, or fewer than `choice.min_nodes`.
+        """
+        hosts = select(read_hostfile(hostfile), choice.include, choice.exclude)
+        least = choice.min_nodes or len(hosts)
+        if least > len(hosts):
+            raise UserError(f"--min-nodes {least} is more than the {len(hosts)} hosts of {hostfile}")
+        return cls(settings, job, hosts, reach.master_addr, reach.master_port or cluster.DEFAULT_PORT, least)
 
     def describe(self) -> str:
         address = self.master_address or next(iter(self.hosts))
@@ -90,7 +81,7 @@ class HostfileRun:
             )
         )
 
-    def ready_hosts(self, wait_seconds: float) -> dict[str, dict]:
+    def ready_hosts(self, wait_seconds: float) -> dict[str, dict[str, Any]]:
         """The facts of the hosts that this start uses; hosts that are away are waited for.
 
         Raises:

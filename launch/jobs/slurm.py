@@ -7,8 +7,6 @@ job is put back into the queue (`launch.jobs.slurm_batch`).
 """
 
 import os
-import re
-import secrets
 import shlex
 import shutil
 import subprocess
@@ -22,6 +20,7 @@ from typing import TYPE_CHECKING
 from data_prep.errors import UserError
 from launch.hosts import node
 from launch.jobs import environment as cluster
+from launch.jobs.options import Allocation
 from launch.jobs.session import TRAIN_PROGRAM, grace_seconds
 from pipeline.settings.shipped import find_run_file
 
@@ -38,38 +37,6 @@ export RANK=$SLURM_PROCID LOCAL_RANK=$SLURM_LOCALID WORLD_SIZE=$SLURM_NTASKS
 exec "$@\""""
 
 
-@dataclass(frozen=True)
-class Allocation:
-    """What is asked of Slurm.
-
-    Attributes:
-        nodes: a number, or MIN-MAX.
-        time: limit of one start, as sbatch takes it (`24:00:00`); the partition's when empty.
-        turns: 0 lets Slurm put the job back into the queue. N > 0 submits an array of N jobs that run one after
-            another, each going on where the one before stopped, for queues that forbid it.
-        options: any other options of sbatch, such as `--gpus-per-node=8`; they win over ours.
-    """
-
-    nodes: str = "1"
-    ranks_per_node: int = 1
-    time: str = ""
-    partition: str = ""
-    turns: int = 0
-    options: tuple[str, ...] = ()
-
-    def __post_init__(self) -> None:
-        problems = []
-        if not re.fullmatch(r"[1-9]\d*(-[1-9]\d*)?", self.nodes):
-            problems.append(f"--nodes {self.nodes}: give a number, or MIN-MAX")
-        problems += [
-            f"--sbatch {option}: write it as sbatch takes it, such as --sbatch=--account=physics"
-            for option in self.options
-            if not option.startswith("-") or "\n" in option
-        ]
-        if problems:
-            raise UserError(problems)
-
-
 @dataclass
 class SlurmRun:
     """A job for sbatch."""
@@ -79,24 +46,6 @@ class SlurmRun:
     allocation: Allocation
     max_restarts: int = 3
     master_address: str = ""
-
-    @classmethod
-    def from_options(
-        cls,
-        config: Path,
-        overrides: tuple[str, ...],
-        settings: "RunConfig",
-        allocation: Allocation,
-        *,
-        max_restarts: int,
-        master_address: str,
-        interface: str,
-        names: tuple[str, ...],
-    ) -> "SlurmRun":
-        job = cluster.ClusterJob(
-            config, overrides, settings.run_folder, secrets.token_hex(8), interface=interface, names=names
-        )
-        return cls(settings, job, allocation, max_restarts, master_address)
 
     def files(self) -> dict[Path, str]:
         """What is written before sbatch is called: the environment of the ranks, and the script."""
@@ -118,7 +67,7 @@ class SlurmRun:
             "--open-mode=append",
             f"--output={self.log}",
             f"--signal=B:USR1@{grace_seconds(self.settings):.0f}",
-            *wanted.options,
+            *wanted.sbatch,
         ]
         head = "".join(f"#SBATCH {option}\n" for option in options if option)
         return f"#!/bin/bash\n{head}cd {shlex.quote(str(Path.cwd()))}\n{self.command()}\n"
