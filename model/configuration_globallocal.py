@@ -126,8 +126,9 @@ class GlobalLocalConfig(PreTrainedConfig):
 
     def dilations_of_layer(self, layer: int) -> list[int]:
         """Dilations of the parallel convolutions of block `layer`."""
-        schedule: list = self.conv_dilations
-        return schedule[layer % len(schedule)] if self._cycles_dilations else schedule
+        schedule: list[Any] = self.conv_dilations
+        dilations: list[int] = schedule[layer % len(schedule)] if self._cycles_dilations else schedule
+        return dilations
 
     @property
     def _cycles_dilations(self) -> bool:

@@ -17,6 +17,8 @@ With H = 8, d = p = C = 64 and bfloat16 these are 5.6 kB and 0.26 million, 7.9 k
 tensor operations, reads and writes come to 96 kB forward and 157 kB backward.
 """
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -285,14 +287,14 @@ class _SummaryAttention(Function):
     """Keeps its inputs and the states before each chunk for the backward pass."""
 
     @staticmethod
-    def forward(ctx, query, key, value, log_keep):
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, log_keep: Tensor) -> tuple[Tensor, Tensor]:
         answers, before, last = summary_forward(query, key, value, log_keep)
         ctx.save_for_backward(query, key, value, log_keep, before)
         return answers, last
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad_answers, grad_last):
+    def backward(ctx: Any, grad_answers: Tensor, grad_last: Tensor) -> tuple[Tensor, ...]:
         query, key, value, log_keep, before = ctx.saved_tensors
         return summary_backward(query, key, value, log_keep, before, grad_answers, grad_last)
 

@@ -6,7 +6,8 @@ from torch import Tensor, nn
 
 from .configuration_globallocal import GlobalLocalConfig
 from .decoding_globallocal import GlobalLocalCache
-from .ops_globallocal import causal_convolutions, decayed_attention
+from .ops_convolution_globallocal import causal_convolutions
+from .ops_summary_globallocal import decayed_attention
 from .router_globallocal import TensorRouter, at_least_float32
 
 

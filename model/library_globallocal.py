@@ -1,4 +1,4 @@
-"""Where kernels run, and functions that `torch.compile` calls whole."""
+"""Where kernels run, how large temporary blocks are, and functions that `torch.compile` calls whole."""
 
 import functools
 import os
@@ -13,6 +13,7 @@ try:
     import triton
 except ImportError:  # no GPU here: plain torch does everything
     triton = None
+GPU_BLOCK_FACTOR = 32
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # the kernels, step by step on the CPU: for tests
 
 _LIBRARIES: list[torch.library.Library] = []  # an operator lives as long as its library
@@ -23,6 +24,16 @@ def has_kernels(x: Tensor) -> bool:
     """Whether Triton kernels can serve tensors like this one; float64 is plain torch's, which decides what is right."""
     on_gpu = x.is_cuda and torch.version.cuda is not None
     return triton is not None and (on_gpu or INTERPRETED) and x.dtype != torch.float64
+
+
+def block_rows(elements: int, table: Tensor, num_rows: int) -> int:
+    """How many of `num_rows` tokens to compare with a table [N, c] at a time; at least one.
+
+    Args:
+        elements: of the largest temporary on a CPU; a GPU takes GPU_BLOCK_FACTOR times as many.
+    """
+    elements *= GPU_BLOCK_FACTOR if table.is_cuda else 1
+    return max(1, min(num_rows, elements // table.shape[0]))
 
 
 def opaque(shapes: Callable[..., Any]) -> Callable[[Function], Function]:

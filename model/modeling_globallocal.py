@@ -5,7 +5,6 @@ Shapes and symbols as in `configuration_globallocal.py`; the equations are writt
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
 from importlib import import_module
 from typing import Any, Self
@@ -15,66 +14,16 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 from transformers import GenerationMixin, PreTrainedModel
 from transformers import initialization as init
-from transformers.utils import ModelOutput
 
 from .configuration_globallocal import ROUTERS_PER_LAYER, GlobalLocalConfig, checkpointed_blocks
 from .decoding_globallocal import GlobalLocalCache, StepGraphs, has_plain_weights, step_weights
 from .layers_globallocal import CausalConvolution, FeedForward, GlobalLocalBlock, RunningSummary
-from .ops_globallocal import vocabulary_loss
+from .ops_loss_globallocal import vocabulary_loss
+from .outputs_globallocal import GlobalLocalCausalLMOutput, GlobalLocalModelOutput
 from .router_globallocal import RouterScores, TensorRouter
 
 # The seed scales each router's diversity loss by diversity_loss_scale, and their sum by this once more.
 DIVERSITY_LOSS_TOTAL_SCALE = 0.01
-
-
-@dataclass
-class GlobalLocalModelOutput(ModelOutput):
-    """What `GlobalLocalModel` returns.
-
-    Attributes:
-        last_hidden_state: [B, S, h], behind the final norm.
-        diversity_loss: float32 scalar, summed over all routers and scaled.
-        router_statistics: see `GlobalLocalCausalLMOutput`.
-        cache: state for the next tokens, if asked for.
-        hidden_states: the embedding and every block's output, if asked for.
-    """
-
-    last_hidden_state: Tensor | None = None
-    diversity_loss: Tensor | None = None
-    router_statistics: dict[str, Tensor] | None = None
-    cache: "GlobalLocalCache | None" = None
-    hidden_states: tuple[Tensor, ...] | None = None
-
-
-@dataclass
-class GlobalLocalCausalLMOutput(ModelOutput):
-    """What `GlobalLocalForCausalLM` returns.
-
-    Attributes:
-        loss: language_loss + diversity_loss; only with labels.
-        logits: [B, S, V]; None on the training path (`shift_labels`).
-        language_loss: mean cross entropy in nats over the valid targets, float32.
-        diversity_loss: float32 scalar, summed over all routers and scaled.
-        router_statistics: float32 tensors without gradient: `gate_mean` [L] (1 is local, 0 global), and per
-            layer and router (the attention's, the block's own): `pool_usage` [L, 2, N], the mixture weight that
-            each row got in this batch, `pool_entropy_nats` of it and `pool_hit_rate`, the fraction of rows in
-            use, [L, 2] each.
-        cache: state for the next tokens, if asked for.
-        hidden_states: the embedding and every block's output, if asked for.
-    """
-
-    loss: Tensor | None = None
-    logits: Tensor | None = None
-    language_loss: Tensor | None = None
-    diversity_loss: Tensor | None = None
-    router_statistics: dict[str, Tensor] | None = None
-    cache: "GlobalLocalCache | None" = None
-    hidden_states: tuple[Tensor, ...] | None = None
-
-    @property
-    def past_key_values(self) -> "GlobalLocalCache | None":
-        """The cache under its older name."""
-        return self.cache
 
 
 def make_pool(seed: int, pool_size: int, pool_dim: int) -> Tensor:
@@ -302,41 +251,22 @@ class GlobalLocalForCausalLM(GlobalLocalPreTrainedModel, GenerationMixin):
             raise ValueError("give labels (shifted inside) or shift_labels (already shifted), not both")
         cache = cache if cache is not None else past_key_values
         has_labels = labels is not None or shift_labels is not None
-        if (
-            cache is not None
-            and input_ids is not None
-            and inputs_embeds is None
-            and input_ids.shape[1] == 1
-            and attention_mask is None
-            and use_cache is not False
-            and not (has_labels or output_hidden_states)
-            and self._can_step(cache)
-        ):
-            output = GlobalLocalCausalLMOutput(
-                logits=self._step_graphs.run(self, input_ids[:, 0], cache),
-                cache=cache,
-            )
-            cache.stepped()
+        plain = attention_mask is None and not (has_labels or output_hidden_states) and use_cache is not False
+        one_id = input_ids is not None and inputs_embeds is None and input_ids.shape[1] == 1
+        if cache is not None and one_id and plain and self._can_step(cache):
+            output = self._step(input_ids, cache)
             return output if return_dict else output.to_tuple()
-        base = self.model(
-            input_ids,
-            attention_mask,
-            inputs_embeds,
-            cache,
-            False if use_cache is None and has_labels else use_cache,
-            output_hidden_states,
-        )
-        hidden, logits, language_loss, loss = base.last_hidden_state, None, None, None
+        use_cache = False if use_cache is None and has_labels else use_cache
+        base = self.model(input_ids, attention_mask, inputs_embeds, cache, use_cache, output_hidden_states)
+        hidden, logits, language_loss = base.last_hidden_state, None, None
         if shift_labels is not None:
             language_loss = self.lm_head(hidden, shift_labels)
         else:
             logits = self.lm_head(hidden[:, -logits_to_keep:])
         if labels is not None:
             language_loss = self.lm_head(hidden[:, :-1], labels[:, 1:])
-        if language_loss is not None:
-            loss = language_loss + base.diversity_loss
         output = GlobalLocalCausalLMOutput(
-            loss=loss,
+            loss=None if language_loss is None else language_loss + base.diversity_loss,
             logits=logits,
             language_loss=language_loss,
             diversity_loss=base.diversity_loss,
@@ -345,6 +275,12 @@ class GlobalLocalForCausalLM(GlobalLocalPreTrainedModel, GenerationMixin):
             hidden_states=base.hidden_states,
         )
         return output if return_dict else output.to_tuple()
+
+    def _step(self, input_ids: Any, cache: GlobalLocalCache) -> GlobalLocalCausalLMOutput:
+        """Logits behind one token more in each sequence: input_ids int64 [B, 1]."""
+        logits = self._step_graphs.run(self, input_ids[:, 0], cache)
+        cache.stepped()
+        return GlobalLocalCausalLMOutput(logits=logits, cache=cache)
 
     def _can_step(self, cache: GlobalLocalCache) -> bool:
         if self.training or torch.is_grad_enabled() or cache.position is None:

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .configuration_globallocal import GlobalLocalConfig
-from .ops_globallocal import RowChoice, dot_rows, mix_rows, sum_by_row, top_rows
+from .ops_router_globallocal import RowChoice, dot_rows, mix_rows, sum_by_row, top_rows
 
 
 class FoldedInput(NamedTuple):

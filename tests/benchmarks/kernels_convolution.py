@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from model import kernels_convolution_globallocal as kernels
-from model import ops_globallocal as ops
+from model import ops_convolution_globallocal as ops
 
 SHAPES = [(64, 1024, 512), (32, 1024, 768)]  # B, S, h
 TAPS, DILATIONS = 3, [128, 512]

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from model import kernels_convolution_globallocal as kernels
-from model.ops_globallocal import causal_convolutions, convolution_backward, convolution_forward
+from model.ops_convolution_globallocal import causal_convolutions, convolution_backward, convolution_forward
 
 # B, S, h, K, dilations: lengths beside the tiles' (64), shorter than a dilation, one tile and several.
 SHAPES = [

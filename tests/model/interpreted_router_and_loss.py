@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from model import ops_globallocal as ops
+from model import ops_router_globallocal as ops
 from model import reference
 from model.configuration_globallocal import GlobalLocalConfig
 from model.kernels_loss_globallocal import cross_entropy_by_kernel_

@@ -12,9 +12,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from model import ops_globallocal
+from model import ops_summary_globallocal
 from model.layers_globallocal import GlobalLocalCache
-from model.ops_globallocal import decayed_attention
+from model.ops_summary_globallocal import decayed_attention
 
 from .helpers import make_model, random_ids, tiny_config
 
@@ -142,10 +142,10 @@ class TestKernels:
             logits.square().mean().backward()
             return [logits, *(x.grad for x in model.parameters())]
 
-        monkeypatch.setattr(ops_globallocal, "has_kernels", lambda x: False)
+        monkeypatch.setattr(ops_summary_globallocal, "has_kernels", lambda x: False)
         wanted = logits_and_gradients()
-        monkeypatch.setattr(ops_globallocal, "has_kernels", lambda x: True)
-        monkeypatch.setattr(ops_globallocal, "summary_attention", counted)
+        monkeypatch.setattr(ops_summary_globallocal, "has_kernels", lambda x: True)
+        monkeypatch.setattr(ops_summary_globallocal, "summary_attention", counted)
         for one, other in zip(logits_and_gradients(), wanted, strict=True):
             torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5 * other.detach().abs().max().item())
         assert len(calls) == config.num_hidden_layers

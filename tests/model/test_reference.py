@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from model import ops_globallocal, reference
+from model import ops_loss_globallocal, ops_router_globallocal, ops_summary_globallocal, reference
 from tests.model.helpers import make_model, random_ids, reference_weights, tiny_config
 
 
@@ -124,8 +124,8 @@ def test_blocks_do_not_change_the_result(monkeypatch):
     model = make_model(config)
     ids, labels = random_ids(config, 3, 11), random_ids(config, 3, 11, 2)
     whole = largest_difference(model, ids, labels)
-    monkeypatch.setattr(ops_globallocal, "LOGIT_BLOCK_ELEMENTS", 4 * config.vocab_size)
-    monkeypatch.setattr(ops_globallocal, "SCORE_BLOCK_ELEMENTS", 5 * config.pool_size)
+    monkeypatch.setattr(ops_loss_globallocal, "LOGIT_BLOCK_ELEMENTS", 4 * config.vocab_size)
+    monkeypatch.setattr(ops_router_globallocal, "SCORE_BLOCK_ELEMENTS", 5 * config.pool_size)
     assert max(*whole, *largest_difference(model, ids, labels)) < 1e-10
 
 
@@ -141,7 +141,7 @@ def test_the_recurrence_is_that_of_a_loop_over_any_number_of_chunks(length, seed
         state = decay[:, t] * state + update[:, t]
         states.append(state)
     expected = torch.stack(states, dim=1)
-    result = ops_globallocal.linear_recurrence(decay, update)
+    result = ops_summary_globallocal.linear_recurrence(decay, update)
     assert (result - expected).abs().max() < 1e-12
     goals = torch.autograd.grad((expected * weights).sum(), (decay, update), materialize_grads=True)
     for gradient, goal in zip(torch.autograd.grad((result * weights).sum(), (decay, update)), goals, strict=True):
@@ -153,7 +153,7 @@ def test_the_recurrence_is_that_of_a_loop_over_any_number_of_chunks(length, seed
 def test_the_largest_columns_are_found(rows, columns, k, seed):
     scores = torch.randn(rows, columns, generator=torch.Generator().manual_seed(seed))
     k = min(k, columns)
-    values, indices = ops_globallocal._top_columns(scores, k)
+    values, indices = ops_router_globallocal._top_columns(scores, k)
     expected = scores.topk(k, dim=-1)
     assert torch.equal(values, expected.values)
     assert torch.equal(indices, expected.indices)

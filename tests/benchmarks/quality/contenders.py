@@ -9,7 +9,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from model.configuration_globallocal import GlobalLocalConfig
 from model.modeling_globallocal import GlobalLocalForCausalLM
-from model.ops_globallocal import vocabulary_loss
+from model.ops_loss_globallocal import vocabulary_loss
 from tests.benchmarks.quality.text import VOCAB_SIZE
 
 

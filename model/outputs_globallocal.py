@@ -1,0 +1,61 @@
+"""What the models return.
+
+Shapes and symbols as in `configuration_globallocal.py`.
+"""
+
+from dataclasses import dataclass
+
+from torch import Tensor
+from transformers.utils.generic import ModelOutput
+
+from .decoding_globallocal import GlobalLocalCache
+
+
+@dataclass
+class GlobalLocalModelOutput(ModelOutput):
+    """What `GlobalLocalModel` returns.
+
+    Attributes:
+        last_hidden_state: [B, S, h], behind the final norm.
+        diversity_loss: float32 scalar, summed over all routers and scaled.
+        router_statistics: see `GlobalLocalCausalLMOutput`.
+        cache: state for the next tokens, if asked for.
+        hidden_states: the embedding and every block's output, if asked for.
+    """
+
+    last_hidden_state: Tensor | None = None
+    diversity_loss: Tensor | None = None
+    router_statistics: dict[str, Tensor] | None = None
+    cache: GlobalLocalCache | None = None
+    hidden_states: tuple[Tensor, ...] | None = None
+
+
+@dataclass
+class GlobalLocalCausalLMOutput(ModelOutput):
+    """What `GlobalLocalForCausalLM` returns.
+
+    Attributes:
+        loss: language_loss + diversity_loss; only with labels.
+        logits: [B, S, V]; None on the training path (`shift_labels`).
+        language_loss: mean cross entropy in nats over the valid targets, float32.
+        diversity_loss: float32 scalar, summed over all routers and scaled.
+        router_statistics: float32 tensors without gradient: `gate_mean` [L] (1 is local, 0 global), and per
+            layer and router (the attention's, the block's own): `pool_usage` [L, 2, N], the mixture weight that
+            each row got in this batch, `pool_entropy_nats` of it and `pool_hit_rate`, the fraction of rows in
+            use, [L, 2] each.
+        cache: state for the next tokens, if asked for.
+        hidden_states: the embedding and every block's output, if asked for.
+    """
+
+    loss: Tensor | None = None
+    logits: Tensor | None = None
+    language_loss: Tensor | None = None
+    diversity_loss: Tensor | None = None
+    router_statistics: dict[str, Tensor] | None = None
+    cache: GlobalLocalCache | None = None
+    hidden_states: tuple[Tensor, ...] | None = None
+
+    @property
+    def past_key_values(self) -> GlobalLocalCache | None:
+        """The cache under its older name."""
+        return self.cache
