@@ -26,6 +26,7 @@ from pipeline.distributed.stop import Stopped, StopRequest
 EARLY = StopRequest() if __name__ == "__main__" else None
 """What follows takes seconds to import, and a signal in these is a wish to stop like any other."""
 
+import pipeline.engine.lean_import  # noqa: F401  # before all that imports DeepSpeed
 from data_prep.errors import UserError
 from pipeline.build import build
 from pipeline.checkpoints.folder import lock

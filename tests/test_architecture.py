@@ -58,7 +58,7 @@ ROOMS: dict[str, dict[str, set[str]]] = {
             *("checkpoints", "config", "data", "distributed", "engine", "evaluate", "export", "fitting", "health"),
             *("introduce", "profiler", "record", "redact", "trainer", "utilisation"),
         },
-        "train": {"build", "checkpoints", "config", "distributed", "exit_codes"},
+        "train": {"build", "checkpoints", "config", "distributed", "engine", "exit_codes"},
     },
     "launch": {
         "about": set(),

@@ -2,6 +2,8 @@
 
 import json
 import re
+import subprocess
+import sys
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -196,3 +198,12 @@ def test_fp16_where_deepspeed_does_not_train_in_it_is_one_line(tmp_path: Path) -
     (line,) = caught.value.problems
     assert line.startswith("training.precision = fp16, which DeepSpeed does not train in here")
     check_machine(config, merged(tmp_path, {}, "fp32"), 2, cuda=False)
+
+
+def test_a_rank_imports_mlflow_only_where_it_tracks() -> None:
+    """DeepSpeed's autotuner would bring it along, a third of all that a rank imports; it is there for who wants it."""
+    program = (
+        "import pipeline.train, sys; assert 'deepspeed' in sys.modules and 'mlflow' not in sys.modules; "
+        "import mlflow; assert mlflow.__version__"
+    )
+    subprocess.run([sys.executable, "-c", program], check=True, cwd=ROOT)
