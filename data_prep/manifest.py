@@ -5,7 +5,7 @@ A dataset folder is one token stream per split, cut into chunks, packed into Web
     manifest.json            what this file describes; written last, so that it vouches for all the rest
     tokenizer/               tokenizer.model and its Hugging Face form
     SPLIT-000000.tar …       the shards
-    SPLIT-000000.ids.jsonl … the ids of the documents that start in the shard, one JSON string a line
+    SPLIT-000000.ids.jsonl … the ids of the documents that start in the shard, one JSON string per line
     SPLIT.shards.npy         per shard: bytes, sha256, first chunk (`SHARD_RECORD`)
     SPLIT.chunks.npy         <u8 [4, C + 1], rows as in `CHUNK_ROWS`; column C closes the last chunk
     SPLIT.texts.npy          what was read, per task (`TEXT_RECORD`), where the source's text may change; no

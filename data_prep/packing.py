@@ -86,7 +86,7 @@ def pack(
     Args:
         pieces: in stream order, the first one being that of `start.position` (or the next that holds
             documents, if that task holds none).
-        chunk_tokens: tokens a chunk.
+        chunk_tokens: tokens per chunk.
         dtype: of the chunks' tokens.
         start: counters of the first chunk to cut.
     """

@@ -18,9 +18,10 @@ from matplotlib.ticker import MaxNLocator
 
 from data_prep.html import render
 from data_prep.manifest import Dataset, Manifest, SplitIndex
-from data_prep.report import document_lengths, read_chunk, read_tokens
+from data_prep.report import document_lengths, read_tokens
 from data_prep.store import explained_write_errors, publish_file
 from data_prep.tokenizers.tokenizer import SPACE_MARK, Tokenizer, load_tokenizer
+from data_prep.verify import read_chunk
 
 EXAMPLES = 3  # documents shown of each split: the first, the middle, the last
 EXAMPLE_TOKENS = 120

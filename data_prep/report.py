@@ -101,7 +101,7 @@ def _show(dataset: Dataset, index: SplitIndex, start: int, stop: int, title: str
     size = len(text.encode())
     return [
         f"{title}: tokens {start:,} to {stop - 1:,} of the stream, {len(tokens):,} tokens, {size:,} bytes "
-        f"({size / len(tokens):.2f} bytes a token)",
+        f"({size / len(tokens):.2f} bytes per token)",
         "",
         tokenizer.decode(shown) + more,
         "",

@@ -132,7 +132,7 @@ def summary(manifest: Manifest) -> list[str]:
     for name, info in manifest.splits.items():
         lines.append(
             f"{name}: {info.documents:,} documents, {info.source_bytes:,} bytes, {info.tokens:,} tokens "
-            f"({info.source_bytes / info.tokens:.3f} bytes a token) in {info.shards:,} shards; "
+            f"({info.source_bytes / info.tokens:.3f} bytes per token) in {info.shards:,} shards; "
             f"{info.round_trip_documents:,} of {info.documents:,} documents decoded and compared"
         )
         if lossy := info.documents - info.round_trip_documents:

@@ -65,7 +65,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except UsageError as error:
         if not words or words == ["checkpoints"]:
             error.show()  # the help
-            return error.exit_code
+            return int(error.exit_code)
         where = error.ctx.command_path.replace("python -m launch", "globallocal") if error.ctx else "globallocal"
         return _refuse([f"{' '.join(error.format_message().split())[:500]}; {where} --help lists what is valid"])
     except BrokenPipeError:  # the reader has seen enough: `globallocal … | head`

@@ -313,11 +313,11 @@ def _json_documents(
         text, changed = decode_utf8(line)
         where = f"{file.shown}: line at byte {begin:,}"
         if begin == 0 and text.lstrip().startswith("["):
-            raise UserError(f"{where}: a JSON list; write one object a line, for example with `jq -c '.[]'`")
+            raise UserError(f"{where}: a JSON list; write one object per line, for example with `jq -c '.[]'`")
         try:
             row = json.loads(text)
         except (ValueError, RecursionError) as error:
-            raise UserError(f"{where}: not JSON ({error}); repair the line (one object a line)") from None
+            raise UserError(f"{where}: not JSON ({error}); repair the line (one object per line)") from None
         if not isinstance(row, dict):
             raise UserError(f"{where}: {type(row).__name__}, expected an object; repair the line")
         id = f"{file.name}:{begin}"

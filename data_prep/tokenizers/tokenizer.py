@@ -260,7 +260,8 @@ class Tokenizer:
 
     def decode(self, ids: np.ndarray | Sequence[int]) -> str:
         """The text of ids."""
-        return self.processor.decode(ids.tolist() if isinstance(ids, np.ndarray) else list(ids))
+        text: str = self.processor.decode(ids.tolist() if isinstance(ids, np.ndarray) else list(ids))
+        return text
 
     def spells(self, ids: np.ndarray, text: str) -> bool:
         """Whether `decode(ids) == text`; a space mark in the text counts as the space it becomes."""

@@ -49,7 +49,7 @@ def estimate(
     price_per_hour: Annotated[float | None, typer.Option(min=0, help="Of one device, in any currency.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Say what a run needs before it is paid for: parameters, memory a rank, time, price.
+    """Say what a run needs before it is paid for: parameters, memory per rank, time, price.
 
     Memory is given for every ZeRO stage; the arrow marks the run's own. Activations are those of the micro-batch,
     found by running the model on a device without memory. Time follows from what was measured for the preset and the
@@ -174,7 +174,7 @@ def train(
     overrides: Overrides = None,
     processes: Annotated[
         int | None,
-        typer.Option(min=1, help="Ranks; one a device when absent, 2 where there are only CPU cores."),
+        typer.Option(min=1, help="Ranks; one per device when absent, 2 where there are only CPU cores."),
     ] = None,
 ) -> None:
     """Train on all devices of this machine; start it again to go on where it stopped.

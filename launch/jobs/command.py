@@ -18,7 +18,7 @@ class Job:
     environment: dict[str, str] = field(default_factory=dict)
 
     def __str__(self) -> str:
-        """As a shell would take it, an option a line."""
+        """As a shell would take it, one option per line."""
         settings = [f"{name}={shlex.quote(value)}" for name, value in self.environment.items()]
         return " \\\n  ".join([*settings, *(shlex.quote(word) for word in self.command)])
 

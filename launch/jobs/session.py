@@ -211,7 +211,7 @@ def end_session(session: int, patience_seconds: float = 1.0) -> None:
 
 def _parent(process: psutil.Process) -> int | None:
     with suppress(psutil.Error):
-        return process.ppid()
+        return int(process.ppid())
     return None
 
 

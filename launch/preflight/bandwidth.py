@@ -1,7 +1,7 @@
 """Started by `doctor` on every host at once, by path: how fast the hosts talk to each other.
 
 `python bandwidth.py RANK WORLD_SIZE MASTER_ADDRESS PORT`: over NCCL where there are GPUs, else over gloo. Rank 0 prints
-one JSON object: {"backend": …, "all_reduce": rate, "pairs": [[rank, rank, rate], …]}, rates in 10^9 bits a second.
+one JSON object: {"backend": …, "all_reduce": rate, "pairs": [[rank, rank, rate], …]}, rates in 10^9 bits per second.
 """
 
 import json

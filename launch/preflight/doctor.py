@@ -98,7 +98,7 @@ def devices() -> Finding:
         )
     names = {torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())}
     free = min(device_free_bytes())
-    nccl = ".".join(map(str, torch.cuda.nccl.version()))
+    nccl = ".".join(map(str, torch.cuda.nccl.version()))  # type: ignore[no-untyped-call]
     return Finding(
         "devices",
         "ok",
@@ -217,7 +217,7 @@ def batch_text(config: RunConfig, layout: BatchLayout) -> str:
     return (
         f"{layout.global_batch_size} samples = {layout.micro_batch_size} micro-batch × {layout.world_size} ranks × "
         f"{layout.gradient_accumulation_steps} accumulation steps; "
-        f"{layout.global_batch_size * config.data.sequence_length:,} tokens a step"
+        f"{layout.global_batch_size * config.data.sequence_length:,} tokens per step"
     )
 
 

@@ -1,4 +1,4 @@
-"""What a run will need, before it is paid for: parameters, memory a rank, operations, time, money."""
+"""What a run will need, before it is paid for: parameters, memory per rank, operations, time, money."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -207,7 +207,8 @@ def _model(config: RunConfig, corpus: Corpus | None) -> GlobalLocalConfig:
 def _zero(config: RunConfig) -> Mapping[str, Any]:
     from pipeline.engine.deepspeed_json import read_deepspeed_json
 
-    return read_deepspeed_json(config.deepspeed.config).get("zero_optimization", {})
+    section: Mapping[str, Any] = read_deepspeed_json(config.deepspeed.config).get("zero_optimization", {})
+    return section
 
 
 def _samples(config: RunConfig, corpus: Corpus | None) -> int | None:
@@ -235,7 +236,7 @@ def show(result: Estimate, console: Console) -> None:
         parts.add_row(part, f"{count:,}", f"{count / total:.1%}")
     console.print(parts)
 
-    memory = Table(title=f"GiB a rank, {result.ranks} ranks, {result.precision}, AdamW")
+    memory = Table(title=f"GiB per rank, {result.ranks} ranks, {result.precision}, AdamW")
     offloads = any(item.offloaded for item in result.memory.values())
     columns = ("ZeRO", "weights", "grads", "optimizer", "buffers", "activations", "total")
     for column in (*columns, *(["offloaded"] if offloads else [])):
@@ -265,11 +266,11 @@ def _sentences(result: Estimate) -> list[str]:
         f"run: {result.steps:,} steps, {result.tokens:,} tokens"
         + (f", {result.epochs:.2f} epochs" if result.epochs else "")
         + f", {result.tokens / sum(result.parameters.values()):.1f} tokens a parameter",
-        f"operations: {result.flops_per_token:.3g} a token, {result.flops_per_token * result.tokens:.3g} in all",
+        f"operations: {result.flops_per_token:.3g} per token, {result.flops_per_token * result.tokens:.3g} in all",
     ]
     if result.seconds and result.tokens_per_second:
         lines.append(
-            f"time: {duration(result.seconds)} at {result.tokens_per_second:,.0f} tokens a second "
+            f"time: {duration(result.seconds)} at {result.tokens_per_second:,.0f} tokens per second "
             f"({result.ranks} × {result.teraflops:g} TFLOP/s × MFU {result.utilisation:.3g})"
             + (f"; price {result.price:,.2f}" if result.price else "")
         )

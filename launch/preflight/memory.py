@@ -61,7 +61,7 @@ def measure(config: GlobalLocalConfig, micro_batch_size: int, sequence_length: i
         model = GlobalLocalForCausalLM(config)
     torch.nn.Module.to(model, dtype=DTYPES[precision]).train()
     for parameter in model.parameters():  # as ZeRO-2 and 3 do: reduced, then gone
-        parameter.register_post_accumulate_grad_hook(_drop_gradient)
+        parameter.register_post_accumulate_grad_hook(_drop_gradient)  # type: ignore[no-untyped-call]
     tokens = torch.zeros(micro_batch_size, sequence_length, dtype=torch.long, device="meta")
     with LiveBytes([*model.parameters(), *model.buffers(), tokens]) as memory:
         model(tokens, shift_labels=tokens).loss.backward()
@@ -77,14 +77,14 @@ def _drop_gradient(parameter: torch.Tensor) -> None:
     parameter.grad = None
 
 
-class LiveBytes(TorchDispatchMode):
+class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Counts the bytes of all tensors that operations inside it make, while they live; `peak` is the most.
 
     Views of the `given` tensors are none of them.
     """
 
     def __init__(self, given: Iterable[torch.Tensor] = ()) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.live = self.peak = 0
         self._given = {tensor.untyped_storage()._cdata for tensor in given}
         self._storages: set[int] = set()

@@ -69,15 +69,15 @@ class Rehearsal:
             f"ranks: {self.ranks:,} on {nodes:,} nodes; each one's DeepSpeed settings read: "
             f"ZeRO stage {self.zero_stage}{hpz}, the same on all",
             f"batch: {self.global_batch_size:,} samples = {self.micro_batch_size} micro-batch × {self.ranks:,} ranks × "
-            f"{self.gradient_accumulation_steps} accumulation steps; {self.tokens_per_step:,} tokens a step",
+            f"{self.gradient_accumulation_steps} accumulation steps; {self.tokens_per_step:,} tokens per step",
             f"data: {self.steps:,} steps, {self.samples:,} positions over all ranks; every global batch is "
             "shared out exactly, each sample to one rank",
-            f"memory: {gibibytes(memory.total)} GiB a rank of {gibibytes(self.device_bytes)} GiB (weights "
+            f"memory: {gibibytes(memory.total)} GiB per rank of {gibibytes(self.device_bytes)} GiB (weights "
             f"{gibibytes(memory.weights)}, gradients {gibibytes(memory.gradients)}, optimizer "
             f"{gibibytes(memory.optimizer)}, buffers {gibibytes(memory.buffers)}, activations "
             f"{gibibytes(memory.activations)})",
-            *([f"host memory or NVMe: {gibibytes(self.host_bytes_per_node)} GiB a node"] * bool(memory.offloaded)),
-            f"checkpoint: {gibibytes(self.checkpoint_bytes)} GiB, {gibibytes(self.checkpoint_bytes // nodes)} a node",
+            *([f"host memory or NVMe: {gibibytes(self.host_bytes_per_node)} GiB per node"] * bool(memory.offloaded)),
+            f"checkpoint: {gibibytes(self.checkpoint_bytes)} GiB, {gibibytes(self.checkpoint_bytes // nodes)} per node",
             f"rehearsed in {duration(self.seconds)}",
         ]
 

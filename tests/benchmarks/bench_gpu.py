@@ -37,7 +37,7 @@ from tests.conftest import ROOT
 
 # preset → sequences in a micro-batch, each of the preset's longest length.
 PRESETS = {"small": 64, "base": 32, "large": 8}
-# A GPT of about the preset's FLOPs a token.
+# A GPT of about the preset's FLOPs per token.
 GPTS = {"small": gpt(512, 7, 64), "base": gpt(768, 12, 64), "large": gpt(1024, 21, 64)}
 FOLDER = ROOT / "runs" / "gpu"
 KERNEL_TESTS = [str(path.relative_to(ROOT)) for path in sorted((ROOT / "tests" / "model").glob("test_kernels_*.py"))]

@@ -77,7 +77,7 @@ def test_whole_folder_has_no_problem_at_any_depth(folder):
 
 
 def test_bytes_on_disk_per_token(real_text, real_tokenizer, tmp_path):
-    """At the default chunk size tars add less than one part in a thousand to two bytes a token."""
+    """At the default chunk size tars add less than one part in a thousand to two bytes per token."""
     pattern = str(real_text / "wikitext" / "*.raw")
     source = FilesSource(FilesSettings({"train": [pattern]}))
     manifest = prepare(PrepareSettings(source, real_tokenizer, tmp_path / "dataset"))

@@ -56,8 +56,8 @@ def table() -> str:
     mfu = expected("xl", model.flops_per_token(model.max_position_embeddings), CARD)
     head = (
         f"MFU {mfu.mfu:g} at every number of GPUs: {mfu.source}.\n\n"
-        "| GPUs | DeepSpeed JSON | batch: samples × accumulation | tokens a step | GiB a rank | tokens a second | days "
-        "| checkpoint, GiB a node |\n|--:|---|--:|--:|--:|--:|--:|--:|\n"
+        "| GPUs | DeepSpeed JSON | batch: samples × accumulation | tokens per step | GiB per rank | tokens per second "
+        "| days | checkpoint, GiB per node |\n|--:|---|--:|--:|--:|--:|--:|--:|\n"
     )
     size = measure(model, MICRO_BATCH, model.max_position_embeddings, "bf16")
     return head + "\n".join(row(gpus, model, size) for gpus in SIZES) + "\n"

@@ -6,7 +6,7 @@ from model.configuration_globallocal import PRESETS, GlobalLocalConfig
 from tests.conftest import ROOT
 
 PAGE = ROOT / "docs" / "model.md"
-HEAD = "| preset | parameters | in the vocabulary | frozen pool | FLOPs a token | width × layers | receptive field |"
+HEAD = "| preset | parameters | in the vocabulary | frozen pool | FLOPs per token | width × layers | receptive field |"
 TABLE = re.compile(rf"^{re.escape(HEAD)}\n(?:\|.*\n)+", re.M)
 
 

@@ -1,7 +1,7 @@
 """Every command with empty, enormous, odd and contradictory options, made from the commands themselves.
 
 What a command needs is an empty folder here, so that each ends before it has begun anything. The rule: exit code 2,
-one `error:` line a problem (or, of `doctor`, its findings), no traceback, in bounded time, and nothing written.
+one `error:` line per problem (or, of `doctor`, its findings), no traceback, in bounded time, and nothing written.
 """
 
 from __future__ import annotations
@@ -138,7 +138,7 @@ def fault_of(case: Case, folder: Path) -> str | None:
     if case.words[0] == "doctor" and not lines:
         return None if "error" in told or "✗" in told or "problem" in told else f"no finding: {told[:300]}"
     if not lines or not all(line.startswith("error: ") for line in lines):
-        return f"not one line a problem: {errors.getvalue()[:300]!r}"
+        return f"not one line per problem: {errors.getvalue()[:300]!r}"
     if (longest := max(len(line.removeprefix("error: ")) for line in lines)) > LONGEST_LINE:
         return f"a line of {longest:,} characters"
     if left := [item for item in folder.rglob("*") if item != empty]:
@@ -165,5 +165,5 @@ def run(folder: Path) -> dict[str, object]:
     return {
         "commands with wrong options": f"{len(every):,}, of {len(commands())} commands",
         "… two options together": f"{kinds[True]:,}",
-        "ended in one line a problem, nothing written": "all",
+        "ended in one line per problem, nothing written": "all",
     }

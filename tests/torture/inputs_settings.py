@@ -1,8 +1,8 @@
 """Wrong settings, made from the types themselves: each field of a run file, of the model and of DeepSpeed's JSON.
 
 Every field gets a value of every wrong kind (`VALUES`), and settings are set against each other (`PAIRS`). What counts
-as right is decided by rule (`fault_of`): a setting is refused with one line a problem that names the key, the value and
-what it should be, or it is taken as it was given, and DeepSpeed's own parser reads what comes of it.
+as right is decided by rule (`fault_of`): a setting is refused with one line per problem that names the key, the value
+and what it should be, or it is taken as it was given, and DeepSpeed's own parser reads what comes of it.
 """
 
 import json
@@ -306,5 +306,5 @@ def run(folder: Path) -> dict[str, object]:
         "… fields": f"{len(set(run_fields())) + len(set(deepspeed_fields())):,}, each with {len(VALUES)} values",
         "… pairs that contradict": kinds["a pair"],
         "… two mistakes at once": kinds["two at once"],
-        "refused in one line a problem, or taken as given and read by DeepSpeed": "all",
+        "refused in one line per problem, or taken as given and read by DeepSpeed": "all",
     }

@@ -33,8 +33,8 @@ warm-up and cosine, in float32, on a GPU in bfloat16 with float32 weights for th
 depth; its loss runs through the same chunked kernel as GlobalLocal's. It is begun in three ways, and the best one
 counts: all with deviation 0.02; matrices with 1/√fan_in; embedding with 0.5/√width (on a GPU only the first).
 
-Sizes are matched in FLOPs a token, to within 8 %. Each model has the best of its own learning rates: of a sweep of its
-own at sizes A, B and C; A4 takes those of A, C4 those of C, and their seconds a step. At equal tokens, FLOPs or
+Sizes are matched in FLOPs per token, to within 8 %. Each model has the best of its own learning rates: of a sweep of
+its own at sizes A, B and C; A4 takes those of A, C4 those of C, and their seconds per step. At equal tokens, FLOPs or
 seconds, the model that has more of them at its end is read where the other one ends, before its learning rate has come
 down.
 
@@ -51,7 +51,7 @@ def write(results: dict[str, dict[str, Any]], speeds: dict[str, dict[str, float]
 
     Args:
         results: of every finished run, by its name.
-        speeds: size → contender → CPU seconds a step, measured side by side.
+        speeds: size → contender → CPU seconds per step, measured side by side.
     """
     sections, headline = standing_sections(), {}
     for size in SIZES.values():
@@ -126,11 +126,11 @@ def comparison(
         lines.append(f"| {title} | {values['globallocal']} | {values['gpt']} |")
 
     row("parameters", {n: f"{r['parameters'] / 1e6:.2f} M" for n, r in first.items()})
-    row("FLOPs a token", {n: f"{r['flops_per_token'] / 1e6:.1f} M" for n, r in first.items()})
+    row("FLOPs per token", {n: f"{r['flops_per_token'] / 1e6:.1f} M" for n, r in first.items()})
     row("width × layers", {n: _shape(runs[n][0]) for n in first})
     row("learning rate", {n: f"{runs[n][0].learning_rate:g}" for n in first})
     kind = "device" if size.on_gpu else "CPU"
-    row(f"{kind} seconds a step, side by side", {n: f"{speed[n]:.4f}" for n in first})
+    row(f"{kind} seconds per step, side by side", {n: f"{speed[n]:.4f}" for n in first})
     figures: dict[str, Any] = {}
     for axis, title in AXES.items():
         found = at_equal(axis, runs, results, speed)
@@ -221,7 +221,7 @@ def ablation_table(size: Size, results: dict[str, Any]) -> dict[str, str]:
         f"Seeds of one setting differ by up to {seed_spread(size, results):.3f} on this page: a smaller difference "
         "says little.",
         "",
-        "| what is changed | held-out loss | against the default | FLOPs a token | parameters |",
+        "| what is changed | held-out loss | against the default | FLOPs per token | parameters |",
         "|---|---|---|---|---|",
     ]
     default = results[chosen(size)["globallocal"].name]

@@ -11,7 +11,7 @@ SEEDS = (0, 1)
 
 @dataclass(frozen=True)
 class Size:
-    """One size of both models, matched in FLOPs a token, and what they are trained on."""
+    """One size of both models, matched in FLOPs per token, and what they are trained on."""
 
     name: str
     globallocal: dict[str, Any]
@@ -94,7 +94,7 @@ ABLATIONS: dict[str, dict[str, tuple[dict[str, Any], str]]] = {
         "pool rows as wide as the model, routers half as wide": ({"pool_dim": 128, "router_hidden_size": 64}, ""),
         "pool of 256 rows": ({"pool_size": 256}, ""),
         "pool of 4,096 rows": ({"pool_size": 4096}, ""),
-        "one row a token instead of two": ({"router_top_k": 1}, ""),
+        "one row per token instead of two": ({"router_top_k": 1}, ""),
         "embedding begun with deviation 0.02": ({"initializer_range": 0.02}, ""),
         "bfloat16 for the passes": ({}, "bfloat16"),
     },
@@ -103,7 +103,7 @@ ABLATIONS: dict[str, dict[str, tuple[dict[str, Any], str]]] = {
         "nothing to mix: a pool of zeros": ({}, "zero"),
         "dilations 1, 2 in every layer": ({"conv_dilations": [1, 2]}, ""),
         "norm behind each sum": ({"norm_placement": "post"}, ""),
-        "one row a token instead of two": ({"router_top_k": 1}, ""),
+        "one row per token instead of two": ({"router_top_k": 1}, ""),
     },
 }  # fmt: skip
 
