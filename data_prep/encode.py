@@ -1,4 +1,4 @@
-"""What a worker does with a task: read, filter, encode, check that nothing was lost."""
+"""A worker's part, from a task to its tokens: read, filter, encode, check that nothing was lost."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ DOCUMENT_RECORD = np.dtype(
 
 @dataclass(frozen=True)
 class Filters:
-    """What to leave out; nothing by default. Whatever is left out is counted, with its reason.
+    """Documents to leave out; none by default. Whatever is left out is counted, with its reason.
 
     Attributes:
         minimum_characters: shorter documents are dropped ("too_short").
@@ -48,13 +48,13 @@ class Filters:
             raise UserError(f"minimum_characters is {self.minimum_characters}; it must be 0 or more")
 
     def settings(self) -> dict[str, Any]:
-        """As JSON values."""
+        """The filters as JSON values."""
         return asdict(self)
 
 
 @dataclass(frozen=True)
 class Encoded:
-    """What became of a task.
+    """The result of a task.
 
     Attributes:
         position, name, task_bytes: the task's.
@@ -89,7 +89,7 @@ class Encoded:
 
 
 class TextDigest:
-    """What a task's documents are, as 32 hex digits: ids and texts, in order, before any filter."""
+    """The hash of a task's documents, as 32 hex digits: ids and texts, in order, before any filter."""
 
     def __init__(self) -> None:
         self._sha256 = hashlib.sha256()

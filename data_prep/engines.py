@@ -1,4 +1,4 @@
-"""Who does the encoding. Every engine maps a function over tasks and yields the results in order."""
+"""Engines, which do the encoding: each maps a function over tasks and yields the results in order."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class Engine(Protocol):
 
 
 class InProcess:
-    """This process itself."""
+    """The engine that works in this process itself."""
 
     @contextmanager
     def start(self, function: Callable[[Any], Any]) -> Iterator[OrderedMap]:

@@ -1,4 +1,4 @@
-"""What a person can fix, and what a person asked for: the exceptions that the command line prints as plain lines."""
+"""Exceptions that the command line prints as plain lines: what a person can fix, and what a person asked for."""
 
 from __future__ import annotations
 

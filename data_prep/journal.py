@@ -132,7 +132,7 @@ class Journal:
         known.update((Position(unit, part), digest) for unit, part, digest in texts)
 
     def counters(self, split: str) -> ChunkCounters:
-        """Where the next shard of a split begins."""
+        """The place where the next shard of a split begins."""
         entries = self.entries.get(split, [])
         if not entries:
             return ChunkCounters()

@@ -71,7 +71,7 @@ class TokenizerInfo(BaseModel, extra="forbid"):
 
 
 class SourceInfo(BaseModel, extra="forbid"):
-    """Where the text came from: `name` of the source, its `settings`, and `fingerprint`, which names the exact
+    """The origin of the text: `name` of the source, its `settings`, and `fingerprint`, which names the exact
     text (such as the hub's revision), or else `texts`, the sha256 of each split's `SPLIT.texts.npy`."""
 
     name: str
@@ -114,7 +114,7 @@ class Manifest(BaseModel, extra="forbid"):
 
     @property
     def dataset_id(self) -> str:
-        """sha256 (hex) of the canonical JSON: the name of these exact bytes."""
+        """The sha256 (hex) of the canonical JSON: it names these exact bytes."""
         content = self._content()
         if self.format_version > 1:
             del content["source"]
@@ -141,7 +141,7 @@ def canonical_json(value: Any) -> bytes:
 
 @dataclass(frozen=True)
 class SplitIndex:
-    """Where each token of a split lies. Arrays are views of memory-mapped files.
+    """The place of each token of a split. Arrays are views of memory-mapped files.
 
     Attributes:
         name: the split.
@@ -192,7 +192,7 @@ class Dataset:
 
     @property
     def store(self) -> Store:
-        """Where the shards are."""
+        """The folder or URL of the shards."""
         return open_store(self.url or self.folder)
 
     @property

@@ -69,7 +69,7 @@ class Chunk:
 
 @dataclass
 class ChunkCounters:
-    """Where a stream of chunks stands: at zero, or where an interrupted preparation left it."""
+    """The counts of a stream of chunks: zero, or where an interrupted preparation left it."""
 
     chunk: int = 0
     token: int = 0

@@ -54,7 +54,7 @@ class Plot:
 
 @dataclass(frozen=True)
 class Split:
-    """What the page shows of a split."""
+    """The part of the page about one split."""
 
     name: str
     plots: list[Plot]

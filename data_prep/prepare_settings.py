@@ -1,4 +1,4 @@
-"""What a preparation is asked for, and what it tells of itself."""
+"""The settings and the progress of a preparation."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ CHUNKS_PER_SHARD = 4
 
 @dataclass(frozen=True)
 class PrepareSettings:
-    """What to prepare, and where.
+    """The settings of a preparation.
 
     Attributes:
         source: where the text comes from.
@@ -60,7 +60,7 @@ class PrepareSettings:
 
 @dataclass(frozen=True)
 class PrepareProgress:
-    """Where a preparation stands, told after every task. `total_bytes` is None where nobody knows it;
+    """The progress of a preparation, told after every task. `total_bytes` is None where nobody knows it;
     everything counts from the start of the split, what an earlier attempt did included."""
 
     split: str

@@ -58,7 +58,7 @@ class _StatusError(Exception):
 
 @dataclass(frozen=True)
 class FileState:
-    """What a server says of a file: its bytes (None: it does not say), and a mark that changes with its content."""
+    """A file as a server describes it: its bytes (None: it does not say), and a mark that changes with its content."""
 
     num_bytes: int | None
     mark: str
@@ -164,7 +164,7 @@ def _write(url: str, descriptor: int, block: bytes, offset: int) -> None:
 
 
 def retried(url: str, request: Callable[[], T]) -> T:
-    """What a request for a URL gives, made again while its faults may pass."""
+    """Makes a request for a URL, and makes it again while its faults may pass; returns the answer."""
     return retries.retried(request, lambda error, failures: _wait(url, error, failures))
 
 
@@ -202,7 +202,7 @@ def _passing_fault(url: str, error: Exception) -> str:
 
 
 def _reason(url: str, error: Exception) -> str:
-    """What an exception says, in one short line that repeats no secret of the URL."""
+    """The words of an exception, in one short line that repeats no secret of the URL."""
     inner = error.args[0] if error.args else None
     if reason := getattr(inner, "reason", None):  # of a failed connection, without the request around it
         return str(reason).rpartition(": ")[2][:200]

@@ -1,4 +1,4 @@
-"""What a dataset looks like: its text, its tokens, how long its documents are, how well it compresses."""
+"""A description of a dataset: its text, its tokens, how long its documents are, how well it compresses."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def show_document(dataset: Dataset, split: str, number: int) -> list[str]:
 
 
 def _document_start(dataset: Dataset, index: SplitIndex, number: int) -> int:
-    """Where a document starts in the stream; beyond the last one, where the stream ends. Reads one chunk."""
+    """The token at which a document starts; beyond the last one, the end of the stream. Reads one chunk."""
     if number == int(index.document_start[-1]):
         return index.tokens
     chunk = int(np.searchsorted(index.document_start, number, "right")) - 1

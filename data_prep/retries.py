@@ -11,7 +11,7 @@ T = TypeVar("T")
 
 
 def retried(request: Callable[[], T], wait: Callable[[Exception, int], None]) -> T:
-    """What a request gives, made again after each fault that may pass.
+    """Makes a request, and makes it again after each fault that may pass; returns the answer.
 
     Args:
         wait: called with the fault and the count of faults so far; it sleeps before the next try, or raises UserError

@@ -22,7 +22,7 @@ from data_prep.store import WORK_FOLDER, Store
 
 @dataclass
 class Totals:
-    """What was counted in a run of tasks; adds up."""
+    """Sums over a run of tasks."""
 
     rows: int = 0
     task_bytes: int = 0

@@ -1,4 +1,4 @@
-"""Where a dataset lies: a folder, or a prefix behind any fsspec URL such as s3://bucket/data.
+"""The place of a dataset: a folder, or a prefix behind any fsspec URL such as s3://bucket/data.
 
 Both publish whole files or none. A folder is locked by the operating system, which releases it when the
 process dies. A prefix cannot be: whoever comes last owns it, and an earlier owner stops before its next
@@ -59,7 +59,7 @@ class Store(Protocol):
         ...
 
     def sizes(self) -> dict[str, int | None]:
-        """What lies directly in the store, with its bytes if they come with the listing; empty if it has none."""
+        """Files and folders directly in the store, with their bytes if the listing has them; empty if it has none."""
         ...
 
     def names(self) -> list[str]:

@@ -39,7 +39,7 @@ Depth = Literal["quick", "full", "deep"]
 
 @dataclass
 class VerifyReport:
-    """What was found: `problems`, and `lines` that say what was checked."""
+    """The result of a check: `problems`, and `lines` that say what was checked."""
 
     problems: list[str] = field(default_factory=list)
     lines: list[str] = field(default_factory=list)

@@ -1,1 +1,1 @@
-"""What runs before and around a job."""
+"""The command line, and everything that runs before and around a job."""

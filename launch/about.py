@@ -1,4 +1,4 @@
-"""What the project says of itself: its version and what it requires, installed or only on the path."""
+"""The project's version and requirements, installed or only on the path."""
 
 import importlib.metadata
 import tomllib
@@ -7,7 +7,7 @@ from typing import Any
 
 
 def version() -> str:
-    """Of the installed project, else of the checkout."""
+    """The version of the installed project, else of the checkout."""
     try:
         return importlib.metadata.version("globallocal")
     except importlib.metadata.PackageNotFoundError:
@@ -15,7 +15,7 @@ def version() -> str:
 
 
 def requirements() -> list[str]:
-    """What the project asks for, as `torch>=2.8`."""
+    """The packages that the project requires, as `torch>=2.8`."""
     try:
         return importlib.metadata.requires("globallocal") or []
     except importlib.metadata.PackageNotFoundError:

@@ -1,1 +1,1 @@
-"""Where text comes from: a source gives documents, in tasks that workers can share."""
+"""Sources of text: each gives documents, in tasks that workers can share."""

@@ -35,7 +35,7 @@ SOURCES = {
 
 @dataclass(frozen=True)
 class SourceOptions:
-    """What a person says of the text: which source, and the options that it takes.
+    """The options that describe the text: the name of its source, and what that source takes.
 
     Attributes:
         source: a name in `SOURCES`.

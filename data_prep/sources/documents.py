@@ -28,7 +28,7 @@ class Document:
 
 @dataclass
 class ReadCounts:
-    """What reading met: rows seen, documents dropped and characters changed, by reason."""
+    """Counts of what was read: rows seen, documents dropped and characters changed, by reason."""
 
     rows: int = 0
     dropped: dict[str, int] = field(default_factory=dict)
@@ -49,7 +49,7 @@ class Task(Protocol):
 
     @property
     def name(self) -> str:
-        """Where its text stands, for people."""
+        """The place of its text, for people."""
         ...
 
     @property
@@ -74,14 +74,14 @@ class TextSource(Protocol):
 
     @property
     def settings(self) -> dict[str, Any]:
-        """How the text is read, as JSON values; no path."""
+        """The settings that the text is read with, as JSON values; no path."""
         ...
 
     @property
     def splits(self) -> list[str]: ...
 
     def fingerprint(self) -> str | None:
-        """What names this exact text, such as a commit of the hub; None if what is there may change."""
+        """A name of this exact text, such as a commit of the hub; None if what is there may change."""
         ...
 
     def changed(self, split: str) -> list[str]:
@@ -105,7 +105,7 @@ def read_documents(source: TextSource, split: str) -> Iterator[Document]:
 
 @dataclass(frozen=True)
 class Selection:
-    """Which documents of unsplit text belong to a split: decided by the hash of the text alone.
+    """A rule that says which documents of unsplit text belong to a split, decided by the hash of the text alone.
 
     So a document lands in the same split wherever it stands, and exact duplicates never end up on both
     sides of the line between training and held-out text.

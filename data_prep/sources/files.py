@@ -35,7 +35,7 @@ MAX_TASK_FILES = 64
 
 @dataclass(frozen=True)
 class FilesSettings:
-    """Which files, and how to read them.
+    """The choice of files, and the way to read them.
 
     Attributes:
         paths: patterns or URLs by split; those under "train" are shared out by the two shares below.

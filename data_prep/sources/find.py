@@ -1,4 +1,4 @@
-"""Which files a pattern names: on a disk or behind a URL, each once, with what tells later whether it changed."""
+"""Finds the files that a pattern names: on a disk or behind a URL, each once, with a mark of its content."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ class FoundFile:
         return remote.shown(self.url)
 
     def changed(self) -> bool:
-        """Whether it is another one now than when it was found."""
+        """Whether the file has changed since it was found."""
         try:
             now = remote.file_state(self.url) if self.remote else _local_state(self.url)
         except (OSError, UserError):
@@ -126,7 +126,7 @@ def _named(files: list[FoundFile]) -> list[FoundFile]:
 
 
 def _path(url: str) -> str:
-    """Of a URL, without the query; its host is the first part."""
+    """The path of a URL, without the query; its host is the first part."""
     return unquote(remote.shown(url).replace("://", ":/")) if url.startswith("http") else url.replace("://", ":/")
 
 
@@ -248,7 +248,10 @@ def _local_state(path: str) -> remote.FileState:
 
 
 def _remote_files(pattern: str) -> tuple[dict[str, remote.FileState], bool]:
-    """As `_local_files`, where a storage client lists files. Of a web server only whole URLs and `*` are known."""
+    """Files by URL, as `_local_files` gives them, where a storage client lists them.
+
+    Of a web server only whole URLs and `*` are known.
+    """
     if pattern.startswith("http"):
         if "*" not in urlsplit(pattern).path:
             return {pattern: remote.file_state(pattern)}, True

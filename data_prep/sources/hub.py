@@ -33,7 +33,7 @@ SPLIT_ORDER = ["train", "valid", "test"]
 
 @dataclass(frozen=True)
 class HubSettings:
-    """Which dataset of the hub.
+    """The choice of a dataset of the hub.
 
     Attributes:
         dataset: its id, such as "Salesforce/wikitext".
@@ -187,7 +187,7 @@ class HubSource:
 
 @cache
 def bound_waits() -> None:
-    """Lets the hub's client, which waits for ever for what a hub does not say, give up after a while."""
+    """Sets time limits for the hub's client, which would wait for an answer for ever."""
     import huggingface_hub
     from huggingface_hub.utils._http import default_client_factory
 
@@ -208,7 +208,7 @@ def _retried(call: Callable[[], T], where: str) -> T:
 
 
 def _garbled() -> tuple[type[Exception], ...]:
-    """What libraries raise of an answer that is not what was asked for, such as a proxy's page: it may pass."""
+    """The exceptions that libraries raise for a wrong answer, such as a proxy's page; a later answer may be right."""
     import pyarrow
 
     return (OSError, json.JSONDecodeError, UnicodeError, pyarrow.ArrowException)

@@ -146,7 +146,7 @@ def merges(tokenizer: Tokenizer) -> list[tuple[str, str]]:
 
 
 def differing_texts(tokenizer: Tokenizer, hf_tokenizer: tokenizers.Tokenizer, texts: Iterable[str]) -> list[str]:
-    """Those of `texts` for which ids or decoded text differ between sentencepiece and the Hugging Face form.
+    """The texts among `texts` for which ids or decoded text differ between sentencepiece and the Hugging Face form.
 
     Decoded unknown pieces are spelled differently by the two, and not compared.
     """

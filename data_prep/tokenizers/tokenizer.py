@@ -43,7 +43,7 @@ SELF_TEST_TEXTS = [
 
 @dataclass(frozen=True)
 class TokenizerSettings:
-    """How to train a tokenizer.
+    """The settings of a tokenizer's training.
 
     Attributes:
         vocab_size: pieces, the four special ones and the 256 bytes included.
@@ -255,7 +255,7 @@ class Tokenizer:
 
     @cached_property
     def _leads_with_space(self) -> np.ndarray:
-        """Of each piece: bool [vocab_size]."""
+        """Whether each piece begins with a space mark: bool [vocab_size]."""
         return np.array([piece.piece.startswith(SPACE_MARK) for piece in self.proto.pieces])
 
     def decode(self, ids: np.ndarray | Sequence[int]) -> str:
@@ -287,7 +287,7 @@ class Tokenizer:
         ]  # fmt: skip
 
     def lossy_texts(self, texts: Iterable[str] = SELF_TEST_TEXTS) -> list[str]:
-        """Those of `texts` that encode and decode do not give back."""
+        """The texts among `texts` that encode and decode do not give back."""
         return [text for text in texts if self.decode(self.encode(text)) != text]
 
 

@@ -185,7 +185,7 @@ def _folders(run: Path) -> list[Path]:
 
 
 def _retention(run: Path) -> Retention:
-    """As the run's config.yaml has it."""
+    """A setting as the run's config.yaml has it."""
     from pipeline.config import load_config
 
     return load_config(_root(run).parent / "config.yaml").retention

@@ -285,7 +285,7 @@ def inspect_dataset(
 
 
 def show_notes(source: TextSource) -> None:
-    """What a person should know before the text is read."""
+    """Prints what a person should know before the text is read."""
     for note in source.notes:
         typer.echo(f"note: {note}")
 

@@ -285,7 +285,7 @@ def launch(
 
 
 def show_closing(settings: RunConfig, code: int) -> None:
-    """What the training came to; nothing where it was refused: what is to be mended shall stand last."""
+    """Prints the results of a training; nothing where it was refused, so that its errors stand last."""
     from launch.report.read import is_run, read_run
     from launch.report.words import closing
     from pipeline.exit_codes import USER_ERROR

@@ -1,4 +1,4 @@
-"""What is asked of one node, by path and without this project being installed there: `python node.py ACTION …`.
+"""Questions to one node, run by path, without this project being installed there: `python node.py ACTION …`.
 
 facts PORT          one JSON object: versions, code, clock, devices, memory, addresses, whether PORT is free
 interface ADDRESS   the network interface that leads to ADDRESS, for GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME
@@ -33,7 +33,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def facts(port: int) -> dict[str, Any]:
-    """This node as it is now."""
+    """The facts about this node as it is now."""
     return {
         "host": platform.node(),
         "time": time.time(),
@@ -50,7 +50,7 @@ def facts(port: int) -> dict[str, Any]:
 
 
 def code_hash(root: Path) -> str:
-    """sha256 over the Python files of the project, as 16 hex digits: the same on nodes that run the same code."""
+    """The sha256 over the Python files of the project, as 16 hex digits: the same on nodes that run the same code."""
     digest = hashlib.sha256()
     for folder in ("data_prep", "launch", "model", "pipeline"):
         for path in sorted((root / folder).rglob("*.py")):

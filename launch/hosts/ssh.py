@@ -21,7 +21,7 @@ CLOCK_SKEW_SECONDS = 5.0
 
 @dataclass(frozen=True)
 class Answer:
-    """What a host said, or why it did not."""
+    """The answer of a host, or the reason why there is none."""
 
     text: str = ""
     error: str = ""
@@ -99,7 +99,7 @@ def gather_facts(hosts: Sequence[str], port: int, ssh: str = "") -> tuple[dict[s
 
 
 def differences(facts: Mapping[str, Mapping[str, Any]], slots: Mapping[str, int]) -> list[str]:
-    """What would make a job over these hosts fail, one line each, naming the hosts."""
+    """Differences that would make a job over these hosts fail, one line each, naming the hosts."""
     problems = []
     labels = {"code": "the project's code", "python": "Python"}
     for key in ("code", "python"):

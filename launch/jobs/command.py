@@ -12,13 +12,13 @@ from data_prep.errors import UserError
 
 @dataclass(frozen=True)
 class Job:
-    """What is run: a command, and what is added to the environment of this process for it."""
+    """A command to run, and what is added to the environment of this process for it."""
 
     command: list[str]
     environment: dict[str, str] = field(default_factory=dict)
 
     def __str__(self) -> str:
-        """As a shell would take it, one option per line."""
+        """The command as a shell would take it, one option per line."""
         settings = [f"{name}={shlex.quote(value)}" for name, value in self.environment.items()]
         return " \\\n  ".join([*settings, *(shlex.quote(word) for word in self.command)])
 
@@ -29,7 +29,7 @@ class Job:
 
 
 def cpu_environment(ranks: int, given: Mapping[str, str] = os.environ) -> dict[str, str]:
-    """What ranks on a CPU need: DeepSpeed's CPU accelerator, and cores that they do not fight over."""
+    """The variables that ranks on a CPU need: DeepSpeed's CPU accelerator, and cores that they do not fight over."""
     threads = max(1, (os.cpu_count() or 1) // ranks)
     return {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": given.get("OMP_NUM_THREADS", str(threads))}
 

@@ -159,7 +159,7 @@ def runner_environment(environment: Mapping[str, str]) -> dict[str, str]:
 
 
 def deepspeed_env() -> dict[str, str]:
-    """What DeepSpeed's own `.deepspeed_env` (at home, or here) sets: NAME=value lines, comments, blank lines.
+    """The variables of DeepSpeed's own `.deepspeed_env` (at home, or here): NAME=value lines, comments, blank lines.
 
     Raises:
         UserError: another line.

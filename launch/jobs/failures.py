@@ -1,4 +1,4 @@
-"""Who failed, and how: read from what the ranks and their launchers print."""
+"""Finds who failed, and how, in what the ranks and their launchers print."""
 
 import re
 from collections.abc import Callable, Sequence

@@ -28,7 +28,7 @@ class Run(Protocol):
     settings: "RunConfig"
 
     def describe(self) -> str:
-        """What would run, as a shell would take it; nothing is started, written or asked of another host."""
+        """The command as a shell would take it; nothing is started, written or asked of another host."""
 
     def start(self, failures: list[Failure]) -> Ended:
         """Run it once, to its end."""

@@ -1,4 +1,4 @@
-"""What a person asks of a job beside its run file: which hosts, how they are reached, what Slurm is to give."""
+"""Options of a job beside its run file: the hosts, the way to reach them, the request to Slurm."""
 
 import re
 from dataclasses import dataclass, field
@@ -23,7 +23,7 @@ class HostChoice:
 
 @dataclass(frozen=True)
 class Reach:
-    """How the hosts of a job are reached, and what is handed to them.
+    """The way to the hosts of a job, and the variables handed to them.
 
     Attributes:
         ssh: options for ssh, for example `-p 2222 -i ~/.ssh/cluster`.
@@ -42,7 +42,7 @@ class Reach:
 
 @dataclass(frozen=True)
 class Allocation:
-    """What is asked of Slurm.
+    """The request to Slurm.
 
     Attributes:
         nodes: a number, or MIN-MAX.

@@ -1,4 +1,4 @@
-"""When a job that has failed is started again, and on which hosts."""
+"""Decides whether a job that has failed is started again, and on which hosts."""
 
 import json
 import time

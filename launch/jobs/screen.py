@@ -1,4 +1,4 @@
-"""What a person sees of a job: its lines; on a terminal, progress on one live line, and warnings that stand out.
+"""The screen of a job: its lines; on a terminal, progress on one live line, and warnings that stand out.
 
 The log keeps every line as it was printed.
 """
@@ -90,5 +90,5 @@ def brief(figures: str) -> str:
 
 
 def style(line: str) -> str:
-    """How a line is set off; "" for most."""
+    """The style that sets a line off; "" for most."""
     return next((style for pattern, style in STYLES if pattern.search(line)), "")

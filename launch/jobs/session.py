@@ -42,7 +42,7 @@ STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 
 @dataclass(frozen=True)
 class Launch:
-    """How a job is started and ended.
+    """The way a job is started and ended.
 
     Attributes:
         environment: the whole environment of the command.
@@ -66,7 +66,7 @@ class Launch:
 
 @dataclass(frozen=True)
 class Ended:
-    """How a job ended.
+    """The end of a job.
 
     Attributes:
         code: exit code, that of a signal as 128 + its number.
@@ -81,7 +81,7 @@ class Ended:
 
 @dataclass
 class _Watch:
-    """What happens to a running job, as told by signals and by its output."""
+    """The events of a running job, as told by signals and by its output."""
 
     asked: list[signal.Signals] = field(default_factory=list)
     ranks_seen: bool = False

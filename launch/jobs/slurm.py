@@ -48,7 +48,7 @@ class SlurmRun:
     master_address: str = ""
 
     def files(self) -> dict[Path, str]:
-        """What is written before sbatch is called: the environment of the ranks, and the script."""
+        """The files that are written before sbatch is called: the environment of the ranks, and the script."""
         given = {"MASTER_ADDR": self.master_address} if self.master_address else {}
         return {
             self.job.folder / cluster.ENVIRONMENT: cluster.environment_script(self.job, given),
@@ -101,7 +101,7 @@ class SlurmRun:
         return self.job.run_folder.absolute() / "logs" / "launch.log"
 
     def describe(self) -> str:
-        """What would be written and submitted; values are hidden, and Slurm is not asked."""
+        """The files and the command of a submission; values are hidden, and Slurm is not asked."""
         return f"{cluster.shown(self.files())}\nsbatch --parsable {shlex.quote(str(self.job.folder / 'job.sbatch'))}"
 
     def submit(self, wait: bool) -> int:

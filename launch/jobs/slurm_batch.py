@@ -1,4 +1,4 @@
-"""What a Slurm job runs on its first node: `python -m launch.jobs.slurm_batch --run-folder RUN … -- srun …`.
+"""The program on the first node of a Slurm job: `python -m launch.jobs.slurm_batch --run-folder RUN … -- srun …`.
 
 It checks that all nodes run the same, starts the ranks by the command after `--`, and when that has ended decides,
 as `restarts.judge` does everywhere, whether the job is put back into the queue.
@@ -116,7 +116,7 @@ def end_steps(number: str) -> None:
 
 
 def nodes_facts() -> dict[str, dict[str, Any]]:
-    """What each node of the job says of itself, by its Slurm name, the first one first.
+    """The facts about each node of the job, by its Slurm name, the first one first.
 
     Raises:
         UserError: a node does not answer.
@@ -196,7 +196,7 @@ def give_up(job: str, code: int, run_folder: Path) -> int:
 
 
 def cancel_rest(job: str) -> None:
-    """What is left of an array is not needed."""
+    """Cancel what is left of an array."""
     if "SLURM_ARRAY_JOB_ID" in os.environ:
         slurm("scancel", "--state=PENDING", job)
 

@@ -1,1 +1,1 @@
-"""What can be known before a job starts: faults, memory, time."""
+"""Checks and forecasts before a job starts: faults, memory, time."""

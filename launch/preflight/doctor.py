@@ -39,7 +39,7 @@ STEP_SECONDS = 600
 
 @dataclass(frozen=True)
 class Finding:
-    """What one check found; a problem or a warning says what to do."""
+    """The result of one check; a problem or a warning says what to do."""
 
     check: str
     level: Level
@@ -57,7 +57,7 @@ SHOWN = ("torch", "deepspeed", "transformers", "mlflow")
 
 
 def local_findings() -> Iterator[Finding]:
-    """This machine, whatever the run."""
+    """The checks of this machine, whatever the run."""
     yield from packages()
     yield devices()
     yield from operators()

@@ -1,4 +1,4 @@
-"""What a run will need, before it is paid for: parameters, memory per rank, operations, time, money."""
+"""An estimate of what a run will need, before it is paid for: parameters, memory per rank, operations, time, money."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -24,7 +24,7 @@ TOKENS_PER_PARAMETER = 20
 
 @dataclass(frozen=True)
 class Machine:
-    """What the run is to run on.
+    """The devices that a run is to run on.
 
     Attributes:
         ranks: devices, over all nodes.

@@ -1,4 +1,4 @@
-"""What a rank will need of its device, and for how long, said before the ranks start."""
+"""A forecast of what a rank needs of its device, and for how long, said before the ranks start."""
 
 import psutil
 import torch

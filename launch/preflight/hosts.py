@@ -81,7 +81,7 @@ def shared_folder(hosts: Sequence[str], ssh: str, run_folder: Path) -> Finding:
 
 
 def ssh_back(hosts: Sequence[str], ssh: str) -> Iterator[Finding]:
-    """ssh from every host to the first one: pdsh does without, MPI runners and people do not."""
+    """Checks ssh from every host to the first one: pdsh does without, MPI runners and people do not."""
     answers = ask(hosts[1:], ["ssh", hosts[0], *shlex.split(ssh)], ssh)
     failed = {host: answer.error for host, answer in answers.items() if answer.error}
     for host, error in failed.items():

@@ -1,4 +1,4 @@
-"""What training was measured to reach. `estimate`, the run files and docs/scaling.md reckon with it.
+"""Measured speeds of training, which `estimate`, the run files and docs/scaling.md reckon with.
 
 After a measurement write its line here, and run `python -m tests.launch.test_scaling`, which makes those pages anew.
 """
@@ -31,7 +31,7 @@ class Measured:
 
     @property
     def flops_per_token(self) -> float:
-        """Of the model that was measured."""
+        """The parameters of the model that was measured."""
         return self.mfu * PEAK_TERAFLOPS[self.card] * 1e12 / self.tokens_per_second
 
 
@@ -53,7 +53,7 @@ class Expected:
 
 
 def expected(preset: str, flops_per_token: float, card: str) -> Expected:
-    """What was measured for a preset and a card; else a guess, from the model measured that is nearest in size."""
+    """The speed measured for a preset and a card; else a guess, from the model measured that is nearest in size."""
 
     def distance(item: Measured) -> tuple[float, bool]:
         return abs(math.log(item.flops_per_token / flops_per_token)), item.card != card

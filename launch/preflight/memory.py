@@ -40,7 +40,7 @@ class RankMemory:
 
 @dataclass(frozen=True)
 class ModelSize:
-    """What the memory of a model follows from.
+    """The numbers that the memory of a model follows from.
 
     Attributes:
         parameters: trainable parameters.

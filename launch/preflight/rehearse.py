@@ -30,7 +30,7 @@ BLOCK_SAMPLES = 1 << 22
 
 @dataclass(frozen=True)
 class Fleet:
-    """What the job is to run on; `device_memory_gib` is that of one device."""
+    """The machines that a job is to run on; `device_memory_gib` is that of one device."""
 
     ranks: int
     gpus_per_node: int = 8
@@ -39,7 +39,7 @@ class Fleet:
 
 @dataclass(frozen=True)
 class Rehearsal:
-    """What was gone through, and the forecast for one rank (all ranks are alike); bytes, samples, seconds."""
+    """The result of a rehearsal, with the forecast for one rank (all ranks are alike); bytes, samples, seconds."""
 
     name: str
     ranks: int
@@ -143,7 +143,10 @@ def _fleet_problems(fleet: Fleet) -> list[str]:
 
 
 def _partition_problems(hpz: int, fleet: Fleet) -> list[str]:
-    """hpZ gathers parameters inside a node: a partition that crosses nodes defeats it, one that is cut cannot run."""
+    """Problems of hpZ groups, which gather parameters inside a node.
+
+    A partition that crosses nodes defeats its purpose; one that is cut cannot run.
+    """
     if hpz <= 1:
         return []
     groups = np.arange(fleet.ranks) // hpz
