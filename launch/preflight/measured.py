@@ -31,7 +31,7 @@ class Measured:
 
     @property
     def flops_per_token(self) -> float:
-        """The parameters of the model that was measured."""
+        """The operations per token of the model that was measured."""
         return self.mfu * PEAK_TERAFLOPS[self.card] * 1e12 / self.tokens_per_second
 
 
