@@ -2,7 +2,6 @@
 a folder that `transformers` loads. Every step is a command that a user could type; it is shown before it runs.
 """
 
-import os
 import shlex
 import subprocess
 import sys
@@ -10,6 +9,8 @@ import time
 from pathlib import Path
 
 import psutil
+
+from pipeline.tracking.store import page_of_run_folder
 
 CONFIG = Path("launch/runs/quickstart.yaml")
 TOKENIZER = Path("data/quickstart-tokenizer")
@@ -45,7 +46,7 @@ def main() -> int:
     command("A page that tells what became of the run", "report", RUN, "--output", REPORT)
     title(f"Done in {time.monotonic() - started:.0f} s. Where things are")
     print(f"  report      {REPORT}   (open it in a browser; every run: globallocal runs)")
-    print(f"  metrics     mlflow ui --backend-store-uri {os.environ.get('MLFLOW_TRACKING_URI', 'sqlite:///mlflow.db')}")
+    print(f"  metrics     {page_of_run_folder(RUN) or 'MLflow has not been reached yet'}")
     print(f"  run         {RUN}   (config.yaml, checkpoints/, logs/)")
     print(f"  model       {EXPORT}   (transformers loads it)")
     print("  next        globallocal prepare --help, to do the same with your own text")

@@ -9,8 +9,12 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from data_prep.errors import UserError
+
 if TYPE_CHECKING:
+    from pipeline.checkpoints.folder import CheckpointState
     from pipeline.data.corpus import Corpus
+    from pipeline.tracking.models import Publication
 
 ModelPath = Annotated[
     Path,
@@ -49,7 +53,6 @@ def evaluate(
 
         globallocal evaluate runs/quickstart/export --dataset data/quickstart --split test
     """
-    from data_prep.errors import UserError
     from data_prep.manifest import hash_file
     from pipeline.config import validate
     from pipeline.data.corpus import open_corpus
@@ -125,16 +128,61 @@ def export(
     path: ModelPath,
     output: Annotated[Path, typer.Option(help="The folder to make; it must not exist.")],
     dtype: Annotated[Dtype, typer.Option(help="Type of the weights written.")] = Dtype.float32,
+    register: Annotated[str | None, typer.Option(help="Name in MLflow's model registry; a version is added.")] = None,
+    alias: Annotated[str | None, typer.Option(help="Alias of that version, such as champion.")] = None,
 ) -> None:
     """Write a Hugging Face folder, reload it in a fresh process, and publish it only if it is the same model.
 
+    MLflow, where it knows the run, lists the export as a model of the run and its step.
+
     Example:
 
-        globallocal export runs/quickstart --output runs/quickstart/export
+        globallocal export runs/quickstart --output runs/quickstart/export --register quickstart --alias champion
     """
     import torch
 
     from pipeline.export.hugging_face import export as write_export
+    from pipeline.tracking.models import publish
 
+    if alias and not register:
+        raise UserError(f"--alias {alias}: is of a version in the registry; give --register NAME too")
     loaded = write_export(path, output, getattr(torch, dtype.value))
-    typer.echo(f"{output}: step {loaded.state.step:,} of {path}, reloaded and verified")  # type: ignore[union-attr]
+    state = loaded.state
+    assert state is not None
+    typer.echo(f"{output}: step {state.step:,} of {path}, reloaded and verified")
+    publication = publication_of(state, output, register, alias)
+    if publication is None:
+        if register:
+            raise UserError(f"--register {register}: MLflow knows no run of {path}; train with tracking.enabled=true")
+        return
+    try:
+        typer.echo(f"MLflow: {publish(publication)}")
+    except UserError as error:
+        if register:
+            raise
+        typer.echo(f"warning: {error}", err=True)
+
+
+def publication_of(state: CheckpointState, output: Path, register: str | None, alias: str | None) -> Publication | None:
+    """What MLflow is told of an export; None where it knows no run of the checkpoint."""
+    from pipeline.config import validate
+    from pipeline.metrics import evaluation_metrics
+    from pipeline.tracking.models import Publication
+    from pipeline.tracking.shipping import Delivery
+    from pipeline.tracking.store import tracking_uri
+
+    config = validate(state.config, "the checkpoint's state.json")
+    delivery = Delivery.load(config.run_folder / "tracking" / "delivery.json")
+    if not (config.tracking.enabled and delivery and delivery.run_id and delivery.experiment_id):
+        return None
+    return Publication(
+        uri=tracking_uri(config.tracking.uri or (delivery.store if "***" not in delivery.store else None)),
+        experiment_id=delivery.experiment_id,
+        run_id=delivery.run_id,
+        folder=str(output.absolute()),
+        name=f"{config.run.name}-step-{state.step}",
+        step=state.step,
+        metrics=evaluation_metrics(state.evaluation or {}),
+        register=register,
+        alias=alias,
+    )

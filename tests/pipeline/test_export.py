@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import mlflow.transformers
 import pytest
 import torch
 
@@ -14,6 +15,7 @@ from data_prep.errors import UserError
 from pipeline.checkpoints.write import probe_ids
 from pipeline.export.hugging_face import export
 from pipeline.export.load import load_model
+from pipeline.tracking.models import folder_hash
 from tests.conftest import globallocal
 
 STRANGER = """
@@ -53,6 +55,45 @@ def test_the_folder_is_complete(exported: Path) -> None:
     card = (exported / "README.md").read_text()
     assert "| optimizer steps | 6 |" in card
     assert "| held-out loss | 6." in card
+
+
+def test_an_export_is_a_model_of_its_run_and_registered_loads_back(
+    trained: Path, exported: Path, tmp_path: Path
+) -> None:
+    store, output = f"sqlite:///{trained}/mlflow.db", tmp_path / "export"
+    registered = ["--register", "tests", "--alias", "champion"]
+    globallocal("export", trained / "unbroken-3", "--output", output, *registered)
+    client = mlflow.MlflowClient(store, registry_uri=store)
+    version = client.get_model_version_by_alias("tests", "champion")
+    state = json.loads((trained / "unbroken-3" / "checkpoints" / "step-00000006" / "state.json").read_text())
+    (found,) = client.get_run(version.run_id).outputs.model_outputs
+    model = client.get_logged_model(found.model_id)
+    assert model.source_run_id == state["mlflow_run_id"]
+    assert model.name == "unbroken-3-step-6"
+    assert model.tags["globallocal.step"] == "6"
+    assert model.tags["globallocal.sha256"] == folder_hash(output) == folder_hash(exported)
+    values = {metric.key: metric.value for metric in model.metrics}
+    assert values["exported/loss/valid"] == pytest.approx(state["evaluation"]["loss"])
+    run = client.get_run(state["mlflow_run_id"])
+    assert [(item.model_id, item.step) for item in run.outputs.model_outputs] == [(model.model_id, 6)]
+    assert run.info.status == "FINISHED"
+    mlflow.set_tracking_uri(store)
+    try:
+        loaded = mlflow.transformers.load_model("models:/tests@champion", return_type="components")["model"].eval()
+    finally:
+        mlflow.set_tracking_uri(None)
+    ids = probe_ids(loaded.config.vocab_size)
+    ours = load_model(trained / "unbroken-3").model.eval()
+    for name, weight in ours.state_dict().items():
+        assert torch.equal(loaded.state_dict()[name], weight), name
+    with torch.no_grad():  # the same weights; where they lie in memory changes the last bits of a product
+        torch.testing.assert_close(loaded(input_ids=ids).logits, ours(input_ids=ids).logits)
+
+
+def test_an_alias_needs_a_name(trained: Path, tmp_path: Path) -> None:
+    done = globallocal("export", trained / "unbroken-3", "--output", tmp_path / "x", "--alias", "champion", expect=2)
+    assert "give --register NAME too" in done.stderr
+    assert not (tmp_path / "x").exists()
 
 
 def test_a_stranger_loads_it_without_this_project(exported: Path, tmp_path: Path) -> None:

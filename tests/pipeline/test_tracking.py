@@ -1,5 +1,6 @@
 """One run across kills and resumes, against a real SQLite store."""
 
+import importlib.metadata
 import json
 import math
 import os
@@ -10,6 +11,7 @@ import time
 import uuid
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import mlflow.data
 import pytest
@@ -17,10 +19,13 @@ from mlflow import MlflowClient
 
 import pipeline.tracking.opening as tracking
 from data_prep.errors import UserError
+from pipeline.redact import redact_lines
+from pipeline.tracking.description import NOTE_TAG
 from pipeline.tracking.facts import RunFacts, Sizes
+from pipeline.tracking.history import CHECKPOINTS_TABLE
 from pipeline.tracking.journal import JOURNAL_FILE, read_journal
 from pipeline.tracking.opening import open_tracker, settle_run
-from pipeline.tracking.store import tracking_uri
+from pipeline.tracking.store import page_of_run_folder, run_page, tracking_uri
 from tests.pipeline.test_tracking_spool import file_size_limit
 from tests.pipeline.tracking_fixtures import (
     DATASET,
@@ -59,6 +64,8 @@ def test_a_run_holds_what_was_logged(store: str, tmp_path: Path) -> None:
     assert run.info.run_id == tracker.run_id
     assert run.info.status == "FINISHED"
     assert run.info.run_name == "a run"
+    kind = MlflowClient(store).get_experiment(run.info.experiment_id).tags["mlflow.experimentKind"]
+    assert kind == "custom_model_development"
     assert points(store, run.info.run_id, "loss") == [(step, 5.0 - step) for step in range(5)]
     assert points(store, run.info.run_id, "evaluation/loss") == [(step, 6.0) for step in range(5)]
     assert run.data.params == {
@@ -532,3 +539,116 @@ def test_settling_a_run_that_never_was_or_was_closed_changes_no_status(store: st
     assert settle_run(Config(store), tmp_path / "run")
     assert only_run(store).info.status == "FINISHED"
     assert len(runs(store)) == 1
+
+
+def test_the_description_follows_the_run_and_keeps_what_people_wrote(store: str, tmp_path: Path) -> None:
+    facts: dict[str, Any] = {
+        "sizes": Sizes(max_steps=10, tokens_per_step=512, flops_per_token=2.0),
+        "about": {"Model": "small | 1,000 parameters", "Go on with": "`globallocal train`"},
+    }
+
+    def note() -> str:
+        return str(only_run(store).data.tags[NOTE_TAG])
+
+    tracker = start(store, tmp_path / "run", [], **facts)
+    while tracker._shipper.undelivered_bytes:
+        tracker._shipper.wake()
+    assert note().startswith("**running** · step 0 of 10")
+    assert "| **Model** | small \\| 1,000 parameters |" in note()
+    for step, loss in ((5, 3.0), (6, 2.0), (7, 2.5)):
+        tracker.log_metrics({"loss/train": loss + 1, "loss/valid": loss}, step)
+    rows = [{"step": 6, "path": "/runs/x/step-00000006", "sha256": "ab", "state": "stands"}]
+    tracker.log_table(CHECKPOINTS_TABLE, rows, key=("step",))
+    MlflowClient(store).set_tag(tracker.run_id, NOTE_TAG, f"{note()}\n\nLook at step 6.")
+    tracker.set_tags({"globallocal.status": "preempted"})
+    assert tracker.close("KILLED")
+    assert note().startswith(
+        "**preempted: start it again, and it goes on** · step 7 of 10 · training loss **3.5000** · held-out loss "
+        "**2.5000** at step 7 · best 2.0000 at step 6"
+    )
+    assert "| **Checkpoint** | step 6: `/runs/x/step-00000006` |" in note()
+    assert note().endswith("stays.*\n\nLook at step 6.")
+    start(store, tmp_path / "run", [], **facts).close()
+    assert note().startswith("**finished** · step 7 of 10")
+    assert "| **Starts** | 1 preempted, 2 finished |" in note()
+    assert note().count("Look at step 6.") == 1
+    run = only_run(store)
+    assert points(store, run.info.run_id, "progress/tokens") == [(5, 2560.0), (6, 3072.0), (7, 3584.0)]
+    assert points(store, run.info.run_id, "progress/flops")[-1] == (7, 7168.0)
+
+
+def test_tables_grow_by_rows_and_rows_change(store: str, tmp_path: Path) -> None:
+    tracker = start(store, tmp_path / "run", [])
+    tracker.log_table(CHECKPOINTS_TABLE, [{"step": 1, "state": "stands", "path": "a"}], key=("step",))
+    tracker.log_table(
+        CHECKPOINTS_TABLE, [{"step": 1, "state": "deleted"}, {"step": 2, "state": "stands", "path": "b"}], key=("step",)
+    )
+    assert tracker.close()
+    (tmp_path / "run/tracking/delivery.json").unlink()  # all of it is delivered a second time
+    assert start(store, tmp_path / "run", []).close()
+    table = MlflowClient(store).load_table(only_run(store).info.experiment_id, CHECKPOINTS_TABLE)
+    assert table.to_dict("records") == [
+        {"step": 1, "state": "deleted", "path": "a"},
+        {"step": 2, "state": "stands", "path": "b"},
+    ]
+
+
+def test_what_a_run_was_made_of_is_an_artifact(store: str, tmp_path: Path) -> None:
+    start(store, tmp_path / "run", [], texts={"config/config.yaml": "uri: http://u:hunter2@h\n"}).close()
+    folder = Path(MlflowClient(store).download_artifacts(only_run(store).info.run_id, ""))
+    assert (folder / "config/config.yaml").read_text() == "uri: http://***@h\n"
+    assert f"torch=={importlib.metadata.version('torch')}\n" in (folder / "environment/requirements.txt").read_text()
+    assert "pytest" in (folder / "environment/command.txt").read_text()
+
+
+def test_secrets_leave_source_lines() -> None:
+    diff = '+    api_key = "hunter2"\n+  hf_token: hunter2\n+url = "http://u:hunter2@h"\n+tokens_per_step = 4\n'
+    hidden = redact_lines(diff)
+    assert "hunter2" not in hidden
+    assert "+tokens_per_step = 4\n" in hidden
+
+
+def test_experiment_run_and_tags_come_from_mlflows_variables(
+    store: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    client = MlflowClient(store)
+    number = client.create_experiment("theirs")
+    made = client.create_run(number, run_name="made elsewhere").info.run_id
+    monkeypatch.setenv("MLFLOW_EXPERIMENT_ID", number)
+    monkeypatch.setenv("MLFLOW_TAGS", '{"team": "language"}')
+    monkeypatch.setenv("MLFLOW_RUN_ID", made)
+    tracker = open_tracker(Config(store, experiment=None), tmp_path / "run", RunFacts("a run"), say=print)
+    assert tracker.close()
+    run = only_run(store, "theirs")
+    assert (run.info.run_id, run.data.tags["team"], run.info.status) == (made, "language", "FINISHED")
+    monkeypatch.setenv("MLFLOW_EXPERIMENT_NAME", "another")
+    with pytest.raises(UserError, match="are both set"):
+        open_tracker(Config(store, experiment=None), tmp_path / "run", RunFacts("a run"))
+    monkeypatch.setenv("MLFLOW_TAGS", "team=language")
+    with pytest.raises(UserError, match="is not a JSON object"):
+        open_tracker(Config(store), tmp_path / "other", RunFacts("a run"))
+
+
+def test_a_persons_retries_stay(store: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "3")
+    assert start(store, tmp_path / "run", []).close()
+    assert os.environ["MLFLOW_HTTP_REQUEST_MAX_RETRIES"] == "3"
+
+
+def test_an_error_that_ends_the_run_does_not_say_that_training_goes_on(tmp_path: Path) -> None:
+    said: list[str] = []
+    with pytest.raises(UserError):
+        start("gopher://host", tmp_path / "run", said)
+    assert not [line for line in said if "goes on" in line]
+
+
+def test_the_page_of_a_run(store: str, tmp_path: Path) -> None:
+    assert page_of_run_folder(tmp_path / "run") is None
+    said: list[str] = []
+    tracker = start(store, tmp_path / "run", said)
+    tracker.close()
+    path = f"/#/experiments/{only_run(store).info.experiment_id}/runs/{tracker.run_id}?workflowType=machine_learning"
+    page = page_of_run_folder(tmp_path / "run")
+    assert page == f"mlflow ui --backend-store-uri {store}    then open  http://127.0.0.1:5000{path}"
+    assert f"tracking: {page}" in said
+    assert run_page("https://host/mlflow/", "1", "ab").startswith("https://host/mlflow/#/experiments/1/runs/ab?")

@@ -24,7 +24,7 @@ class Config:
 
     uri: str | None
     enabled: bool = True
-    experiment: str = "tests"
+    experiment: str | None = "tests"
 
 
 def start(uri: str, folder: Path, said: list[str], experiment: str = "tests", **changes: Any) -> NullTracker:
