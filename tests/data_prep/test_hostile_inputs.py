@@ -6,6 +6,7 @@ import pytest
 
 from data_prep import remote
 from data_prep.errors import LONGEST_LINE, UserError
+from data_prep.remote_file import open_file
 from tests.torture.inputs_data import run, s3_server, short_waits
 
 
@@ -41,6 +42,6 @@ def test_an_answer_of_s3_that_is_not_what_was_asked_for_is_never_taken_for_text(
     with s3_server({"a.txt": text}) as (server, root), short_waits():
         for fault in ("204", "a page", "too much"):
             with server.answering(fault, 2, "GET"):
-                assert remote.open_file(f"{root}/a.txt", len(text)).read() == text
+                assert open_file(f"{root}/a.txt", len(text)).read() == text
             with server.answering(fault, 1e9, "GET"), pytest.raises(UserError, match=r"truncated or changed.*8 tries"):
-                remote.open_file(f"{root}/a.txt", len(text)).read()
+                open_file(f"{root}/a.txt", len(text)).read()

@@ -4,6 +4,7 @@ import importlib.metadata
 import json
 import math
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -19,7 +20,7 @@ from mlflow import MlflowClient
 
 import pipeline.tracking.opening as tracking
 from data_prep.errors import UserError
-from pipeline.redact import redact_lines
+from pipeline.redact import redact_arguments, redact_lines
 from pipeline.tracking.description import NOTE_TAG
 from pipeline.tracking.facts import RunFacts, Sizes
 from pipeline.tracking.history import CHECKPOINTS_TABLE
@@ -598,7 +599,8 @@ def test_what_a_run_was_made_of_is_an_artifact(store: str, tmp_path: Path) -> No
     folder = Path(MlflowClient(store).download_artifacts(only_run(store).info.run_id, ""))
     assert (folder / "config/config.yaml").read_text() == "uri: http://***@h\n"
     assert f"torch=={importlib.metadata.version('torch')}\n" in (folder / "environment/requirements.txt").read_text()
-    assert "pytest" in (folder / "environment/command.txt").read_text()
+    command = shlex.split((folder / "environment/command.txt").read_text())
+    assert command == redact_arguments(sys.orig_argv)
 
 
 def test_secrets_leave_source_lines() -> None:
