@@ -173,7 +173,7 @@ def test_the_model_travels_alone() -> None:
             if isinstance(node, ast.ImportFrom):
                 assert node.level <= 1, f"{path}:{node.lineno}"
                 names = [] if node.level else [node.module or ""]
-            assert not {name.split(".")[0] for name in names} & FOLDERS.keys(), f"{path}:{node.lineno}"
+            assert not {name.split(".")[0] for name in names} & FOLDERS.keys(), f"{path}: {names}"
 
 
 def test_preparing_data_never_imports_torch() -> None:

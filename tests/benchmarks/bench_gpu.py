@@ -259,7 +259,7 @@ def trainer(passes_per_second: float | None = None, steps: int = 60) -> dict[str
         "losses_compared": len(losses[1]),
     }
     if passes_per_second:
-        result["over_passes"] = result["tokens_per_second"] / passes_per_second
+        result["over_passes"] = tokens_per_second / passes_per_second
     return result
 
 

@@ -8,8 +8,11 @@ with the products, in bfloat16; then its time is the median of a few runs. What 
 import sys
 from collections.abc import Callable
 from itertools import pairwise
+from typing import Any
+from unittest import mock
 
 import torch
+import triton
 from torch import Tensor
 
 from model import kernels_convolution_globallocal as kernels
@@ -75,16 +78,13 @@ def compare(batch: int, length: int, h: int) -> bool:
     return right
 
 
-def products(x: Tensor, weight: Tensor, bias: Tensor, grad: Tensor) -> tuple[Callable[[], Tensor], Callable[[], tuple]]:
+def products(x: Tensor, weight: Tensor, bias: Tensor, grad: Tensor) -> tuple[Callable[[], Any], Callable[[], Any]]:
     """Forward and backward without the kernels."""
     dilations = torch.tensor(DILATIONS)
 
-    def without(function: Callable, *arguments: object) -> object:
-        suits, ops.suits_kernels = ops.suits_kernels, lambda x, *others: False
-        try:
+    def without(function: Callable[..., Any], *arguments: object) -> Any:
+        with mock.patch.object(ops, "suits_kernels", return_value=False):
             return function(*arguments)
-        finally:
-            ops.suits_kernels = suits
 
     return (
         lambda: without(ops.convolution_forward, x, weight, bias, dilations),
@@ -95,7 +95,7 @@ def products(x: Tensor, weight: Tensor, bias: Tensor, grad: Tensor) -> tuple[Cal
 if __name__ == "__main__":
     if not torch.cuda.is_available():
         sys.exit("error: no GPU; this benchmark needs one")
-    print(torch.cuda.get_device_name(), "torch", torch.__version__, "triton", kernels.triton.__version__)
+    print(torch.cuda.get_device_name(), "torch", torch.__version__, "triton", triton.__version__)
     results = [compare(*shape) for shape in SHAPES if sys.argv[1:] in ([], [str(shape[2])])]
     if not all(results):
         sys.exit(f"error: a kernel is farther than {LARGEST_DEVIATION} from the products, or not the same twice")

@@ -70,7 +70,7 @@ def costs(folder: Path, world: World, stop: StopRequest) -> dict[str, Any]:
     trainer = build(settings(folder, "saving", zero, *LARGE, "tracking.enabled=false"), world, stop, Clock())
     trainer.train_step()
     figures = blocked(trainer, folder / "plain") | save_bandwidth(trainer) | load_bandwidth(trainer)
-    trainer.batches.close()  # type: ignore[attr-defined]
+    trainer.batches.close()
     shutil.rmtree(folder / "saving", ignore_errors=True)
     return figures | speed(folder, world, stop)
 
@@ -109,7 +109,7 @@ def timed(world: World, work: Callable[[], Any]) -> float:
 
 def plain_save(trainer: Trainer, folder: Path) -> None:
     """As DeepSpeed does it by itself: no hashes, no fsync."""
-    engine = trainer.engine
+    engine: Any = trainer.engine  # DeepSpeed's own, with what it keeps private
     ours, engine.checkpoint_engine = engine.checkpoint_engine, TorchCheckpointEngine(engine._config)
     engine.save_checkpoint(str(folder), tag="step")
     engine.checkpoint_engine = ours
@@ -200,7 +200,7 @@ def speed(folder: Path, world: World, stop: StopRequest) -> dict[str, Any]:
             bare.append(timed(world, lambda: bare_loop(trainer, batch)))
             trainer.batches = some(loader, SPEED_STEPS * trainer.layout.gradient_accumulation_steps)
             ours.append(timed(world, lambda: whole_trainer(trainer)))
-        loader.close()  # type: ignore[attr-defined]
+        loader.close()
         trainer.tracker.close("FINISHED")
     ratios = [b / o for b, o in zip(bare, ours, strict=True)]
     return {
@@ -217,7 +217,7 @@ def bare_loop(trainer: Trainer, tokens: torch.Tensor) -> None:
         trainer.engine.step()
 
 
-def some(loader: Iterator[Any], count: int) -> Iterator[Any]:
+def some(loader: Iterator[Any], count: int) -> Any:
     for _ in range(count):
         yield next(loader)
     raise Enough

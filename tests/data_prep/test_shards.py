@@ -84,7 +84,7 @@ def test_header_is_numpys(count, dtype):
 
     shape = Shape()
     shape.dtype = np.dtype(dtype)  # type: ignore[attr-defined]
-    header = npy_header(shape)  # type: ignore[arg-type]
+    header = npy_header(shape)
     assert len(header) % 64 == 0
     file = io.BytesIO(header)
     assert np.lib.format.read_magic(file) == (1, 0)

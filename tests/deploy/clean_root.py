@@ -43,8 +43,7 @@ class Container:
             if path.is_file() and not inside.exists():
                 inside.touch()
             mounts.append(f"mount --rbind {shlex.quote(str(path))} {shlex.quote(str(inside))}")
-        inside = ["env", "-C", self.folder, *words]
-        enter = ["chroot", f"--userspec={self.user}:{self.user}", ".", *inside]
+        enter = ["chroot", f"--userspec={self.user}:{self.user}", ".", "env", "-C", self.folder, *words]
         script = "\n".join([*mounts, "exec " + shlex.join(enter)])
         return subprocess.Popen(
             ["unshare", "--mount", "--pid", "--fork", "--kill-child", "sh", "-ec", script],

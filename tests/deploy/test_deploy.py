@@ -119,7 +119,12 @@ def test_kubernetes_is_valid() -> None:
     claim, runtime, job = yaml.safe_load_all((DEPLOY / "kubernetes.yaml").read_text())
     kubernetes_validate.validate(claim, "1.34", strict=True)
     (template,) = (item["template"] for item in runtime["spec"]["template"]["spec"]["replicatedJobs"])
-    pods = {"apiVersion": "batch/v1", "kind": "Job", "metadata": {"name": "x"}, "spec": {**template["spec"]}}
+    pods: dict[str, Any] = {
+        "apiVersion": "batch/v1",
+        "kind": "Job",
+        "metadata": {"name": "x"},
+        "spec": {**template["spec"]},
+    }
     pods["spec"]["template"]["spec"]["restartPolicy"] = "Never"  # JobSet's default
     kubernetes_validate.validate(pods, "1.34", strict=True)
     assert job["spec"]["runtimeRef"]["name"] == runtime["metadata"]["name"]

@@ -11,7 +11,7 @@ from data_prep.errors import UserError
 from launch.cli import main
 from launch.preflight.rehearse import Fleet, check_positions, rehearse
 from pipeline.config import RunConfig, load_config
-from pipeline.data.loader import BatchLayout
+from pipeline.data.loader import BatchLayout, micro_batches
 from tests.conftest import ROOT
 
 TINY = ["model.hidden_size=64", "model.num_hidden_layers=2", "model.vocab_size=512", "data.dataset=none"]
@@ -57,10 +57,10 @@ def test_what_deepspeed_itself_refuses_is_named_with_its_rank() -> None:
 
 @pytest.mark.parametrize("wrong", ["twice", "swapped with the next step"])
 def test_a_loader_that_reads_wrongly_is_caught(wrong: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    layout, right = BatchLayout(8, 2, 2), room.micro_batches
+    layout, right = BatchLayout(8, 2, 2), micro_batches
     check_positions(layout, 4)
 
-    def loader(source, layout, rank, first, skipped):  # type: ignore[no-untyped-def]
+    def loader(source, layout, rank, first, skipped):
         for number, batch in enumerate(right(source, layout, rank, first, skipped)):
             if number == 2 and rank == 1:
                 batch = np.array([8, 9]) if wrong == "twice" else batch + 8

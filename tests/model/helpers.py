@@ -1,12 +1,14 @@
 """Small models for the tests of this folder."""
 
+from typing import Any
+
 import torch
 
 from model import reference
 from model.configuration_globallocal import GlobalLocalConfig
 from model.modeling_globallocal import GlobalLocalForCausalLM
 
-TINY = {
+TINY: dict[str, Any] = {
     "vocab_size": 31,
     "hidden_size": 12,
     "num_hidden_layers": 2,

@@ -28,8 +28,9 @@ def tensors(batch, length, h, taps, dilations, dtype=torch.float32):
     return [tensor.to(dtype) for tensor in (x, weight / (taps * h) ** 0.5, bias, grad)]
 
 
-def results(function, x, weight, bias, grad, dilations):
-    leaves = [tensor.clone().requires_grad_() for tensor in (x, weight, bias)]
+def results(function, case, dilations):
+    *inputs, grad = case
+    leaves = [tensor.clone().requires_grad_() for tensor in inputs]
     output = function(*leaves, torch.tensor(dilations))
     return [output.detach(), *torch.autograd.grad(output, leaves, grad)]
 
@@ -44,17 +45,17 @@ def test_output_and_gradients_are_those_of_the_products_over_copied_taps(shape):
     assert kernels.suits_kernels(case[0])
     wide = [tensor.double() for tensor in case]
     assert not kernels.suits_kernels(wide[0])
-    expected = results(causal_convolutions, *wide, dilations)
-    actual = results(causal_convolutions, *case, dilations)
+    expected = results(causal_convolutions, wide, dilations)
+    actual = results(causal_convolutions, case, dilations)
     assert max(deviations(actual, expected)) < 1e-6
-    again = results(causal_convolutions, *case, dilations)
+    again = results(causal_convolutions, case, dilations)
     assert all(torch.equal(a, b) for a, b in zip(actual, again, strict=True))
 
 
 def test_half_precision_is_rounded_once():
     case = tensors(2, 70, 192, 3, [1, 128], dtype=torch.float16)
-    expected = results(causal_convolutions, *(tensor.double() for tensor in case), [1, 128])
-    assert max(deviations(results(causal_convolutions, *case, [1, 128]), expected)) < 2**-10
+    expected = results(causal_convolutions, [tensor.double() for tensor in case], [1, 128])
+    assert max(deviations(results(causal_convolutions, case, [1, 128]), expected)) < 2**-10
 
 
 @pytest.mark.parametrize("name", ["forward", "input", "weight"])
@@ -100,19 +101,19 @@ def test_no_position_sees_a_later_one_or_another_sequence():
 
 def test_parameters_may_lie_anywhere_in_memory():
     x, weight, bias, grad = tensors(2, 70, 64, 2, [3])
-    expected = results(causal_convolutions, x, weight, bias, grad, [3])
-    moved = [torch.cat([t.new_zeros(1), t.flatten()])[1:].view_as(t) for t in (x, weight, bias, grad)]
-    assert all(t.data_ptr() % 16 for t in moved)
-    output = convolution_forward(*moved[:3], torch.tensor([3]))
-    gradients = convolution_backward(moved[3], moved[0], moved[1], torch.tensor([3]))
+    expected = results(causal_convolutions, [x, weight, bias, grad], [3])
+    x, weight, bias, grad = (torch.cat([t.new_zeros(1), t.flatten()])[1:].view_as(t) for t in (x, weight, bias, grad))
+    assert all(t.data_ptr() % 16 for t in (x, weight, bias, grad))
+    output = convolution_forward(x, weight, bias, torch.tensor([3]))
+    gradients = convolution_backward(grad, x, weight, torch.tensor([3]))
     assert all(torch.equal(a, b) for a, b in zip([output, *gradients], expected[:3], strict=True))
 
 
 def test_compiled_whole():
     case = tensors(2, 70, 64, 3, [1, 16])
-    expected = results(causal_convolutions, *case, [1, 16])
+    expected = results(causal_convolutions, case, [1, 16])
     compiled = torch.compile(causal_convolutions, fullgraph=True, backend="aot_eager")
-    actual = results(compiled, *case, [1, 16])
+    actual = results(compiled, case, [1, 16])
     assert all(torch.equal(a, b) for a, b in zip(actual, expected, strict=True))
 
 

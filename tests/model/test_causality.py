@@ -48,6 +48,7 @@ def test_gradients_reach_back_as_far_as_the_config_says(preset, context):
 def test_a_document_sees_the_one_before_it_as_far_as_the_receptive_field():
     """The stated policy of docs/data.md: one stream, no mask between documents, eos is a token like others."""
     config = scaled_preset("quickstart", router_context="token", eos_token_id=2)
+    assert config.eos_token_id == 2
     model, reach = make_model(config), config.receptive_field
     ids = random_ids(config, 1, reach + 10)
     ids[0, 3] = config.eos_token_id  # document A is 0..3, document B all behind it

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from model import ops_summary_globallocal
-from model.layers_globallocal import GlobalLocalCache
+from model.decoding_globallocal import GlobalLocalCache
 from model.ops_summary_globallocal import decayed_attention
 
 from .helpers import make_model, random_ids, tiny_config

@@ -187,9 +187,9 @@ def test_router_statistics_show_the_state_of_the_routers():
     with torch.no_grad():
         for module in model.modules():
             if isinstance(module, TensorRouter):
-                module.scores.keys_bias[3] = 1e6  # every token takes row 3
+                module.scores.get_parameter("keys_bias")[3] = 1e6  # every token takes row 3
             if isinstance(module, torch.nn.Linear) and module.out_features == 1:
-                module.bias.fill_(50.0)  # every gate is open for the local branch
+                torch.nn.init.constant_(module.bias, 50.0)  # every gate is open for the local branch
     collapsed = model(random_ids(config, 8, 32)).router_statistics
     assert healthy["gate_mean"].shape == (2,)
     assert healthy["pool_hit_rate"].shape == healthy["pool_entropy_nats"].shape == (2, 2)

@@ -71,8 +71,8 @@ def runs(trained: Path, small_dataset: Path) -> dict[str, dict[str, Any]]:
     other = copy_with_another_id(small_dataset, trained / "other-data")
     bf16, compiled = ["training.precision=bf16"], ["training.compile=true"]
     for policy in POLICIES:
-        engine = write_engine(trained / f"{policy}.json", POLICIES[policy])
-        settings = [f"deepspeed.config={engine}", f"model.activation_checkpointing={policy.partition('.')[0]}"]
+        recomputing = write_engine(trained / f"{policy}.json", POLICIES[policy])
+        settings = [f"deepspeed.config={recomputing}", f"model.activation_checkpointing={policy.partition('.')[0]}"]
         seldom = ["checkpoint.interval_steps=6", "evaluation.interval_steps=6"]
         plan.append(Run(f"recomputed-{policy}", [*settings, *seldom]))
     # With every row chosen, no rounding error chooses another one: sums in another order stay comparable.

@@ -89,7 +89,7 @@ def test_mlflow_knows_why(hung: tuple[Path, dict[str, list[int | None]]], phase:
 
 
 def beat(rank: int, moves: int = 10, still: float = 20, **values: object) -> Beat:
-    return Beat(rank, f"n{rank}", 100 + rank, phase="backward", step=7, moves=moves, still_seconds=still, **values)  # type: ignore[arg-type]
+    return Beat(rank, f"n{rank}", 100 + rank, phase="backward", step=7, moves=moves, still_seconds=still, **values)
 
 
 @pytest.mark.parametrize(

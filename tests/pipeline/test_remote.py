@@ -85,6 +85,7 @@ def test_faults_that_pass_leave_no_trace(tmp_path, folder, monkeypatch, faults, 
     monkeypatch.setattr(remote, "PIECE_BYTES", 5000)  # a shard is fetched in several requests
     with http_server(folder, ranges) as server:
         dataset = open_location(server.url, tmp_path, GIB)
+        assert isinstance(dataset, RemoteDataset)
         server.faults["train-000003.tar"] = list(faults)
         assert fetch(dataset.cache, server.url, dataset, 3) == (folder / "train-000003.tar").read_bytes()
         assert not server.faults["train-000003.tar"]
@@ -103,6 +104,7 @@ def test_faults_that_pass_leave_no_trace(tmp_path, folder, monkeypatch, faults, 
 )
 def test_faults_that_stay_are_one_line_and_leave_nothing(tmp_path, server, fault, message, requests):
     dataset = open_location(server.url, tmp_path, GIB)
+    assert isinstance(dataset, RemoteDataset)
     server.faults["train-000003.tar"] = [("always", fault)]
     with pytest.raises(UserError, match=message) as error:
         fetch(dataset.cache, server.url, dataset, 3)
@@ -118,12 +120,14 @@ def test_a_shard_that_is_shorter_at_the_server_is_named_with_both_sizes(tmp_path
     os.truncate(tmp_path / "origin" / "train-000001.tar", 3000)
     with http_server(tmp_path / "origin") as server:
         remote_dataset = open_location(server.url, tmp_path / "cache", GIB)
+        assert isinstance(remote_dataset, RemoteDataset)
         with pytest.raises(UserError, match=rf"train-000001.tar: 3,000 bytes, expected {whole_bytes:,} \(truncated"):
             fetch(remote_dataset.cache, server.url, remote_dataset, 1)
 
 
 def test_a_server_that_never_answers_is_given_up(tmp_path, server, monkeypatch):
     dataset = open_location(server.url, tmp_path, GIB)
+    assert isinstance(dataset, RemoteDataset)
     monkeypatch.setattr(remote, "_TIMEOUT_SECONDS", 0.2)
     server.faults["train-000000.tar"] = [("always", "stall")]
     with pytest.raises(UserError, match=r"train-000000.tar: .*Timeout.* after 8 tries"):
@@ -207,6 +211,7 @@ def test_a_rank_killed_in_a_download_leaves_the_others_free_to_do_it(tmp_path, s
     killed = subprocess.Popen([sys.executable, "-c", program, server.url, str(tmp_path)])
     wait_until(lambda: server.requests["train-000000.tar"] == 1)
     dataset = open_location(server.url, tmp_path, GIB)
+    assert isinstance(dataset, RemoteDataset)
     answers = []
     waiting = threading.Thread(target=lambda: answers.append(fetch(dataset.cache, server.url, dataset, 0)))
     waiting.start()
@@ -219,6 +224,7 @@ def test_a_rank_killed_in_a_download_leaves_the_others_free_to_do_it(tmp_path, s
 
 def test_a_damaged_cached_file_is_downloaded_again(tmp_path, folder, server):
     dataset = open_location(server.url, tmp_path, GIB)
+    assert isinstance(dataset, RemoteDataset)
     whole = fetch(dataset.cache, server.url, dataset, 2)
     os.truncate(tmp_path / dataset.split("train").shard_sha256(2), 100)
     assert fetch(dataset.cache, server.url, dataset, 2) == whole
@@ -267,6 +273,7 @@ def small_disk(tmp_path):
 
 def test_a_disk_smaller_than_the_budget_is_used_as_far_as_it_goes(small_disk, folder, server):
     dataset = open_location(server.url, small_disk / "c", GIB)
+    assert isinstance(dataset, RemoteDataset)
     for shard in range(SHARDS):
         assert fetch(dataset.cache, server.url, dataset, shard) == (folder / f"train-{shard:06d}.tar").read_bytes()
     assert cached_bytes(small_disk / "c") > 0
@@ -274,6 +281,7 @@ def test_a_disk_smaller_than_the_budget_is_used_as_far_as_it_goes(small_disk, fo
 
 def test_a_full_disk_is_one_line_and_leaves_nothing_half_way(small_disk, server):
     dataset = open_location(server.url, small_disk / "c", GIB)
+    assert isinstance(dataset, RemoteDataset)
     with contextlib.suppress(OSError):
         (small_disk / "filler").write_bytes(bytes(64 << 10))
     with pytest.raises(UserError, match=r"no room for [\d,]+ bytes \(No space left on device\); free some space"):

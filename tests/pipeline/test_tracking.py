@@ -96,7 +96,8 @@ def test_the_dataset_is_an_input_of_the_run(store: str, tmp_path: Path) -> None:
     assert contexts["books/train"] == {"mlflow.data.context": "training", "weight": "1"}
     assert contexts["books/valid"] == {"mlflow.data.context": "validation", "weight": "0.25"}
     assert json.loads(used["books/train"].dataset.profile) == {"num_tokens": 1000, "num_documents": 10}
-    sources = {name: mlflow.data.get_source(item.dataset).uri for name, item in used.items()}
+    opened: dict[str, Any] = {name: mlflow.data.get_source(item.dataset) for name, item in used.items()}
+    sources = {name: source.uri for name, source in opened.items()}
     assert sources["books/train"] == DATASET.source
     assert sources["books/valid"] == "s3://bucket/books"
     assert used["books/valid"].dataset.source_type == "s3"

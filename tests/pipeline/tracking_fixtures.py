@@ -13,7 +13,6 @@ from mlflow import MlflowClient
 
 from pipeline.tracking.facts import DatasetUse, RunFacts
 from pipeline.tracking.opening import open_tracker
-from pipeline.tracking.tracker import NullTracker
 
 DATASET = DatasetUse("books", "0123456789abcdef" * 4, "/data/books", tokens=1000, documents=10)
 
@@ -27,7 +26,7 @@ class Config:
     experiment: str | None = "tests"
 
 
-def start(uri: str, folder: Path, said: list[str], experiment: str = "tests", **changes: Any) -> NullTracker:
+def start(uri: str, folder: Path, said: list[str], experiment: str = "tests", **changes: Any) -> Any:
     """`open_tracker` with defaults."""
     run_id = changes.pop("run_id", None)
     return open_tracker(Config(uri, experiment=experiment), folder, RunFacts("a run", **changes), run_id, said.append)

@@ -708,7 +708,7 @@ def short_hub_waits() -> Iterator[None]:
     datasets.disable_progress_bars()
     datasets.config.STREAMING_READ_MAX_RETRIES = datasets.config.STREAMING_OPEN_MAX_RETRIES = 2
     sleep = time.sleep
-    time.sleep = lambda seconds: sleep(min(seconds, 0.01))
+    time.sleep = lambda seconds: sleep(min(float(seconds), 0.01))
     try:
         yield
     finally:

@@ -149,7 +149,7 @@ def run_fields() -> Iterator[str]:
 
     for section, field in RunConfig.model_fields.items():
         yield section
-        yield from (f"{section}.{key}" for key in field.annotation.model_fields)  # type: ignore[union-attr]
+        yield from (f"{section}.{key}" for key in field.annotation.model_fields)
     yield from (f"model.{key}" for key in GlobalLocalConfig.__annotations__)
 
 

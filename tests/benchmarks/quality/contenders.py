@@ -75,6 +75,7 @@ class GPT(nn.Module):
     def __init__(self, config: LlamaConfig, variant: str) -> None:
         super().__init__()
         self.model = LlamaForCausalLM(config)
+        self.no_bias: Tensor
         self.register_buffer("no_bias", torch.zeros(config.vocab_size), persistent=False)
         depth = (2 * config.num_hidden_layers) ** -0.5
         with torch.no_grad():  # residual scaling by depth, as GPT-2 has it and as GlobalLocal has it
@@ -84,7 +85,7 @@ class GPT(nn.Module):
                 if name.endswith(("o_proj.weight", "down_proj.weight")):
                     weight.mul_(depth)
             if variant == "embedding":
-                self.model.get_input_embeddings().weight.normal_(std=0.5 * config.hidden_size**-0.5)
+                torch.nn.init.normal_(self.model.model.embed_tokens.weight, std=0.5 * config.hidden_size**-0.5)
 
     def forward(self, ids: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         """int64 [B, S] each → the loss, twice."""
@@ -96,6 +97,6 @@ class GPT(nn.Module):
         """6 · matrix parameters, and the causal half of the scores: 6 · L · S · h."""
         config = self.model.config
         h, layers = config.hidden_size, config.num_hidden_layers
-        heads = config.num_key_value_heads / config.num_attention_heads
+        heads = (config.num_key_value_heads or config.num_attention_heads) / config.num_attention_heads
         block = (2 + 2 * heads) * h * h + 3 * h * config.intermediate_size
         return 6.0 * (layers * (block + sequence_length * h) + config.vocab_size * h)
