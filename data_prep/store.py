@@ -223,13 +223,17 @@ class RemoteStore:
 
 
 def publish_file(path: Path, content: bytes) -> None:
-    """Temporary name, fsync, rename, fsync of the folder."""
+    """Replaces `path` as a whole: after a crash it holds what it held before, or `content`, and goes on doing so."""
     temporary = path.with_name(f".{path.name}.partial")
-    with open(temporary, "wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    try:
+        with open(temporary, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
     sync_folder(path.parent)
 
 

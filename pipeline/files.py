@@ -1,11 +1,16 @@
-"""Files that several processes touch, or that must survive a crash: locks, and whole or nothing at all."""
+"""Locks on files that several processes touch, and what the folder of one step is called."""
 
 import contextlib
 import fcntl
 import os
-import tempfile
+import platform
+import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import IO
+
+LOCK_FILE = ".lock"
+"""In a run's folder: its holder trains, or changes checkpoints."""
 
 
 def step_name(step: int) -> str:
@@ -34,15 +39,46 @@ def locked(path: Path, wait: bool = True) -> Iterator[int | None]:
         os.close(descriptor)
 
 
-def write_atomically(path: Path, text: str) -> None:
-    """Replaces `path` as a whole: after a crash it holds the old text or the new."""
-    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+class HeldError(Exception):
+    """Another process holds a lock; the text says who, as far as is known."""
+
+
+def hold(path: Path, wait_seconds: float = 0.0) -> IO[str]:
+    """Takes a lock for as long as the file that is returned is open, and writes into it who holds it.
+
+    The lock ends with its holder, however that dies.
+
+    Args:
+        wait_seconds: how long to wait for another holder.
+
+    Raises:
+        HeldError: another process holds it.
+        OSError: the file system makes no file there, or has no locks.
+    """
+    file = path.open("a+")
+    deadline = time.monotonic() + wait_seconds
+    while True:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            break
+        except BlockingIOError:
+            if time.monotonic() >= deadline:
+                file.seek(0)
+                raise HeldError(file.read().strip() or "another process") from None
+            time.sleep(0.2)
+    file.truncate(0)
+    file.write(f"host {platform.node()}, process {os.getpid()}")
+    file.flush()
+    return file
+
+
+def is_held(path: Path) -> bool:
+    """Whether a process holds the lock, here or on a shared disk; a file that cannot be read is held by nobody."""
     try:
-        with open(descriptor, "w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
+        with open(path) as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:
+        return False
+    return False

@@ -43,7 +43,7 @@ ROOMS: dict[str, dict[str, set[str]]] = {
         "checkpoints": {
             *("config", "data", "distributed", "engine", "files", "health", "random_state", "redact", "settings"),
         },
-        "export": {"checkpoints", "config", "data", "files"},
+        "export": {"checkpoints", "config", "data"},
         "fitting": {"checkpoints", "config", "data", "engine", "export", "settings"},
         "introduce": {"checkpoints", "config", "engine", "fitting"},
         "record": {

@@ -6,7 +6,6 @@ read is a line in `Run.missing`, and all else is there.
 
 from __future__ import annotations
 
-import fcntl
 import json
 import math
 import os
@@ -20,6 +19,7 @@ from typing import Any
 import yaml
 
 from launch.report.run import Checkpoint, End, Event, Point, Run, Warned, judge_state, settle
+from pipeline.files import LOCK_FILE, is_held
 from pipeline.tracking.journal import JOURNAL_FILE
 from pipeline.tracking.restarts import RESTARTS_FILE
 
@@ -66,7 +66,7 @@ def read_run(folder: Path, *, whole: bool = True) -> Run:
         read_at=time.time(),
         missing=missing,
     )
-    state, why = judge_state(run, held=is_held(folder), last_sign=_last_sign(folder))
+    state, why = judge_state(run, held=is_held(folder / LOCK_FILE), last_sign=_last_sign(folder))
     return replace(run, state=state, why=why)
 
 
@@ -80,18 +80,6 @@ def find_runs(folder: Path) -> list[Path]:
     if is_run(folder):
         return [folder]
     return sorted(item for item in folder.iterdir() if item.is_dir() and is_run(item))
-
-
-def is_held(folder: Path) -> bool:
-    """Whether a training holds the run's lock (`pipeline.checkpoints.folder.lock`), here or on a shared disk."""
-    try:
-        with open(folder / ".lock") as file:
-            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return True
-    except OSError:
-        return False
-    return False
 
 
 def _last_sign(folder: Path) -> float:

@@ -4,23 +4,22 @@ A folder without a whole `integrity.json` does not exist. `write.py` writes and 
 """
 
 import difflib
-import fcntl
 import hashlib
 import itertools
 import json
 import os
-import platform
 import re
 import shutil
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from data_prep.errors import UserError
 from data_prep.store import sync_folder
+from pipeline.files import LOCK_FILE, HeldError, hold
 from pipeline.health.state import HealthState
 from pipeline.redact import failure_message
 
@@ -76,24 +75,18 @@ class CheckpointState(BaseModel):
     versions: dict[str, str]
 
 
-def lock(run_folder: Path) -> Any:
+def lock(run_folder: Path) -> IO[str]:
     """Hold the run folder while the file that is returned is open: only the holder changes checkpoints.
 
     Raises:
         UserError: another job is writing there.
     """
-    file = open(run_folder / ".lock", "a+")  # noqa: SIM115
     try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        file.seek(0)
+        return hold(run_folder / LOCK_FILE)
+    except HeldError as holder:
         raise UserError(
-            f"{run_folder}: another job is writing there ({file.read().strip()}); end it, or choose another run.name"
+            f"{run_folder}: another job is writing there ({holder}); end it, or choose another run.name"
         ) from None
-    file.truncate(0)
-    file.write(f"host {platform.node()}, process {os.getpid()}")
-    file.flush()
-    return file
 
 
 def step_of(folder: Path) -> int:

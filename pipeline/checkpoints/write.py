@@ -223,7 +223,7 @@ def load_random_state(folder: Path, world: World) -> None:
     try:
         set_random_state(torch.load(path, weights_only=True))
     except Exception as error:  # whatever torch makes of bytes that are no random state
-        said = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+        said = failure_message(error)
         problems.append(
             f"{path}: is no random state ({said}); move {folder.name} away to go on from an older checkpoint"
         )

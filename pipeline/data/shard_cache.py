@@ -8,7 +8,6 @@ least recently used go; a file that a rank still has open stays readable until i
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import logging
 import os
 import time
@@ -160,13 +159,8 @@ def _remove_idle(path: Path) -> bool:
     if path.suffix != ".part":
         path.unlink(missing_ok=True)
         return True
-    with contextlib.suppress(FileNotFoundError):
-        descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC)
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            path.unlink(missing_ok=True)
-        except BlockingIOError:
+    with locked(path, wait=False) as descriptor:
+        if descriptor is None:
             return False
-        finally:
-            os.close(descriptor)
+        path.unlink(missing_ok=True)
     return True

@@ -10,6 +10,7 @@ import torch
 
 from data_prep.errors import UserError
 from data_prep.manifest import hash_file
+from data_prep.store import publish_file
 from pipeline.checkpoints.folder import (
     STATE,
     CheckpointState,
@@ -17,7 +18,6 @@ from pipeline.checkpoints.folder import (
     read_state,
     verify,
 )
-from pipeline.files import write_atomically
 
 if TYPE_CHECKING:
     from model.configuration_globallocal import GlobalLocalConfig
@@ -104,7 +104,7 @@ def keep_model(config: "GlobalLocalConfig", tokenizer_folder: Path, run_folder: 
         if file.is_file():
             shutil.copyfile(file, kept / f".{file.name}")
             os.replace(kept / f".{file.name}", kept / file.name)
-    write_atomically(folder / "config.json", config.to_json_string(use_diff=False))
+    publish_file(folder / "config.json", config.to_json_string(use_diff=False).encode())
 
 
 def _kept_model(state: CheckpointState, folder: Path) -> "tuple[GlobalLocalConfig, Path] | None":

@@ -7,8 +7,7 @@ from pathlib import Path
 from pydantic import TypeAdapter, ValidationError
 
 from data_prep.errors import UserError
-from data_prep.store import sync_folder
-from pipeline.files import write_atomically
+from data_prep.store import publish_file, sync_folder
 from pipeline.health.state import RollBack
 from pipeline.redact import failure_message
 
@@ -36,6 +35,5 @@ def write_decisions(run_folder: Path, decided: Sequence[RollBack]) -> None:
     """Whole or not at all, and durable. Raises OSError."""
     path = decisions_path(run_folder)
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(path, json.dumps([item.model_dump() for item in decided], indent=2) + "\n")
-    sync_folder(path.parent)
+    publish_file(path, (json.dumps([item.model_dump() for item in decided], indent=2) + "\n").encode())
     sync_folder(run_folder)

@@ -14,10 +14,10 @@ import deepspeed
 import numpy as np
 import torch
 
+from data_prep.store import publish_file
 from pipeline.data.loader import BatchLayout
 from pipeline.data.samples import Source
 from pipeline.engine.internals import Engine, StepState, loss_scale
-from pipeline.files import write_atomically
 from pipeline.health.state import plain_number
 
 TEXTS_MICRO_BATCHES = 8
@@ -157,7 +157,7 @@ def write_report(
     folder.mkdir(parents=True, exist_ok=True)
     files = [(f"{name}.json", json.dumps(report, indent=1) + "\n"), (f"{name}.txt", "\n\n".join(texts) + "\n")]
     for file, text in files:
-        write_atomically(folder / file, text)
+        publish_file(folder / file, text.encode())
     return files
 
 

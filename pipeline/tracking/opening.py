@@ -11,15 +11,13 @@ Rank 0 holds a `Tracker`, the other ranks a `NullTracker`.
 """
 
 import contextlib
-import errno
-import fcntl
 import os
-import time
 import uuid
 from pathlib import Path
 from typing import IO, TYPE_CHECKING
 
 from data_prep.errors import UserError
+from pipeline.files import HeldError, hold
 from pipeline.redact import failure_message, redact_text
 from pipeline.tracking.facts import RunFacts, Sizes
 from pipeline.tracking.history import History
@@ -181,28 +179,16 @@ def _ask_again(path: Path, spool: Spool) -> None:
 
 
 def _lock(path: Path, say: Say) -> IO[str]:
-    """The run's lock, freed with the process. POSIX locks: children do not inherit them, NFS keeps them."""
-    file = path.open("a+")
-    deadline = time.monotonic() + LOCK_WAIT_SECONDS
-    while True:
-        try:
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            break
-        except OSError as error:
-            if error.errno not in (errno.EACCES, errno.EAGAIN):
-                say(f"tracking: {path} cannot be locked ({error.strerror}); see that only one process writes")
-                return file
-            if time.monotonic() > deadline:
-                file.seek(0)
-                raise UserError(
-                    f"{path.parent.parent}: {file.read().strip() or 'another process'} is writing this run: "
-                    "stop it first, or set another run.name"
-                ) from error
-            time.sleep(0.2)
-    file.truncate(0)
-    file.write(f"process {os.getpid()} on {os.uname().nodename}\n")
-    file.flush()
-    return file
+    """The run's lock, freed with the process."""
+    try:
+        return hold(path, LOCK_WAIT_SECONDS)
+    except HeldError as holder:
+        raise UserError(
+            f"{path.parent.parent}: {holder} is writing this run: stop it first, or set another run.name"
+        ) from None
+    except OSError as error:
+        say(f"tracking: {path} cannot be locked ({error.strerror}); see that only one process writes")
+        return path.open("a+")
 
 
 def _careful(say: Say) -> Say:

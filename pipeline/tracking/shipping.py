@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from pipeline.files import write_atomically
+from data_prep.store import publish_file
 from pipeline.redact import failure_message
 from pipeline.tracking.mlflow_run import METRICS_PER_BATCH, MlflowRun, is_refusal
 from pipeline.tracking.spool import Record, Spool
@@ -246,7 +246,7 @@ class Shipper(threading.Thread):
     def _save(self) -> None:
         try:
             text = json.dumps(asdict(self._delivery), indent=1)
-            write_atomically(self._spool.path.with_name("delivery.json"), text)
+            publish_file(self._spool.path.with_name("delivery.json"), text.encode())
         except OSError:
             pass  # a full disk: what arrived is then sent once more, which changes nothing
 

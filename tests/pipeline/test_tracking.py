@@ -460,7 +460,7 @@ def test_a_second_process_on_the_same_run_is_refused(
     ) as process:
         assert process.stdout
         assert process.stdout.readline() == b"held\n"
-        with pytest.raises(UserError, match=rf"process {process.pid} on .* is writing this run: stop it first"):
+        with pytest.raises(UserError, match=rf"host .*, process {process.pid} is writing this run: stop it first"):
             start(store, tmp_path / "run", [])
         with pytest.raises(UserError, match="is writing this run"):
             settle_run(Config(store), tmp_path / "run")
