@@ -40,7 +40,7 @@ def describe(dataset: Dataset, split: str) -> list[str]:
     quantiles = np.quantile(lengths, [0, 0.25, 0.5, 0.75, 1]).astype(int)
     lines = summary(dataset.manifest)
     lines.append("")
-    lines.append(f"{split}: tokens a document: least, quartiles, most: " + ", ".join(f"{q:,}" for q in quantiles))
+    lines.append(f"{split}: tokens per document: least, quartiles, most: " + ", ".join(f"{q:,}" for q in quantiles))
     edges = 2 ** np.arange(0, int(lengths.max()).bit_length() + 1)
     counts = np.histogram(lengths, np.concatenate([[0], edges]))[0]
     width = max(int(counts.max()), 1)

@@ -45,7 +45,7 @@ class GlobalLocalConfig(PreTrainedConfig):
             running summary of everything before it, so that it sees the whole prefix at linear cost).
         summary_heads: parts of the summary that forget at rates of their own; 0 stands for gcd(8, hidden_size).
         summary_key_size: width of the summary's keys and queries: its state is summary_key_size · hidden_size
-            numbers a layer.
+            numbers per layer.
         dropout: probability, applied where the seed applies it.
         diversity_loss_scale: factor of each router's loss; the sum over routers is scaled by a further 0.01.
         norm_placement: "pre" (norm in front of each sublayer) or "post" (norm after the residual sum).
@@ -194,7 +194,7 @@ class GlobalLocalConfig(PreTrainedConfig):
         """Floating point operations of training (forward and backward) per token, matrix products only.
 
         Counted is what has to be done per token by the folded form: a multiply-add is 2 operations and the
-        backward of a product costs two more products. The folds themselves (once a step, independent of the
+        backward of a product costs two more products. The folds themselves (once per step, independent of the
         tokens), recomputation by activation checkpointing and element-wise work are not counted, so that a
         utilisation computed from it is never flattered.
 

@@ -182,7 +182,7 @@ def _router_statistics(numbers: Tensor) -> dict[str, Tensor]:
 def _checkpoint_function(policy: str) -> Callable[..., Any]:
     """torch.utils.checkpoint as the policy wants it; "selective" keeps the results of matrix products."""
     if policy == "deepspeed":
-        # The block's input alone is an argument: what is partitioned or offloaded must not be the pool, once a layer.
+        # The block's input alone is an argument: what is partitioned or offloaded must not be the pool, once per layer.
         return lambda block, x, *rest: import_module("deepspeed").checkpointing.checkpoint(lambda y: block(y, *rest), x)
     if policy != "selective":
         return partial(checkpoint, use_reentrant=False)

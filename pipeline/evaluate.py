@@ -67,7 +67,7 @@ def mixed(
     """The figures of text mixed as in training, from those of each dataset.
 
     The loss is the mean of the datasets' losses under their shares of the samples, so that it stands beside the
-    training loss; words and bytes a token are averaged in the same way.
+    training loss; words and bytes per token are averaged in the same way.
     """
 
     def mean(values: Iterable[float]) -> float:
@@ -98,7 +98,7 @@ def held_out(
     """`perplexities` of a split; of a mixture those of `mixed`, and each dataset's own as `NAME/loss`, … .
 
     Args:
-        batch_size: samples a rank at once.
+        batch_size: samples per rank at once.
         max_samples: of each dataset, the first so many; None is all.
         before_batch: called before each batch; what it raises ends the measurement.
     """

@@ -144,7 +144,7 @@ def memory_problems(config: RunConfig, model: GlobalLocalConfig, ranks: int, dev
         return []
     return [
         f"the model of {parameters:,} parameters, with {tokens:,} tokens at once, needs "
-        f"{(states + activations) / 2**30:,.0f} GiB a rank or more, this machine has {there / 2**30:,.0f}; lower "
+        f"{(states + activations) / 2**30:,.0f} GiB per rank or more, this machine has {there / 2**30:,.0f}; lower "
         "model.hidden_size, model.num_hidden_layers, "
         "model.pool_size, training.micro_batch_size or data.sequence_length"
     ]

@@ -1,4 +1,4 @@
-"""The program that `deepspeed` starts, once a rank: has the parts built and runs them.
+"""The program that `deepspeed` starts, once per rank: has the parts built and runs them.
 
     deepspeed pipeline/train.py --config launch/runs/quickstart.yaml training.max_steps=100
 

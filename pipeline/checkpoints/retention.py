@@ -14,7 +14,7 @@ class Entry:
     """One checkpoint, as retention sees it.
 
     Attributes:
-        validation_loss: nats a token, measured at this very step; None where it was not.
+        validation_loss: nats per token, measured at this very step; None where it was not.
         whole: it verifies.
     """
 

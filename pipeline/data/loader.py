@@ -1,6 +1,6 @@
 """From a dataset to batches: the only state is a count of consumed samples.
 
-Legend: T tokens of the split; S sequence_length; N = (T - 1) // S samples an epoch; G global_batch_size;
+Legend: T tokens of the split; S sequence_length; N = (T - 1) // S samples per epoch; G global_batch_size;
 M micro_batch_size; W world_size. Sample i is stream[i·S : i·S + S + 1]: inputs and, shifted by one, targets.
 """
 

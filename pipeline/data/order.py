@@ -133,7 +133,7 @@ class WindowedOrder:
     Attributes:
         num_samples: N, at least 1.
         seed: any integer.
-        block_samples: consecutive samples a block.
+        block_samples: consecutive samples per block.
         blocks_per_window: more of them mix the data better and need a larger cache.
     """
 

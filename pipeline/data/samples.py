@@ -1,6 +1,6 @@
 """A split of a dataset as samples of one length, in order.
 
-Legend: T tokens of the split; S sequence_length; N = (T - 1) // S samples an epoch.
+Legend: T tokens of the split; S sequence_length; N = (T - 1) // S samples per epoch.
 Sample i is stream[i·S : i·S + S + 1]: inputs and, shifted by one, targets.
 """
 

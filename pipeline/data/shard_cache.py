@@ -1,7 +1,7 @@
 """Files from a URL in a folder that the ranks of a node share: downloaded once, checked, within a budget.
 
 A cached file is named by its sha256, so it can be neither stale nor mixed up. It is downloaded under a lock
-(once a node, however many ranks ask), checked, and only then given its name. When the budget is full, the
+(once per node, however many ranks ask), checked, and only then given its name. When the budget is full, the
 least recently used go; a file that a rank still has open stays readable until it is closed.
 """
 

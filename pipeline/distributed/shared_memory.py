@@ -1,4 +1,4 @@
-"""What DeepSpeed's CPU collectives leave in /dev/shm: a buffer of 69 MB a rank, which it never removes."""
+"""What DeepSpeed's CPU collectives leave in /dev/shm: a buffer of 69 MB per rank, which it never removes."""
 
 import os
 import time

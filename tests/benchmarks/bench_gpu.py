@@ -74,7 +74,7 @@ def median_seconds(functions: dict[str, Callable[[], Any]], rounds: int = 8) -> 
 
 
 def matrix_flops() -> float:
-    """FLOPs a second of one large product of random bfloat16 matrices."""
+    """FLOPs per second of one large product of random bfloat16 matrices."""
     a, b = (torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16) for _ in range(2))
     return 2 * 8192**3 / median_seconds({"product": lambda: a @ b})["product"]
 

@@ -50,7 +50,7 @@ def parse(shape: str) -> tuple[int, int, str]:
 def run_pairs(pairs: list[tuple[str, str]], folder: Path, dataset: Path) -> None:
     """An unbroken run of every source in `pairs`, and for each pair a run that resumes the one as the other.
 
-    Results, a JSON file a run in `folder`: see `measure`.
+    Results, a JSON file per run in `folder`: see `measure`.
     """
     sources = sorted({source.removesuffix(ONE_FILE) for source, _ in pairs})
     runs = [(shape, None) for shape in sources] + [(target, source) for source, target in pairs]

@@ -71,7 +71,7 @@ def test_profiling_changes_no_bit_of_what_is_trained(folder: Path, run: str) -> 
 def test_each_ranks_trace_shows_the_steps_their_phases_and_operators(folder: Path, rank: int) -> None:
     named = spans(folder / "profiled" / "profile" / "steps-3-4" / f"rank-{rank:05d}.trace.json.gz")
     assert {name for name in named if name.startswith("step ")} == {"step 3", "step 4"}
-    assert len(named["forward"]) == len(named["backward"]) == 4  # two micro-steps a step
+    assert len(named["forward"]) == len(named["backward"]) == 4  # two micro-steps per step
     (step,) = named["step 3"]
     inside = [one for one in named["aten::mm"] if step["ts"] <= one["ts"] <= step["ts"] + step["dur"]]
     assert inside

@@ -1,4 +1,4 @@
-"""Remote datasets: through the faults of real servers, once a node, checked, within the budget."""
+"""Remote datasets: through the faults of real servers, once per node, checked, within the budget."""
 
 import contextlib
 import os
