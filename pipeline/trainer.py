@@ -21,6 +21,7 @@ from pipeline.duration import duration
 from pipeline.engine.internals import Engine
 from pipeline.engine.optim import learning_rate, set_learning_rate
 from pipeline.health.guard import Guard, Verdict, nan_unless_finite
+from pipeline.health.resources import Alarm, ResourceWatch
 from pipeline.health.state import HealthState
 from pipeline.metrics import (
     LossMeter,
@@ -29,7 +30,6 @@ from pipeline.metrics import (
     StepTimes,
     Throughput,
     evaluation_metrics,
-    find_straggler,
     times_per_step,
 )
 from pipeline.profiler import StepProfiler
@@ -103,6 +103,7 @@ class Trainer:
     throughput: Throughput = field(init=False)
     step_times: StepTimes = field(init=False)
     node: NodeMonitor = field(init=False)
+    resources: ResourceWatch = field(init=False)
 
     def __post_init__(self) -> None:
         self.losses = LossMeter(self.world.device)
@@ -110,6 +111,7 @@ class Trainer:
         self.throughput = Throughput(self.clock)
         self.step_times = StepTimes(self.clock, self.step)
         self.node = NodeMonitor(self.config.tracking.enabled and self.world.local_rank == 0)
+        self.resources = ResourceWatch(self.clock.seconds["training"])
 
     def train(self) -> bool:
         """Train to the last step. Returns False where a stop ended it early.
@@ -275,8 +277,14 @@ class Trainer:
             f"step {self.step:,}/{self.max_steps:,}  loss {losses['loss/train']:.4f}  "
             f"lr {rate:.2e}  grad {gradient_norm:.2f}  {tokens_per_second:,.0f} tokens/s ({describe(use)})  left {left}"
         )
-        if slow := find_straggler(seconds):
-            log.info(str(slow))
+        self.report_alarms(self.resources.look(self.clock.seconds["training"], tokens_per_second, seconds))
+
+    def report_alarms(self, alarms: list[Alarm]) -> None:
+        """Say, once, which resource has dropped out; every rank knows of it, and rank 0 says it."""
+        for alarm in alarms if self.world.is_main else ():
+            log.warning(f"step {self.step:,}: {alarm.text}")
+            self.tracker.set_tags({f"globallocal.alarm.{alarm.kind}": f"step {self.step}: {alarm.text}"})
+            self.tracker.log_event("alarm", self.step, kind=alarm.kind, text=alarm.text)
 
     def run_evaluation(self) -> None:
         """Raises Stopped, between two batches; the evaluation is then done at the next start."""

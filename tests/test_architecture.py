@@ -39,7 +39,7 @@ ROOMS: dict[str, dict[str, set[str]]] = {
         "tracking": {"files", "redact", "settings"},
         "evaluate": {"data"},
         "engine": {"config", "data", "distributed", "random_state", "settings"},
-        "health": {"data", "distributed", "engine", "files", "metrics", "redact", "settings"},
+        "health": {"data", "distributed", "duration", "engine", "files", "metrics", "redact", "settings"},
         "checkpoints": {
             *("config", "data", "distributed", "engine", "files", "health", "random_state", "redact", "settings"),
         },

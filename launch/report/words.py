@@ -247,6 +247,8 @@ def _told(event: Event) -> str:
         said = [f"on {facts.get('ranks', '?')} ranks", str(facts.get("device", "")), str(facts.get("precision", ""))]
     elif event.kind == "saved":
         said = [f"{size_of(facts.get('size_bytes'))} in {_plain(facts.get('seconds', '?'), 2)} s"]
+    elif event.kind == "alarm":
+        said = [str(facts.get("text", ""))]
     elif event.kind == "evaluation":
         said = [f"held-out loss {number(facts.get('loss'))}"]
     else:
