@@ -3,7 +3,7 @@
     deepspeed pipeline/train.py --config launch/runs/quickstart.yaml training.max_steps=100
 
 Exit codes: 0 done; 2 something to fix, said in plain lines; 75 asked to stop, left in order, start me again;
-76 a rank hung, start me again; 1 anything else, with a traceback.
+76 a rank hung, start me again; 1 anything else, said in one line; its traceback is in the rank's log.
 """
 
 import argparse
@@ -16,6 +16,7 @@ if not __package__:  # started as a file: `pipeline/` must not shadow other peop
 import logging
 import os
 import platform
+import re
 import signal
 import warnings
 from collections.abc import Iterator, Sequence
@@ -71,11 +72,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         shutdown()
 
 
+LOST_RANK = re.compile(r"connection (reset|closed|refused)|broken pipe|socket (is not connected|closed)", re.I | re.A)
+
+
 def last_words(error: Exception, rank: int) -> str:
     """One line that the launcher takes as the cause of a restart: rank, host, phase, what."""
     phase = getattr(error, "phase", "start")
     said = " ".join(str(error).split())[:300]
-    return f"globallocal: rank {rank} on {platform.node()} failed in {phase}: {type(error).__name__}: {said}"
+    lost = "another rank has gone: " if LOST_RANK.search(said) else ""
+    return f"globallocal: rank {rank} on {platform.node()} failed in {phase}: {lost}{type(error).__name__}: {said}"
 
 
 def run(config: RunConfig, world: World, stop: StopRequest) -> int:
@@ -122,10 +127,16 @@ def writable(run_folder: Path) -> Iterator[None]:
 
 
 class TerminalFormatter(logging.Formatter):
-    """A line as it is; a warning or error says so at its beginning."""
+    """A line as it is; a warning or error says so at its beginning. Tracebacks stay in the rank's log."""
+
+    def __init__(self, log_file: Path) -> None:
+        super().__init__()
+        self.log_file = log_file
 
     def format(self, record: logging.LogRecord) -> str:
-        line = super().format(record)
+        line = record.getMessage()
+        if record.exc_info:
+            line += f" (traceback: {self.log_file})"
         return line if record.levelno < logging.WARNING else f"{record.levelname.lower()}: {line}"
 
 
@@ -134,11 +145,12 @@ def open_log(run_folder: Path, rank: int) -> None:
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")  # DeepSpeed's calls
     folder = run_folder / "logs"
     folder.mkdir(exist_ok=True)
-    to_file = logging.FileHandler(folder / f"rank-{rank:05d}.log")
+    log_file = folder / f"rank-{rank:05d}.log"
+    to_file = logging.FileHandler(log_file)
     where = f"{platform.node()} rank {rank}"
     to_file.setFormatter(logging.Formatter(f"%(asctime)s {where} %(levelname)s %(message)s"))
     to_terminal = logging.StreamHandler(sys.stdout)
-    to_terminal.setFormatter(TerminalFormatter("%(message)s"))
+    to_terminal.setFormatter(TerminalFormatter(log_file))
     to_terminal.setLevel(logging.INFO if rank == 0 else logging.CRITICAL)
     log.handlers = [to_file, to_terminal]
     log.setLevel(logging.INFO)

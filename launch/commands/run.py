@@ -193,9 +193,7 @@ def train(
     settings = checked_config(config, overrides)
     job = LocalRun(config, tuple(overrides or ()), settings, processes)
     check_fit(settings, job.ranks)
-    code = run(job, max_restarts=0)
-    show_closing(settings, code)
-    raise typer.Exit(code)
+    raise typer.Exit(run(job, max_restarts=0))
 
 
 HOST_OPTIONS = {
@@ -279,19 +277,7 @@ def launch(
         typer.echo(job.describe())
         return
     check_fit(settings, job.ranks if isinstance(job, LocalRun) else None)
-    code = run(job, max_restarts)
-    show_closing(settings, code)
-    raise typer.Exit(code)
-
-
-def show_closing(settings: RunConfig, code: int) -> None:
-    """Prints the results of a training; nothing where it was refused, so that its errors stand last."""
-    from launch.report.read import is_run, read_run
-    from launch.report.words import closing
-    from pipeline.exit_codes import USER_ERROR
-
-    if code != USER_ERROR and is_run(settings.run_folder):
-        typer.echo("\n" + "\n".join(closing(read_run(settings.run_folder))))
+    raise typer.Exit(run(job, max_restarts))
 
 
 def checked_config(config: Path, overrides: list[str] | None) -> RunConfig:

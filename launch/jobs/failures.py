@@ -84,7 +84,12 @@ def _srun(match: "re.Match[str]") -> Blame | None:
 
 _SPEAKERS: tuple[tuple["re.Pattern[str]", Callable[["re.Match[str]"], Blame | None]], ...] = (
     (re.compile(r"(?:^|\s)hang: (?P<words>rank \d+ \(host (?P<node>[^,)]+).*)"), _hang),
-    (re.compile(r"globallocal: (?P<words>rank \d+ on (?P<node>\S+) failed in (?P<error>.*))"), _rank),
+    (
+        re.compile(
+            r"globallocal: (?P<words>rank \d+ on (?P<node>\S+) failed in (?P<error>.*?))(?: \(traceback: .*\))?\s*$"
+        ),
+        _rank,
+    ),
     (
         re.compile(
             r"^(?:(?P<node>[\w.-]+): )?\[[^]]*\] \[ERROR\] \[launch\.py:.*'--local_rank=(?P<rank>\d+)'"

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Protocol
 from data_prep.errors import UserError
 from launch.hosts import node
 from launch.jobs import environment as cluster
-from launch.jobs.close_tracking import failed_for_good, settle
+from launch.jobs.closing import close
 from launch.jobs.command import Job, cpu_environment, deepspeed_program
 from launch.jobs.restarts import Failure, run_with_restarts
 from launch.jobs.session import TRAIN_PROGRAM, Ended, Launch, grace_seconds, run_session
@@ -39,8 +39,7 @@ def run(job: Run, max_restarts: int) -> int:
     settings, folder = job.settings, job.settings.run_folder
     (folder / "logs").mkdir(parents=True, exist_ok=True)
     code = run_with_restarts(job.start, folder, max_restarts)
-    if failed_for_good(code):
-        settle(settings, folder)
+    close(settings, code)
     return code
 
 

@@ -22,7 +22,6 @@ from typing import Any
 from data_prep.errors import UserError
 from launch.hosts import node
 from launch.hosts.ssh import differences
-from launch.jobs.close_tracking import failed_for_good
 from launch.jobs.command import cpu_environment
 from launch.jobs.environment import ENVIRONMENT
 from launch.jobs.over_hosts import master_address
@@ -51,15 +50,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         failures.append(unseen)
         verdict = judge_and_record(failures, options.run_folder, options.max_restarts, False, job, say)
         if not verdict.restart:
-            return give_up(job, unseen.code, options.run_folder)
+            return end(job, unseen.code, options.run_folder)
     ended = start(options.command, options.master_addr, options.grace_seconds)
     if ended.code == 0:
-        cancel_rest(job)
-        return 0
+        return end(job, 0, options.run_folder)
     stopped = ended.stopped_by not in (None, signal.SIGUSR1)
     failures.append(failure_of(ended, options.run_folder))
     verdict = judge_and_record(failures, options.run_folder, options.max_restarts, stopped, job, say)
-    return queue_again(failures) if verdict.restart else give_up(job, ended.code, options.run_folder)
+    return queue_again(failures) if verdict.restart else end(job, ended.code, options.run_folder)
 
 
 def unseen_end(failures: Sequence[Failure], run_folder: Path) -> Failure | None:
@@ -181,17 +179,16 @@ def exclude(number: str, name: str) -> None:
         time.sleep(1)
 
 
-def give_up(job: str, code: int, run_folder: Path) -> int:
-    """The end of a job that is not started again; MLflow hears of it, with the ranks' own environment."""
+def end(job: str, code: int, run_folder: Path) -> int:
+    """The end of a job that is not started again: what `closing` does, with the ranks' own environment."""
     cancel_rest(job)
-    if failed_for_good(code):
-        script = run_folder / "launch" / ENVIRONMENT
-        program = [sys.executable, "-m", "launch.jobs.close_tracking", str(run_folder)]
-        subprocess.run(
-            ["bash", "-c", '[ -e "$0" ] && source "$0"; exec "$@"', str(script), *program],
-            env={**os.environ, "MASTER_ADDR": "127.0.0.1"},  # the script asks for it
-            stdin=subprocess.DEVNULL,
-        )
+    script = run_folder / "launch" / ENVIRONMENT
+    program = [sys.executable, "-m", "launch.jobs.closing", str(run_folder), str(code)]
+    subprocess.run(
+        ["bash", "-c", '[ -e "$0" ] && source "$0"; exec "$@"', str(script), *program],
+        env={**os.environ, "MASTER_ADDR": "127.0.0.1"},  # the script asks for it
+        stdin=subprocess.DEVNULL,
+    )
     return code
 
 

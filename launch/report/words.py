@@ -10,11 +10,13 @@ from typing import Any
 
 from launch.report.run import Checkpoint, Event, Run, axes
 from pipeline.duration import duration
+from pipeline.tracking.store import page_of_run_folder
 
 LOSS, VALID_LOSS = "loss/train", "loss/valid"
 SPEED = "throughput/tokens_per_second"
 
-
+REPORT_FILE = "report.html"
+"""In the run folder: the page that a job leaves at its end, an artifact of the run in MLflow."""
 MOST_ROWS = 300
 """Of a table that grows with the run; the newest are shown."""
 
@@ -155,9 +157,10 @@ def closing(run: Run) -> list[str]:
         ("speed", speed),
         ("restarts", again),
         ("why", [run.why] if run.why else []),
+        ("report", [str(folder / REPORT_FILE)] if (folder / REPORT_FILE).exists() else []),
     ]
     going_on = f"the same command goes on from step {newest.step:,}" if newest else "the same command begins again"
-    following = [f"globallocal report {folder} --output {folder}/report.html"]
+    following = [shown] if (shown := page_of_run_folder(folder)) else []
     if run.state == "done":
         following += [
             f"globallocal generate {folder} --prompt 'Once upon a time'",

@@ -78,6 +78,7 @@ class MlflowRun:
             os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", str(REQUEST_TIMEOUT_SECONDS))
             os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
             os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
+            os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")  # we say which page shows training
             from mlflow import MlflowClient
 
             for noisy in ("alembic", "mlflow.store.db.utils", "urllib3.connectionpool"):
@@ -182,7 +183,9 @@ class MlflowRun:
                 client.log_text(run_id, record["text"], record["path"])
             case "file":
                 path = Path(record["path"])
-                client.log_artifact(run_id, str(self._run_folder / path), str(path.parent))
+                client.log_artifact(
+                    run_id, str(self._run_folder / path), str(path.parent) if path.parent.name else None
+                )
             case "note":
                 note = keep_what_people_wrote(record["text"], client.get_run(run_id).data.tags.get(NOTE_TAG, ""))
                 client.set_tag(run_id, NOTE_TAG, note)

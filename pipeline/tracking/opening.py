@@ -13,6 +13,7 @@ Rank 0 holds a `Tracker`, the other ranks a `NullTracker`.
 import contextlib
 import os
 import uuid
+from collections.abc import Sequence
 from pathlib import Path
 from typing import IO, TYPE_CHECKING
 
@@ -83,12 +84,16 @@ def settle_run(
     run_folder: Path,
     status: str = "KILLED",
     reason: str = "lost",
+    files: Sequence[str] = (),
     deadline_seconds: float = 60.0,
     say: Say = print,
 ) -> bool:
     """Closes and delivers a run whose process is gone (SIGKILL, a lost host), from outside.
 
     A run that was closed keeps its status; only what it could not deliver is delivered.
+
+    Args:
+        files: paths in the run folder, to become artifacts.
 
     Returns:
         Whether everything arrived.
@@ -99,7 +104,10 @@ def settle_run(
     folder = Path(run_folder)
     if not (folder / "tracking" / "spool.jsonl").exists():
         return True
-    return _open(config, folder, folder.name, None, _careful(say))._settle(status, deadline_seconds, reason)
+    tracker = _open(config, folder, folder.name, None, _careful(say))
+    for path in files:
+        tracker.log_file(path)
+    return tracker._settle(status, deadline_seconds, reason)
 
 
 def _open(
