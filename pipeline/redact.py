@@ -23,6 +23,9 @@ _WORDS = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+|\d+")
 _URL_USER = re.compile(r"(?P<scheme>[A-Za-z][A-Za-z0-9+.-]*://)(?:[^/?#\s'\"]*|[^/?#\s'\":@]*:[^\s'\"]*)@")
 _URL_QUERY = re.compile(r"(?P<name>[?&][^=&\s]*(?:password|passwd|token|secret|key)[^=&\s]*=)[^&\s'\"]+", re.IGNORECASE)
 _SOURCE_ASSIGNMENT = re.compile(r"(?P<before>(?P<name>[A-Za-z_][\w.-]*)['\"]?[ \t]*[:=][ \t]*)(?P<value>[^\s,;)]+)")
+_SERVER = re.compile(r"ConnectionPool\(host='([^']*)', port=(\d+)\)")
+_REASONS = [re.compile(text) for text in (r"Errno -?\d+\] ([\w ]+)", r"(timed out)", r"SSL: (\w+)", r"Caused by (\w+)")]
+"""What requests says of a server that does not answer, in hundreds of characters; the first that is found is why."""
 _ASSIGNMENT = re.compile(r"^(?P<name>[^=\s]+)=(?P<value>.*)$", re.DOTALL)
 
 
@@ -92,4 +95,7 @@ def failure_message(error: BaseException) -> str:
     """An error in one line, without secrets."""
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
+    if server := _SERVER.search(str(error)):
+        why = next((found[1] for pattern in _REASONS if (found := pattern.search(str(error)))), "it says nothing")
+        return f"no answer from {server[1]}:{server[2]}: {why}"
     return redact_text(str(error).strip().split("\n")[0][:300] or type(error).__name__)

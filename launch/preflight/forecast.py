@@ -48,7 +48,7 @@ def memory_line(config: RunConfig, fitted: Fitted, ranks: int, precision: str, d
     cpu = device.type == "cpu"
     needed = rank_memory(size, int(zero.get("stage", 0)), ranks, precision, zero, cpu=cpu, accumulates=accumulates)
     if cpu:
-        there = f"this machine has {readable(psutil.virtual_memory().total)} for {ranks} ranks"
+        there = f"this machine has {readable(psutil.virtual_memory().total)} for {ranks} rank{'s' * (ranks > 1)}"
     else:
         there = f"the device has {readable(torch.cuda.get_device_properties(device).total_memory)}"
     parts = {

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from itertools import groupby
 from typing import Any
 
 from launch.report.run import Checkpoint, Event, Run, axes
@@ -17,6 +19,7 @@ SPEED = "throughput/tokens_per_second"
 
 REPORT_FILE = "report.html"
 """In the run folder: the page that a job leaves at its end, an artifact of the run in MLflow."""
+EMPTY_LINES = re.compile(r"\n(?:[ \t]*\n){2,}")
 MOST_ROWS = 300
 """Of a table that grows with the run; the newest are shown."""
 
@@ -76,9 +79,10 @@ def _pace(run: Run) -> str:
         return ""
     mfu = [value for _, value in finite(run, "throughput/mfu")]
     use = f", {middle(mfu):.1%} of the devices' peak rate (MFU)" if mfu else ""
-    count = ranks(run)
+    counts = [f"{count}" for count, _ in groupby(start.facts.get("ranks") for start in run.starts) if count]
+    counts = counts or [f"{count}" for count in (ranks(run),) if count]
     device = f" ({run.fact('device')})" if run.fact("device") else ""
-    where = f" on {count} rank{'s' * (count != 1)}{device}" if count else ""
+    where = f" on {', then '.join(counts)} rank{'s' * (counts != ['1'])}{device}" if counts else ""
     trained = duration(axes(run)["hours"][-1] * 3600)
     return f"It trained for {trained}, at {quantity(middle(speeds))} tokens per second{where}{use}."
 
@@ -294,10 +298,15 @@ def times(count: int) -> str:
     return {1: "once", 2: "twice"}.get(count, f"{count:,} times")
 
 
+def without_gaps(text: str) -> str:
+    """A text whose stretches of empty lines are a sign and a count each: a young model writes hundreds of them."""
+    return EMPTY_LINES.sub(lambda found: f"\n⏎ × {found[0].count(chr(10))}\n", text.rstrip())
+
+
 def number(value: Any) -> str:
     if not isinstance(value, int | float):
         return "–"
-    return f"{value:.4f}" if abs(value) < 1000 else f"{value:,.0f}"
+    return f"{value:,.{4 if abs(value) < 100 else 1 if abs(value) < 1000 else 0}f}"
 
 
 def quantity(value: float) -> str:

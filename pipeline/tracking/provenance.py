@@ -8,6 +8,7 @@ import shlex
 import socket
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 from pipeline.redact import redact_arguments, redact_lines
@@ -65,6 +66,14 @@ def provenance_texts() -> dict[str, str]:
     return texts
 
 
+def _versions() -> Iterator[str]:
+    """One tag: MLflow's page shows what a run is below its tags."""
+    yield f"python {platform.python_version()}"
+    for package in ("globallocal", *_PACKAGES):
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            yield f"{package} {importlib.metadata.version(package)}"
+
+
 def provenance_tags() -> dict[str, str]:
     """Tags of this process, secrets on the command line redacted; what cannot be found out is left out."""
     tags = {
@@ -72,13 +81,8 @@ def provenance_tags() -> dict[str, str]:
         "mlflow.source.type": "LOCAL",
         "globallocal.command": shlex.join(redact_arguments(sys.orig_argv)),
         "globallocal.host": socket.gethostname(),
-        "globallocal.version.python": platform.python_version(),
+        "globallocal.versions": ", ".join(_versions()),
     }
-    for package in ("globallocal", *_PACKAGES):
-        try:
-            tags[f"globallocal.version.{package}"] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            continue
     if commit := git_commit():
         tags["mlflow.source.git.commit"] = commit
     with contextlib.suppress(OSError, KeyError):

@@ -306,3 +306,7 @@ def test_a_training_closes_with_what_comes_next(tmp_path: Path) -> None:
     assert "1, last after: local rank 1 ended by signal 9" in said
     assert "report " not in said
     assert f"globallocal export {tmp_path / 'run'} --output" in said
+
+
+def test_a_sample_of_empty_lines_takes_no_page() -> None:
+    assert words.without_gaps("a\n\nb" + "\n" * 300 + "c\n \n\n") == "a\n\nb\n⏎ × 300\nc"

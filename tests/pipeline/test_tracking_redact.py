@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.redact import REDACTED, is_secret_name, redact, redact_arguments, redact_text
+from pipeline.redact import REDACTED, failure_message, is_secret_name, redact, redact_arguments, redact_text
 
 SECRET_NAMES = [
     "password",
@@ -111,3 +111,24 @@ def test_redacting_twice_is_redacting_once_and_no_password_is_left(value: object
 )
 def test_no_user_information_survives_in_a_url(scheme: str, password: str) -> None:
     assert redact_text(f"{scheme}://user:{password}@host/path") == f"{scheme}://***@host/path"
+
+
+@pytest.mark.parametrize(
+    ("said", "line"),
+    [
+        (
+            "API request to http://h/api failed with exception HTTPConnectionPool(host='h', port=5055): Max retries "
+            "exceeded with url: /api?run_id=x (Caused by NewConnectionError(\"HTTPConnection(host='h', port=5055): "
+            'Failed to establish a new connection: [Errno 111] Connection refused"))',
+            "no answer from h:5055: Connection refused",
+        ),
+        ("HTTPConnectionPool(host='h', port=80): Read timed out. (read timeout=10)", "no answer from h:80: timed out"),
+        (
+            "HTTPSConnectionPool(host='h', port=443): Max retries exceeded with url: /x (Caused by ResponseError('too "
+            "many 503 error responses'))",
+            "no answer from h:443: ResponseError",
+        ),
+    ],
+)
+def test_a_server_that_does_not_answer_is_a_short_line(said: str, line: str) -> None:
+    assert failure_message(RuntimeError(said)) == line
