@@ -73,14 +73,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 LOST_RANK = re.compile(r"connection (reset|closed|refused)|broken pipe|socket (is not connected|closed)", re.I | re.A)
+SOURCE_LINE = re.compile(r"\[\S+:\d+\] ")
+"""What gloo puts before its words; behind them it wishes good luck."""
 
 
 def last_words(error: Exception, rank: int) -> str:
     """One line that the launcher takes as the cause of a restart: rank, host, phase, what."""
     phase = getattr(error, "phase", "start")
-    said = " ".join(str(error).split())[:300]
-    lost = "another rank has gone: " if LOST_RANK.search(said) else ""
-    return f"globallocal: rank {rank} on {platform.node()} failed in {phase}: {lost}{type(error).__name__}: {said}"
+    said = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+    if LOST_RANK.search(said):
+        said = f"another rank has gone: {SOURCE_LINE.sub('', said).partition('. ')[0]}"
+    return f"globallocal: rank {rank} on {platform.node()} failed in {phase}: {said}"
 
 
 def run(config: RunConfig, world: World, stop: StopRequest) -> int:

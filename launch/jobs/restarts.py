@@ -52,6 +52,8 @@ def judge(failures: list[Failure], max_restarts: int, stopped: bool) -> Verdict:
     if len(latest) == SAME_STEP_FAILURES and all(failure.step == last.step for failure in latest):
         return Verdict(False, f"crash loop: {SAME_STEP_FAILURES} failures in a row {_at(last.step)}; not started again")
     spent = sum(failure.code != PREEMPTED for failure in failures)
+    if spent > max_restarts == 0:
+        return Verdict(False, "not started again by itself")
     if spent > max_restarts:
         return Verdict(False, f"the budget of {max_restarts} restarts is spent (--max-restarts)")
     if last.code == PREEMPTED:

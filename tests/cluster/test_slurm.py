@@ -134,7 +134,10 @@ def test_a_job_that_fails_for_good_is_failed_in_mlflow(two_slurm_nodes: Slurm, r
     client = MlflowClient(store)
     (tracked,) = client.search_runs([client.get_experiment_by_name("globallocal").experiment_id])
     assert tracked.info.status == "FAILED"
-    assert "the budget of 0 restarts is spent" in run.log
+    assert "report.html" in [item.path for item in client.list_artifacts(tracked.info.run_id)]
+    said = run.log[run.log.index("not started again by itself") :]
+    assert re.search(r"^\S+ +failed, \d+ of 999 steps$", said, flags=re.MULTILINE)
+    assert "report.html\n" in said
 
 
 def test_what_cannot_be_queued_or_started_is_said_in_plain_lines(two_slurm_nodes: Slurm, run: Run) -> None:
