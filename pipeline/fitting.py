@@ -15,9 +15,11 @@ from data_prep.errors import UserError
 from model.configuration_globallocal import GlobalLocalConfig
 from pipeline.checkpoints.folder import nearest_checkpoints
 from pipeline.config import RunConfig, warmup_problem
+from pipeline.context import RunContext
 from pipeline.data.corpus import Corpus, open_corpus
 from pipeline.data.loader import BatchLayout
 from pipeline.data.samples import Source
+from pipeline.distributed.world import World
 from pipeline.engine.compilation import resolve_compile
 from pipeline.engine.engine import check_machine, deepspeed_config, has_bf16, zero_stage
 from pipeline.export.load import build_model_config
@@ -45,6 +47,27 @@ class Fitted:
     steps: int | None
     deepspeed: dict[str, Any]
     compiled: bool
+
+    def context(self, config: RunConfig, world: World, precision: str) -> RunContext:
+        """What the parts of the run share; on a rank, where nothing is left open."""
+        assert self.corpus is not None
+        assert self.source is not None
+        assert self.model is not None
+        assert self.layout is not None
+        assert self.steps is not None
+        return RunContext(
+            config=config,
+            world=world,
+            corpus=self.corpus,
+            source=self.source,
+            layout=self.layout,
+            model=self.model,
+            deepspeed=self.deepspeed,
+            steps=self.steps,
+            precision=precision,
+            stage=zero_stage(self.deepspeed),
+            compiled=self.compiled,
+        )
 
 
 def fit(

@@ -1,6 +1,6 @@
 """Losses averaged over micro-batches and ranks, time by phase and by rank, throughput."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -125,17 +125,33 @@ def _of_routers(name: str, values: Sequence[float]) -> dict[str, float]:
     return {f"{router}_{name}": value for router, value in zip(("attention", "block"), values, strict=True)}
 
 
+PHASES = ("data", "forward", "backward", "step")
+"""Of a training step, in their order, as the clock calls them."""
+
+
+@dataclass(frozen=True)
+class StepSeconds:
+    """A rank's seconds per step.
+
+    Attributes:
+        phases: of each of `PHASES`.
+        whole: of the whole step, all that lies between its phases included.
+    """
+
+    phases: tuple[float, ...]
+    whole: float
+
+
 @dataclass(frozen=True)
 class RankMeasures:
     """What a rank adds to a log line.
 
     Attributes:
-        seconds: as `StepTimes.read` gives them.
         device_bytes, host_bytes: most of its GPU so far; of its node's memory now.
         system: its node's meters, in one rank of each node.
     """
 
-    seconds: list[float]
+    seconds: StepSeconds
     device_bytes: int
     host_bytes: int
     node: str
@@ -145,30 +161,25 @@ class RankMeasures:
 class StepTimes:
     """This rank's seconds per step, phase by phase, between two readings."""
 
-    PHASES = ("data", "forward", "backward", "step")
-
     def __init__(self, clock: Clock, step: int) -> None:
         self.clock, self.step = clock, step
         self.marks = self._seconds()
 
     def _seconds(self) -> list[float]:
-        return [self.clock.seconds.get(name, 0.0) for name in (*self.PHASES, "training")]
+        return [self.clock.seconds.get(name, 0.0) for name in (*PHASES, "training")]
 
-    def read(self, step: int) -> list[float]:
-        """Seconds per step since the last reading: of each phase, and of the whole step behind them."""
+    def read(self, step: int) -> StepSeconds:
+        """Means over the steps since the last reading."""
         now, steps = self._seconds(), step - self.step
-        means = [(a - b) / steps for a, b in zip(now, self.marks, strict=True)]
+        *phases, whole = [(a - b) / steps for a, b in zip(now, self.marks, strict=True)]
         self.marks, self.step = now, step
-        return means
+        return StepSeconds(tuple(phases), whole)
 
 
-def times_per_step(seconds: Sequence[Sequence[float]]) -> dict[str, float]:
-    """Metrics of the ranks' step times: means over the ranks, whose phases and `other` add up to the step.
-
-    Args:
-        seconds: [ranks][phases, whole step], as `StepTimes.read` gives them.
-    """
-    *phases, step = (sum(column) / len(seconds) for column in zip(*seconds, strict=True))
+def times_per_step(by_rank: Sequence[StepSeconds]) -> dict[str, float]:
+    """Metrics of the ranks' step times: means over the ranks, whose phases and `other` add up to the step."""
+    step = sum(rank.whole for rank in by_rank) / len(by_rank)
+    phases = [sum(column) / len(by_rank) for column in zip(*(rank.phases for rank in by_rank), strict=True)]
     named = dict(zip(("data", "forward", "backward", "optimizer"), phases, strict=True))
     parts = {"step": step, **named, "other": max(step - sum(phases), 0.0)}
     return {f"time/{name}_seconds": value for name, value in parts.items()}
@@ -190,39 +201,20 @@ class Straggler:
         )
 
 
-def find_straggler(seconds: Sequence[Sequence[float]]) -> Straggler | None:
+def find_straggler(by_rank: Sequence[StepSeconds]) -> Straggler | None:
     """The slowest rank, where what it is late by is 0.3 of a step and more.
 
     Whoever is late in one phase lets the others wait in a later one. So the slowest rank is that of the first phase
     whose spread over the ranks is at least half the largest.
-
-    Args:
-        seconds: [ranks][phases, …], in the order of `StepTimes.PHASES`.
     """
-    columns = list(zip(*(row[: len(StepTimes.PHASES)] for row in seconds), strict=True))
+    columns = list(zip(*(rank.phases for rank in by_rank), strict=True))
     spreads = [max(column) - min(column) for column in columns]
     phase = next(index for index, spread in enumerate(spreads) if spread >= max(spreads) / 2)
     column = columns[phase]
-    if spreads[phase] < 0.3 * max(map(sum, zip(*columns, strict=True))):
+    if spreads[phase] < 0.3 * max(sum(rank.phases) for rank in by_rank):
         return None
-    typical = sorted(column)[(len(seconds) - 1) // 2]
-    return Straggler(column.index(max(column)), StepTimes.PHASES[phase], max(column), typical)
-
-
-def evaluation_metrics(result: Mapping[str, float]) -> dict[str, float]:
-    """The held-out figures under the names that people look for; of a mixture each dataset's own behind a slash."""
-    names = {
-        "loss": "loss/valid",
-        "token_perplexity": "perplexity",
-        "word_perplexity": "word_perplexity",
-        "bits_per_byte": "bits_per_byte",
-    }
-    found = {}
-    for key, value in result.items():
-        dataset, _, figure = key.rpartition("/")
-        if figure in names:
-            found["/".join(filter(None, (names[figure], dataset)))] = value
-    return found
+    typical = sorted(column)[(len(by_rank) - 1) // 2]
+    return Straggler(column.index(max(column)), PHASES[phase], max(column), typical)
 
 
 class Throughput:

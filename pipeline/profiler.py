@@ -11,8 +11,9 @@ import torch
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile, record_function
 
+from pipeline.context import RunContext
 from pipeline.distributed.clock import Clock
-from pipeline.distributed.world import World
+from pipeline.tracking.tracker import NullTracker
 
 log = logging.getLogger("globallocal")
 
@@ -23,15 +24,17 @@ MEMORY_EVENTS = 1_000_000
 
 
 class StepProfiler:
-    """Traces those of `steps` that this start takes, on every rank; what is trained stays the same, bit for bit.
+    """Traces those steps of `training.profile` that this start takes, on every rank; what is trained stays the same,
+    bit for bit.
 
     Each rank's trace goes to RUN/profile and to MLflow, for a browser (ui.perfetto.dev), and on a GPU a snapshot of its
     memory (pytorch.org/memory_viz). Its ten largest items go to the log.
     """
 
-    def __init__(self, steps: range, run_folder: Path, world: World, clock: Clock, tracker: Any) -> None:
-        self.steps, self.run_folder, self.world, self.clock, self.tracker = steps, run_folder, world, clock, tracker
-        self.on_gpu = world.device.type == "cuda"
+    def __init__(self, context: RunContext, tracker: NullTracker, clock: Clock) -> None:
+        self.steps, self.run_folder = context.config.training.profiled_steps, context.config.run_folder
+        self.world, self.clock, self.tracker = context.world, clock, tracker
+        self.on_gpu = self.world.device.type == "cuda"
         self.trace: profile | None = None
         self.first = 0
         self.began = 0.0

@@ -3,7 +3,7 @@
 import hashlib
 import json
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +13,9 @@ from model.configuration_globallocal import GlobalLocalConfig
 from pipeline.checkpoints.resume import Resumed
 from pipeline.checkpoints.saver import Saved
 from pipeline.config import RunConfig, flatten
+from pipeline.context import RunContext
 from pipeline.data.corpus import Corpus
-from pipeline.distributed.world import World
-from pipeline.engine.engine import zero_stage
-from pipeline.fitting import Fitted
+from pipeline.evaluation.figures import Evaluation, loss_at
 from pipeline.redact import redact
 from pipeline.tracking.facts import DatasetUse, RunFacts, Sizes
 from pipeline.tracking.history import CHECKPOINTS_TABLE
@@ -28,13 +27,14 @@ from pipeline.utilisation import device_name
 log = logging.getLogger("globallocal")
 
 
-def start_tracker(config: RunConfig, world: World, fitted: Fitted, resumed: Resumed, precision: str) -> NullTracker:
+def start_tracker(context: RunContext, resumed: Resumed) -> NullTracker:
     """The tracker of this rank; only rank 0's records anything."""
-    if not world.is_main:
+    config = context.config
+    if not context.world.is_main:
         return NullTracker()
     # Another run's checkpoint is where this one begins; its MLflow run stays its own.
     own = resumed.folder is None or resumed.folder.parent.absolute() == config.checkpoints.absolute()
-    facts = describe_run(config, world, fitted, precision, resumed.step, _parent(resumed, own))
+    facts = describe_run(context, resumed.state.step, _parent(resumed, own))
     return open_tracker(config.tracking, config.run_folder, facts, resumed.mlflow_run_id if own else None, log.info)
 
 
@@ -45,25 +45,19 @@ def _parent(resumed: Resumed, own: bool) -> dict[str, str]:
     return {"globallocal.begins_from": str(resumed.folder), **parent}
 
 
-def describe_run(
-    config: RunConfig, world: World, fitted: Fitted, precision: str, step: int, tags: dict[str, str]
-) -> RunFacts:
-    corpus, model, layout, steps = fitted.corpus, fitted.model, fitted.layout, fitted.steps
-    assert corpus is not None
-    assert model is not None
-    assert layout is not None
-    assert steps is not None
+def describe_run(context: RunContext, step: int, tags: dict[str, str]) -> RunFacts:
+    config, corpus, model = context.config, context.corpus, context.model
     sizes = Sizes(
-        max_steps=steps,
-        tokens_per_step=layout.global_batch_size * config.data.sequence_length,
+        max_steps=context.steps,
+        tokens_per_step=context.tokens_per_step,
         flops_per_token=model.flops_per_token(config.data.sequence_length),
         parameters=sum(model.parameter_counts().values()),
-        ranks=world.size,
-        device=device_name(world.device),
-        precision=precision,
-        zero_stage=zero_stage(fitted.deepspeed),
+        ranks=context.world.size,
+        device=device_name(context.world.device),
+        precision=context.precision,
+        zero_stage=context.stage,
     )
-    deepspeed = redact(fitted.deepspeed)
+    deepspeed = redact(context.deepspeed)
     settings = redact(config.model_dump(mode="json"))
     return RunFacts(
         name=config.run.name,
@@ -142,7 +136,7 @@ def _dataset_words(use: DatasetUse) -> str:
     return f"{use.name}/{use.split}, {use.tokens:,} tokens, id {use.dataset_id[:12]}{share}"
 
 
-def record_saved(tracker: NullTracker, saved: Saved, evaluation: Mapping[str, float] | None) -> None:
+def record_saved(tracker: NullTracker, saved: Saved, evaluation: Evaluation | None) -> None:
     """A checkpoint that stands: an event of the run, and a row of the table `checkpoints.json`.
 
     `sha256` is that of its `integrity.json`, which holds the hash of every other file.
@@ -150,12 +144,11 @@ def record_saved(tracker: NullTracker, saved: Saved, evaluation: Mapping[str, fl
     rows: list[dict[str, Any]] = [
         {"step": int(item.name.rpartition("-")[2]), "state": "deleted"} for item in saved.deleted
     ]
-    measured = evaluation is not None and evaluation["step"] == saved.step
     rows.append(
         {
             "step": saved.step,
             "state": "stands",
-            "loss/valid": evaluation["loss"] if measured and evaluation else None,
+            "loss/valid": loss_at(evaluation, saved.step),
             "path": str(saved.folder.absolute()),
             "sha256": _sha256(saved.folder / "integrity.json"),
             "size_bytes": saved.size_bytes,

@@ -100,8 +100,9 @@ def run(config: RunConfig, world: World, stop: StopRequest) -> int:
         watch.tracker = trainer.tracker
         status = "FAILED"
         try:
-            if trainer.step >= trainer.max_steps and not trainer.pending_evaluation:
-                log.info(f"nothing to do: step {trainer.step:,} of {trainer.max_steps:,} is already saved")
+            if trainer.is_complete:
+                steps = trainer.context.steps
+                log.info(f"nothing to do: step {trainer.step:,} of {steps:,} is already saved")
             finished = trainer.train()
             status = "FINISHED" if finished else "KILLED"
             if not finished:

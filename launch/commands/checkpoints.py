@@ -16,6 +16,7 @@ import typer
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from pipeline.evaluation.figures import Evaluation
     from pipeline.settings.sections import Retention
 
 RunPath = Annotated[Path, typer.Argument(help="A run folder (or its checkpoints/, or one checkpoint).")]
@@ -191,11 +192,10 @@ def _retention(run: Path) -> Retention:
     return load_config(_root(run).parent / "config.yaml").retention
 
 
-def _loss(evaluation: dict[str, float] | None, step: int) -> str:
-    if not evaluation:
+def _loss(evaluation: Evaluation | None, step: int) -> str:
+    if evaluation is None:
         return ""
-    measured = int(evaluation.get("step", step))
-    return f"{evaluation['loss']:.4f}" + (f" (step {measured:,})" if measured != step else "")
+    return f"{evaluation.loss:.4f}" + (f" (step {evaluation.step:,})" if evaluation.step != step else "")
 
 
 def _age(seconds: float) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -13,7 +12,8 @@ from data_prep.errors import UserError
 
 if TYPE_CHECKING:
     from pipeline.checkpoints.folder import CheckpointState
-    from pipeline.data.corpus import Corpus
+    from pipeline.evaluation.figures import HeldOut
+    from pipeline.evaluation.held_out import HeldOutText
     from pipeline.tracking.models import Publication
 
 ModelPath = Annotated[
@@ -56,7 +56,7 @@ def evaluate(
     from data_prep.manifest import hash_file
     from pipeline.config import validate
     from pipeline.data.corpus import open_corpus
-    from pipeline.evaluate import held_out
+    from pipeline.evaluation.held_out import HeldOutText, held_out
     from pipeline.export.load import best_device, load_model
     from pipeline.settings.sections import DataSection
 
@@ -83,25 +83,27 @@ def evaluate(
         )
     batch_size = min(batch_size, max_samples or batch_size, -(-tokens // length))  # no padding beyond the split
     device = best_device()
-    result = held_out(loaded.model.to(device), corpus, split, length, batch_size, max_samples, device)
-    show_result(result, corpus, split, length)
+    text = HeldOutText(corpus, split, length, batch_size, max_samples)
+    show_result(held_out(loaded.model.to(device), text, device), text)
 
 
-def show_result(result: Mapping[str, float], corpus: Corpus, split: str, length: int) -> None:
+def show_result(result: HeldOut, text: HeldOutText) -> None:
     """Prints an evaluation: what was read, the loss and the perplexities."""
-    for part in corpus.parts:
-        info = part.dataset.manifest.splits[split]
+    for part in text.corpus.parts:
+        info = part.dataset.manifest.splits[text.split]
         typer.echo(
-            f"{part.location}, split {split}: {info.words + info.lines:,} words and line ends, "
+            f"{part.location}, split {text.split}: {info.words + info.lines:,} words and line ends, "
             f"{info.source_bytes:,} bytes in the split"
         )
-        if len(corpus.parts) > 1:
-            typer.echo(f"  its own loss {result[f'{part.name}/loss']:.4f}, a share of {float(part.share):.4g}")
-    typer.echo(f"{result['tokens']:,.0f} target tokens, sequence length {length}")
-    typer.echo(f"loss              {result['loss']:.4f} nats per token")
-    typer.echo(f"token perplexity  {result['token_perplexity']:.2f}")
-    typer.echo(f"word perplexity   {result['word_perplexity']:.2f}")
-    typer.echo(f"bits per byte     {result['bits_per_byte']:.4f}")
+        if part.name in result.by_dataset:
+            own = result.by_dataset[part.name].loss
+            typer.echo(f"  its own loss {own:.4f}, a share of {float(part.share):.4g}")
+    total = result.total
+    typer.echo(f"{total.tokens:,.0f} target tokens, sequence length {text.sequence_length}")
+    typer.echo(f"loss              {total.loss:.4f} nats per token")
+    typer.echo(f"token perplexity  {total.token_perplexity:.2f}")
+    typer.echo(f"word perplexity   {total.word_perplexity:.2f}")
+    typer.echo(f"bits per byte     {total.bits_per_byte:.4f}")
 
 
 def generate(
@@ -116,7 +118,7 @@ def generate(
 
         globallocal generate runs/quickstart/export --prompt "The history of"
     """
-    from pipeline.evaluate import continuations
+    from pipeline.evaluation.generate import continuations
     from pipeline.export.load import best_device, load_model
 
     loaded, device = load_model(path), best_device()
@@ -166,7 +168,6 @@ def export(
 def publication_of(state: CheckpointState, output: Path, register: str | None, alias: str | None) -> Publication | None:
     """What MLflow is told of an export; None where it knows no run of the checkpoint."""
     from pipeline.config import validate
-    from pipeline.metrics import evaluation_metrics
     from pipeline.tracking.models import Publication
     from pipeline.tracking.shipping import Delivery
     from pipeline.tracking.store import tracking_uri
@@ -182,7 +183,7 @@ def publication_of(state: CheckpointState, output: Path, register: str | None, a
         folder=str(output.absolute()),
         name=f"{config.run.name}-step-{state.step}",
         step=state.step,
-        metrics=evaluation_metrics(state.evaluation or {}),
+        metrics=state.evaluation.held_out.metrics() if state.evaluation else {},
         register=register,
         alias=alias,
     )

@@ -13,12 +13,15 @@ import shutil
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, PlainSerializer, ValidationError
 
 from data_prep.errors import UserError
 from data_prep.store import sync_folder
+from pipeline.checkpoints.fingerprint import Fingerprint
+from pipeline.checkpoints.state import TrainState
+from pipeline.evaluation.figures import Evaluation
 from pipeline.files import LOCK_FILE, HeldError, hold
 from pipeline.health.state import HealthState
 from pipeline.redact import failure_message
@@ -37,10 +40,18 @@ _REPLACED = ".replaced-"
 _BLOCK_BYTES = 1 << 23
 
 
+def _read_evaluation(value: Any) -> Any:
+    return Evaluation.read(value) if isinstance(value, dict) else value
+
+
+StoredEvaluation = Annotated[Evaluation, BeforeValidator(_read_evaluation), PlainSerializer(Evaluation.flat)]
+"""An evaluation, in files the flat mapping of `Evaluation.flat`."""
+
+
 class CheckpointState(BaseModel):
     """What is not a tensor; `state.json`."""
 
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="forbid", ser_json_inf_nan="strings")
 
     format_version: int = FORMAT_VERSION
     step: int
@@ -60,10 +71,10 @@ class CheckpointState(BaseModel):
     mlflow_run_id: str | None
     next_batch_hash: str
     """sha256 of the global batch that follows."""
-    logit_fingerprint: dict[str, Any]
+    logit_fingerprint: Fingerprint
     seconds: dict[str, float]
     """Time spent training, evaluating and saving, over all starts."""
-    evaluation: dict[str, float] | None = None
+    evaluation: StoredEvaluation | None = None
     """The latest held-out measurement; `step` is when."""
     pending_evaluation: bool = False
     """This step's evaluation was due and is not done: a stop came before its end. The next start does it first."""
@@ -73,6 +84,18 @@ class CheckpointState(BaseModel):
     """Which job wrote it, however often that was started again (`JOB_VARIABLE`); empty without a launcher of ours."""
     health: HealthState = HealthState()
     versions: dict[str, str]
+
+    @property
+    def train_state(self) -> TrainState:
+        """Where the run stood."""
+        return TrainState(
+            step=self.step,
+            loss_sums=self.loss_sums,
+            evaluation=self.evaluation,
+            pending_evaluation=self.pending_evaluation,
+            health=self.health,
+            seconds=self.seconds,
+        )
 
 
 def lock(run_folder: Path) -> IO[str]:

@@ -4,7 +4,7 @@ import logging
 import os
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -12,14 +12,15 @@ from data_prep.errors import UserError
 from pipeline.checkpoints import folder as checkpoint
 from pipeline.checkpoints import reshard, zero_layout
 from pipeline.checkpoints import write as checkpoint_io
+from pipeline.checkpoints.fingerprint import logit_fingerprint
+from pipeline.checkpoints.state import TrainState
 from pipeline.config import RunConfig, flatten
-from pipeline.data.corpus import Corpus
-from pipeline.data.loader import BatchLayout, batch_hash, data_step
-from pipeline.data.samples import Source
+from pipeline.context import RunContext
+from pipeline.data.loader import batch_hash, data_step
 from pipeline.distributed.world import World
 from pipeline.engine.internals import Engine, pieces_of
 from pipeline.health.decisions import decisions_path, read_decisions
-from pipeline.health.state import HealthState
+from pipeline.health.state import HealthState, RollBack
 from pipeline.random_state import seed_generators
 
 log = logging.getLogger("globallocal")
@@ -38,16 +39,16 @@ FIXED = (
 
 @dataclass(frozen=True)
 class Resumed:
-    """Where the run stands; the defaults are a fresh start."""
+    """Where a run goes on; the defaults are a fresh start.
 
+    Attributes:
+        folder: the checkpoint; None where there is none.
+        mlflow_run_id: of the run that wrote it.
+    """
+
+    state: TrainState = field(default_factory=TrainState)
     folder: Path | None = None
-    step: int = 0
     mlflow_run_id: str | None = None
-    evaluation: dict[str, float] | None = None
-    pending_evaluation: bool = False
-    loss_sums: list[list[float]] = field(default_factory=list)
-    seconds: dict[str, float] = field(default_factory=dict)
-    health: HealthState = field(default_factory=HealthState)
 
 
 class Shape(NamedTuple):
@@ -61,55 +62,54 @@ class Shape(NamedTuple):
     def of(cls, state: checkpoint.CheckpointState) -> "Shape":
         return cls(state.world_size, state.zero_stage, state.precision)
 
+    @classmethod
+    def of_run(cls, context: RunContext) -> "Shape":
+        return cls(context.world.size, context.stage, context.precision)
 
-def resume(
-    config: RunConfig,
-    world: World,
-    engine: Engine,
-    source: Source,
-    layout: BatchLayout,
-    corpus: Corpus,
-    precision: str,
-    stage: int,
-    model_config: Any,
-) -> Resumed:
+
+def resume(context: RunContext, engine: Engine) -> Resumed:
     """Restore the run as `checkpoint.resume` says, and prove it.
 
     Raises:
         UserError: checkpoints stand but none can be used; the run no longer fits the checkpoint; the restored
             model or data position is not the saved one.
     """
-    folder = find(config, world)
+    world = context.world
+    folder = find(context.config, world)
+    decided = decisions(context)
+    if folder is None:
+        return Resumed(TrainState(health=HealthState().with_decisions(decided)))
     with world.together():
-        decided = read_decisions(config.run_folder) if world.is_main else ()
-    decided = world.broadcast(decided)
+        saved = checkpoint.read_state(folder)
+        problems, changes = compare(saved, context)
+        if problems:
+            raise UserError([f"{folder}: {problem}" for problem in problems])
+    for change in changes:
+        log.info(f"changed since the checkpoint: {change}")
+    restore(folder, saved, context, engine)
+    prove(folder, saved, context, engine)
+    state = replace(saved.train_state, health=saved.health.with_decisions(decided))
+    return Resumed(state, folder, saved.mlflow_run_id)
+
+
+def newest(context: RunContext) -> RunContext:
+    """The same run, going on from its own newest checkpoint, whatever `checkpoint.resume` named at its start."""
+    section = context.config.checkpoint.model_copy(update={"resume": "auto"})
+    return replace(context, config=context.config.model_copy(update={"checkpoint": section}))
+
+
+def decisions(context: RunContext) -> tuple[RollBack, ...]:
+    """The roll backs that this run has decided so far, the same on every rank."""
+    config, world = context.config, context.world
+    with world.together():
+        read = read_decisions(config.run_folder) if world.is_main else ()
+    decided: tuple[RollBack, ...] = world.broadcast(read)
     for item in decided:
         log.info(
             f"leaving out global batches {item.first_batch:,} to {item.last_batch - 1:,}, as decided at step "
             f"{item.step:,} ({decisions_path(config.run_folder)})"
         )
-    if folder is None:
-        return Resumed(health=HealthState().with_decisions(decided))
-    shape = Shape(world.size, stage, precision)
-    with world.together():
-        state = checkpoint.read_state(folder)
-        problems, changes = compare(state, config, corpus, shape)
-        if problems:
-            raise UserError([f"{folder}: {problem}" for problem in problems])
-    for change in changes:
-        log.info(f"changed since the checkpoint: {change}")
-    restore(folder, state, config, world, engine, shape)
-    prove(folder, state, engine, source, layout, world, model_config.vocab_size, precision)
-    return Resumed(
-        folder,
-        state.step,
-        state.mlflow_run_id,
-        state.evaluation,
-        state.pending_evaluation,
-        state.loss_sums,
-        state.seconds,
-        state.health.with_decisions(decided),
-    )
+    return decided
 
 
 def find(config: RunConfig, world: World) -> Path | None:
@@ -175,25 +175,21 @@ def refuse_later(standing: Sequence[Path], wanted: Path) -> None:
         )
 
 
-def restore(
-    folder: Path, state: checkpoint.CheckpointState, config: RunConfig, world: World, engine: Engine, shape: Shape
-) -> None:
+def restore(folder: Path, saved: checkpoint.CheckpointState, context: RunContext, engine: Engine) -> None:
     """Model, optimizer and random state of a verified checkpoint, resharded where its shape is not the run's."""
-    if (
-        Shape.of(state) == shape
-        and world.agree({"moved": float(not lies_as_here(folder, world, engine))})["moved"] == 0
-    ):
+    world, shape = context.world, Shape.of_run(context)
+    if Shape.of(saved) == shape and not world.any(not lies_as_here(folder, world, engine)):
         checkpoint_io.load(engine, folder, world)
     else:
         with world.together():
-            reader = reshard.ParameterReader(folder, state)
+            reader = reshard.ParameterReader(folder, saved)
             reshard.check(engine, reader)
         reshard.restore(engine, reader)
-        log.info(f"resharded: {_words(Shape.of(state))} → {_words(shape)}")
-    if state.world_size == world.size:
+        log.info(f"resharded: {_words(Shape.of(saved))} → {_words(shape)}")
+    if saved.world_size == world.size:
         checkpoint_io.load_random_state(folder, world)
     else:
-        seed_generators(config.run.seed, state.step, world.rank)
+        seed_generators(context.config.run.seed, saved.step, world.rank)
         log.info("random state: each rank's generators are seeded anew from run.seed, the step and its rank")
 
 
@@ -212,10 +208,9 @@ def _words(shape: Shape) -> str:
     return f"{shape.world_size} ranks, ZeRO stage {shape.zero_stage}, {shape.precision}"
 
 
-def compare(
-    state: checkpoint.CheckpointState, config: RunConfig, corpus: Corpus, shape: Shape
-) -> tuple[list[str], list[str]]:
+def compare(state: checkpoint.CheckpointState, context: RunContext) -> tuple[list[str], list[str]]:
     """(What forbids the resume, what merely changed), one line each."""
+    corpus, shape = context.corpus, Shape.of_run(context)
     problems = [
         f"was written with {name} {then}, this run has {now}; {remedy}"
         for name, then, now, remedy in (
@@ -224,7 +219,7 @@ def compare(
         )
         if then != now
     ]
-    then, now = flatten(state.config), config.flat()
+    then, now = flatten(state.config), context.config.flat()
     changes = [
         f"{name} {old} → {new}"
         for name, old, new in zip(("world size", "ZeRO stage", "precision"), Shape.of(state), shape, strict=True)
@@ -241,27 +236,18 @@ def compare(
     return problems, changes
 
 
-def prove(
-    folder: Path,
-    state: checkpoint.CheckpointState,
-    engine: Engine,
-    source: Source,
-    layout: BatchLayout,
-    world: World,
-    vocab_size: int,
-    precision: str,
-) -> None:
+def prove(folder: Path, saved: checkpoint.CheckpointState, context: RunContext, engine: Engine) -> None:
     """Recompute the next batch's hash and the probe's logits; say how near they are, or refuse."""
     problems = []
-    if batch_hash(source, layout, data_step(state.step, state.health.skipped_batches)) != state.next_batch_hash:
+    batch = data_step(saved.step, saved.health.skipped_batches)
+    if batch_hash(context.source, context.layout, batch) != saved.next_batch_hash:
         problems.append(f"{folder}: the next batch is not the one the checkpoint recorded; the data has changed")
-    now = checkpoint_io.logit_fingerprint(engine, vocab_size)
-    distance = checkpoint_io.compare_fingerprints(state.logit_fingerprint, now)
-    bound = 1e-4 if state.precision == precision == "fp32" else 5e-2
+    distance = saved.logit_fingerprint.distance(logit_fingerprint(engine, context.model.vocab_size))
+    bound = 1e-4 if saved.precision == context.precision == "fp32" else 5e-2
     if not distance <= bound:
         problems.append(
             f"{folder}: the restored model's logits differ from the saved ones by {distance:.2g} > {bound:g}"
         )
-    world.raise_together(problems)
+    context.world.raise_together(problems)
     nearness = "bitwise" if distance == 0 else f"within {distance:.1g}"
-    log.info(f"resume verified: {nearness} (step {state.step:,}, {state.consumed_samples:,} samples consumed)")
+    log.info(f"resume verified: {nearness} (step {saved.step:,}, {saved.consumed_samples:,} samples consumed)")

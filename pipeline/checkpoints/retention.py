@@ -6,6 +6,7 @@ from pathlib import Path
 
 from data_prep.errors import UserError
 from pipeline.checkpoints.folder import discard, list_checkpoints, read_state, step_of, verify_sizes
+from pipeline.evaluation.figures import loss_at
 from pipeline.settings.sections import Retention
 
 
@@ -51,9 +52,7 @@ def entry(folder: Path, verify: Callable[[Path], list[str]] = verify_sizes) -> E
         state = read_state(folder)
     except UserError:
         return Entry(step_of(folder), None, False)
-    evaluation = state.evaluation or {}
-    loss = evaluation.get("loss") if evaluation.get("step") == state.step else None
-    return Entry(step_of(folder), loss, whole)
+    return Entry(step_of(folder), loss_at(state.evaluation, state.step), whole)
 
 
 @dataclass(frozen=True)

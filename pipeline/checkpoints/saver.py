@@ -22,12 +22,11 @@ from pipeline.checkpoints import write as checkpoint_io
 from pipeline.checkpoints.folder import SAVING, CheckpointState
 from pipeline.checkpoints.retention import Pruned, prune
 from pipeline.checkpoints.space import save_problems
-from pipeline.checkpoints.write import Written
-from pipeline.distributed.world import World
+from pipeline.checkpoints.write import DeferringCheckpointEngine, Written
+from pipeline.context import RunContext
 from pipeline.engine.internals import Engine
 from pipeline.files import step_name
 from pipeline.redact import failure_message
-from pipeline.settings.sections import Retention
 
 log = logging.getLogger("globallocal")
 
@@ -81,25 +80,23 @@ class Saver:
     Every method is called by all ranks, between the same two steps.
 
     Args:
-        engine: DeepSpeed's, with a `DeferringCheckpointEngine`; without buffers in it, `start` writes and returns
-            when all is written.
-        retention: what is deleted once a new checkpoint stands.
+        deferring: the engine's `checkpoint_engine`; where it has no buffers, `start` writes, and returns when all is
+            written.
         expected_bytes: of one checkpoint, until the first has been written.
         alive: called now and then while `start` and `finish` wait, if some rank still writes.
     """
 
     def __init__(
         self,
+        context: RunContext,
         engine: Engine,
-        root: Path,
-        world: World,
-        retention: Retention,
+        deferring: DeferringCheckpointEngine,
         expected_bytes: int,
         alive: Callable[[], None] = lambda: None,
     ) -> None:
-        self.engine, self.root, self.world, self.retention = engine, root, world, retention
+        self.world, self.engine, self.deferring = context.world, engine, deferring
+        self.root, self.retention = context.config.checkpoints, context.config.retention
         self.expected_bytes, self.alive = expected_bytes, alive
-        self.background = engine.checkpoint_engine.buffers is not None
         self._thread = ThreadPoolExecutor(1, "checkpoint")
         self._flight: _Flight | None = None
         self._ended: list[Saved] = []
@@ -119,10 +116,11 @@ class Saver:
             folder = self.root / step_name(state.step)
             self._ended.append(Saved(state.step, folder, problems, [], [], 0, time.perf_counter() - began))
             return
-        files, problems = checkpoint_io.collect(self.engine, building, step_name(state.step), self.world.rank)
-        job = self._thread.submit(self._write, building / step_name(state.step), files, problems)
+        name = step_name(state.step)
+        files, problems = checkpoint_io.collect(self.engine, self.deferring, building, name, self.world.rank)
+        job = self._thread.submit(self._write, building / name, files, problems)
         self._flight = _Flight(state, time.perf_counter() - began, job)
-        if not self.background:
+        if self.deferring.buffers is None:
             self._settle()
 
     def poll(self) -> list[Saved]:

@@ -14,7 +14,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO
 
-import numpy as np
 import torch
 from deepspeed.runtime.checkpoint_engine.checkpoint_engine import CheckpointEngine
 from torch.serialization import get_crc32_options, set_crc32_options
@@ -127,9 +126,14 @@ def _without_enums(value: Any) -> Any:
     return value
 
 
-def collect(engine: Engine, building: Path, name: str, rank: int) -> tuple[dict[str, Any], list[str]]:
-    """This rank's files of a checkpoint as objects for `torch.save`, and problems. A collective."""
-    deferring: DeferringCheckpointEngine = engine.checkpoint_engine
+def collect(
+    engine: Engine, deferring: DeferringCheckpointEngine, building: Path, name: str, rank: int
+) -> tuple[dict[str, Any], list[str]]:
+    """This rank's files of a checkpoint as objects for `torch.save`, and problems. A collective.
+
+    Args:
+        deferring: the engine's `checkpoint_engine`.
+    """
     leave_out_the_recovery_script(engine)
     engine.save_checkpoint(str(building), tag=name, save_latest=False)
     own = {_rng_name(rank): random_state(), zero_layout.file_name(rank): zero_layout.to_plain(pieces_of(engine))}
@@ -232,29 +236,3 @@ def load_random_state(folder: Path, world: World) -> None:
 
 def _rng_name(rank: int) -> str:
     return f"rng-rank-{rank:05d}.pt"
-
-
-def probe_ids(vocab_size: int) -> torch.Tensor:
-    """The fixed probe whose logits are a model's fingerprint: int64 [1, 16]."""
-    return (torch.arange(16) * 7919 % vocab_size).unsqueeze(0)
-
-
-@torch.no_grad()
-def logit_fingerprint(engine: Engine, vocab_size: int) -> dict[str, Any]:
-    """Logits on the probe: their sha256, and the last token's first 64 in fp32 for a distance."""
-    training = engine.training
-    engine.eval()
-    logits = engine(input_ids=probe_ids(vocab_size).to(engine.device)).logits.float().cpu().contiguous()
-    engine.train(training)
-    return {
-        "sha256": hashlib.sha256(logits.numpy().tobytes()).hexdigest(),
-        "values": logits[0, -1, :64].tolist(),
-    }
-
-
-def compare_fingerprints(saved: dict[str, Any], now: dict[str, Any]) -> float:
-    """0.0 where the probe's logits are bitwise those that were saved, else their largest distance."""
-    if saved["sha256"] == now["sha256"]:
-        return 0.0
-    distance = max(abs(a - b) for a, b in zip(saved["values"], now["values"], strict=True))
-    return max(distance, float(np.finfo(np.float32).tiny))

@@ -119,7 +119,8 @@ def model_card(loaded: Loaded) -> str:
         "MLflow run": f"`{state.mlflow_run_id}`",
     }
     if state.evaluation:
-        rows |= {f"held-out {name.replace('_', ' ')}": f"{value:,.4g}" for name, value in state.evaluation.items()}
+        measured = state.evaluation.flat()
+        rows |= {f"held-out {name.replace('_', ' ')}": f"{value:,.4g}" for name, value in measured.items()}
     table = "\n".join(f"| {name} | {value} |" for name, value in rows.items())
     settings = json.dumps(state.config["model"])
     return f"""---

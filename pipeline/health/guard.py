@@ -16,8 +16,8 @@ import torch
 import torch.distributed as dist
 
 from data_prep.errors import UserError
-from pipeline.data.loader import BatchLayout, data_step
-from pipeline.data.samples import Source
+from pipeline.context import RunContext
+from pipeline.data.loader import data_step
 from pipeline.distributed.world import SharedUserError, World
 from pipeline.engine.internals import Engine, loss_scale
 from pipeline.files import step_name
@@ -34,6 +34,7 @@ from pipeline.health.state import (
 from pipeline.metrics import LossMeter
 from pipeline.redact import failure_message
 from pipeline.settings.sections import HealthSection
+from pipeline.tracking.tracker import NullTracker
 
 log = logging.getLogger("globallocal")
 
@@ -58,18 +59,27 @@ class Guard:
     """One rank's share of the decisions; each method is a collective.
 
     Attributes:
+        tokenizer: decodes what a bad batch was.
         state: what the decisions depend on; the checkpoint holds it.
     """
 
-    settings: HealthSection
+    context: RunContext
     engine: Engine
-    world: World
-    layout: BatchLayout
-    source: Source
     tokenizer: Any
-    run_folder: Path
-    tracker: Any
+    tracker: NullTracker
     state: HealthState = field(default_factory=HealthState)
+
+    @property
+    def settings(self) -> HealthSection:
+        return self.context.config.health
+
+    @property
+    def world(self) -> World:
+        return self.context.world
+
+    @property
+    def run_folder(self) -> Path:
+        return self.context.config.run_folder
 
     def judge(self, step: int, losses: LossMeter) -> Verdict:
         """What becomes of the step that was just tried; `step` steps were taken before it.
@@ -163,11 +173,11 @@ class Guard:
 
     def dump(self, step: int, reason: str, losses: LossMeter) -> dict[str, Any]:
         """What the global batch was, in the run folder and as artifacts; the same report on every rank."""
-        batch = self.batch(step)
+        batch, source = self.batch(step), self.context.source
         with self.world.together():
-            samples = list(diagnosis.micro_batches(self.source, self.layout, self.world.rank, batch))
-            tokens = [self.source.read(numbers) for numbers in samples]
-            places = [[self.source.locate(number) for number in numbers.tolist()] for numbers in samples]
+            samples = list(diagnosis.micro_batches(source, self.context.layout, self.world.rank, batch))
+            tokens = [source.read(numbers) for numbers in samples]
+            places = [[source.locate(number) for number in numbers.tolist()] for numbers in samples]
         measured = diagnosis.measure(self.engine, tokens, self.world.device)
         then = torch.stack(losses.step).tolist()
         mine = [
@@ -193,7 +203,7 @@ class Guard:
         if self.world.is_main:
             folder = self.dump_folder(step)
             try:
-                files = diagnosis.write_report(folder, f"batch-{batch:08d}", report, self.source, self.tokenizer)
+                files = diagnosis.write_report(folder, f"batch-{batch:08d}", report, source, self.tokenizer)
                 for name, text in files:
                     self.tracker.log_text(text, f"health/{folder.name}/{name}")
                 log.info(f"step {step + 1:,}: what its global batch {batch:,} was is in {folder}")

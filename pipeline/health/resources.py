@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from pipeline.duration import duration
-from pipeline.metrics import find_straggler
+from pipeline.metrics import StepSeconds, find_straggler
 
 SLOW_PART = 0.5
 """Below this part of the usual throughput a run is slow."""
@@ -58,12 +58,12 @@ class ResourceWatch:
     _rates: deque[float] = field(default_factory=lambda: deque(maxlen=USUAL_READINGS))
     _episodes: dict[str, _Episode] = field(default_factory=dict)
 
-    def look(self, seconds: float, tokens_per_second: float, by_rank: Sequence[Sequence[float]]) -> list[Alarm]:
+    def look(self, seconds: float, tokens_per_second: float, by_rank: Sequence[StepSeconds]) -> list[Alarm]:
         """What has now lasted long enough to be said, and was not said before.
 
         Args:
             seconds: of training up to the end of the interval.
-            by_rank: [ranks][phases, whole step], seconds per step, as `StepTimes.read` gives them.
+            by_rank: as `StepTimes.read` gives them.
         """
         before, self.seconds = self.seconds, seconds
         found = {
@@ -102,14 +102,14 @@ class ResourceWatch:
         return Alarm(kind, f"{what[1]}, for {duration(lasted)} now")
 
 
-def _waits(by_rank: Sequence[Sequence[float]]) -> tuple[str, str] | None:
+def _waits(by_rank: Sequence[StepSeconds]) -> tuple[str, str] | None:
     """Of all ranks, since one that has its data soon then waits for the one that has not."""
-    data, step = max(row[0] for row in by_rank), max(row[-1] for row in by_rank)
+    data, step = max(rank.phases[0] for rank in by_rank), max(rank.whole for rank in by_rank)
     if data <= WAITING_PART * step:
         return None
     return "", f"data is waited for: {data:.2f} s of the {step:.2f} s of a step, {data / step:.0%}"
 
 
-def _late(by_rank: Sequence[Sequence[float]]) -> tuple[str, str] | None:
+def _late(by_rank: Sequence[StepSeconds]) -> tuple[str, str] | None:
     slow = find_straggler(by_rank)
     return (str(slow.rank), str(slow)) if slow else None

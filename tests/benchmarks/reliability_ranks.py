@@ -79,9 +79,9 @@ def blocked(trainer: Trainer, plain: Path) -> dict[str, Any]:
     """Seconds that the training thread gives to a background save, its polls included, over a plain save."""
     times: dict[str, list[float]] = {"plain": [], "background": []}
     for turn in range(TURNS + 1):
-        times["plain"].append(timed(trainer.world, lambda turn=turn: plain_save(trainer, plain / str(turn))))
+        times["plain"].append(timed(trainer.context.world, lambda turn=turn: plain_save(trainer, plain / str(turn))))
         shutil.rmtree(plain, ignore_errors=True)
-        seconds, ended = timed(trainer.world, lambda: trainer.saver.start(trainer.describe(trainer))), []
+        seconds, ended = timed(trainer.context.world, trainer.save), []
         while not ended:
             trainer.train_step()
             begin = time.perf_counter()
@@ -117,7 +117,7 @@ def plain_save(trainer: Trainer, folder: Path) -> None:
 
 def saved(trainer: Trainer) -> Saved:
     trainer.step += 1
-    trainer.saver.start(trainer.describe(trainer))
+    trainer.save()
     (ended,) = trainer.saver.finish()
     assert not ended.problems, ended
     return ended
@@ -125,8 +125,8 @@ def saved(trainer: Trainer) -> Saved:
 
 def save_bandwidth(trainer: Trainer) -> dict[str, Any]:
     """Writing, hashing, fsyncing and committing over writing and fsyncing the same bytes, each rank its own."""
-    engine, world, root = trainer.engine, trainer.world, trainer.saver.root
-    files, _ = checkpoint_io.collect(engine, root / ".saving-measure", "measure", world.rank)
+    engine, world, root = trainer.engine, trainer.context.world, trainer.saver.root
+    files, _ = checkpoint_io.collect(engine, trainer.saver.deferring, root / ".saving-measure", "measure", world.rank)
     checkpoint_io.write_files(root, files)
     contents = [bytes((root / name).read_bytes()) for name in files]
     ours, plain = [], []
@@ -151,7 +151,7 @@ def write(path: Path, content: bytes) -> None:
 
 def load_bandwidth(trainer: Trainer) -> dict[str, Any]:
     """Verifying and loading over reading the same files, all from the disk, the ranks sharing the reading."""
-    world, folder = trainer.world, saved(trainer).folder
+    world, folder = trainer.context.world, saved(trainer).folder
     names = sorted(checkpoint.read_listing(folder)[0])
     plain, ours = [], []
     for _ in range(TURNS):
@@ -167,8 +167,8 @@ def load_bandwidth(trainer: Trainer) -> dict[str, Any]:
 
 
 def verified_load(trainer: Trainer, folder: Path) -> None:
-    assert checkpoint.verify_together(folder, trainer.world) == []
-    checkpoint_io.load(trainer.engine, folder, trainer.world)
+    assert checkpoint.verify_together(folder, trainer.context.world) == []
+    checkpoint_io.load(trainer.engine, folder, trainer.context.world)
 
 
 def read(path: Path) -> None:
@@ -198,20 +198,20 @@ def speed(folder: Path, world: World, stop: StopRequest) -> dict[str, Any]:
         loader, batch = trainer.batches, torch.from_numpy(next(trainer.batches))
         for _ in range(TURNS):
             bare.append(timed(world, lambda: bare_loop(trainer, batch)))
-            trainer.batches = some(loader, SPEED_STEPS * trainer.layout.gradient_accumulation_steps)
+            trainer.batches = some(loader, SPEED_STEPS * trainer.context.layout.gradient_accumulation_steps)
             ours.append(timed(world, lambda: whole_trainer(trainer)))
         loader.close()
         trainer.tracker.close("FINISHED")
     ratios = [b / o for b, o in zip(bare, ours, strict=True)]
     return {
-        "bare_tokens_per_second": SPEED_STEPS * trainer.tokens_per_step / min(bare),
+        "bare_tokens_per_second": SPEED_STEPS * trainer.context.tokens_per_step / min(bare),
         "tokens_per_second_over_a_bare_deepspeed_loop": min(bare) / min(ours),
         "the_same_turn_by_turn_median": median(ratios),
     }
 
 
 def bare_loop(trainer: Trainer, tokens: torch.Tensor) -> None:
-    for _ in range(SPEED_STEPS * trainer.layout.gradient_accumulation_steps):
+    for _ in range(SPEED_STEPS * trainer.context.layout.gradient_accumulation_steps):
         output = trainer.engine(input_ids=tokens[:, :-1], shift_labels=tokens[:, 1:])
         trainer.engine.backward(output.loss)
         trainer.engine.step()

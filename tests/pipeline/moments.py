@@ -56,7 +56,7 @@ def happening(moment: Moment, rank: int) -> Iterator[None]:
     with ExitStack() as patches:
         patches.enter_context(mock.patch.object(Clock, "move", move))
         if moment.slow:
-            patches.enter_context(mock.patch("pipeline.trainer.plan", plan))
+            patches.enter_context(mock.patch("pipeline.distributed.grace.plan", plan))
         yield
 
 

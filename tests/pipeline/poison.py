@@ -45,12 +45,12 @@ def poisoned(poison: Poison) -> Iterator[None]:
 
 def _inject(guard: Guard, poison: Poison) -> None:
     harm: dict[bytes, str] = {}
-    layout = guard.layout
+    layout, source = guard.context.layout, guard.context.source
     for batch, what in poison.batches.items():
         for micro_batch in range(layout.gradient_accumulation_steps):
             if what == "spike" or (guard.world.rank, micro_batch) == (poison.rank, poison.micro_batch):
                 start = layout.position(int(batch), micro_batch, guard.world.rank, 0)
-                rows = guard.source.read(guard.source.sample_indices(np.arange(start, start + 1)))
+                rows = source.read(source.sample_indices(np.arange(start, start + 1)))
                 harm[rows[0, :-1].tobytes()] = what
     done: dict[bytes, int] = {}
     factor = [1.0]

@@ -88,12 +88,12 @@ def measure(trainer: Any, steps: int) -> dict[str, list[Any]]:
     trainer.batches = watched()
     for _ in range(steps):
         trainer.train_step()
-        found["loss"].append(trainer.losses.read()["loss/train"])
+        found["loss"].append(trainer.meters.losses.read()["loss/train"])
         found["gradient_norm"].append(float(trainer.engine.get_global_grad_norm()))
         groups = trainer.engine.optimizer.param_groups
         found["groups"].append([[group["name"], group["lr"], group["weight_decay"]] for group in groups])
-        by_rank = trainer.world.gather(own)
-        rows = [by_rank[rank][micro] for micro in range(len(own)) for rank in range(trainer.world.size)]
+        by_rank = trainer.context.world.gather(own)
+        rows = [by_rank[rank][micro] for micro in range(len(own)) for rank in range(trainer.context.world.size)]
         found["batch"].append(hashlib.sha256(np.concatenate(rows).tobytes()).hexdigest())
         own.clear()
     trainer.batches = batches

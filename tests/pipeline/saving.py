@@ -77,7 +77,7 @@ def save_and_go_on(trainer: Any, plain: Path) -> dict[str, Any]:
     trainer.train_step()
     trainer.train_step()
     with held_back(trainer):
-        trainer.saver.start(trainer.describe(trainer))
+        trainer.save()
         deferring, trainer.engine.checkpoint_engine = trainer.engine.checkpoint_engine, TorchCheckpointEngine()
         trainer.engine.save_checkpoint(str(plain), tag="step", save_latest=False)
         trainer.engine.checkpoint_engine = deferring
@@ -90,9 +90,9 @@ def save_and_go_on(trainer: Any, plain: Path) -> dict[str, Any]:
 def overtake(trainer: Any) -> dict[str, Any]:
     trainer.train_step()
     with held_back(trainer, seconds=1):
-        trainer.saver.start(trainer.describe(trainer))
+        trainer.save()
         trainer.train_step()
-        trainer.saver.start(trainer.describe(trainer))  # waits, and is then written as well
+        trainer.save()  # waits, and is then written as well
     return outcome(trainer)
 
 
@@ -100,11 +100,11 @@ def delete_underneath(trainer: Any) -> dict[str, Any]:
     root = trainer.saver.root
     trainer.train_step()
     with held_back(trainer):
-        trainer.saver.start(trainer.describe(trainer))
-        if trainer.world.is_main:
+        trainer.save()
+        if trainer.context.world.is_main:
             for item in root.glob(".saving-*"):
                 shutil.rmtree(item)
-        trainer.world.barrier()
+        trainer.context.world.barrier()
     return with_retry(trainer, outcome(trainer))
 
 
@@ -116,27 +116,27 @@ def full_disk(trainer: Any, rank: int, number: int) -> dict[str, Any]:
 
     def write_durably(path: Path, write: Any) -> Any:
         nonlocal calls
-        if trainer.world.rank == rank and calls == number:
+        if trainer.context.world.rank == rank and calls == number:
             fill(trainer.saver.root)
         calls += 1
         return original(path, write)
 
     trainer.train_step()
     with mock.patch.object(checkpoint_io, "write_durably", write_durably):
-        trainer.saver.start(trainer.describe(trainer))
+        trainer.save()
         result = outcome(trainer)
     return with_retry(trainer, result)
 
 
 def read_only(trainer: Any) -> dict[str, Any]:
     def remount(how: str) -> None:
-        if trainer.world.is_main:
+        if trainer.context.world.is_main:
             subprocess.run(["mount", "-o", f"remount,{how}", str(trainer.saver.root)], check=True)
-        trainer.world.barrier()
+        trainer.context.world.barrier()
 
     trainer.train_step()
     remount("ro")
-    trainer.saver.start(trainer.describe(trainer))
+    trainer.save()
     result = outcome(trainer)
     remount("rw")
     return with_retry(trainer, result)
@@ -144,9 +144,9 @@ def read_only(trainer: Any) -> dict[str, Any]:
 
 def no_room(trainer: Any) -> dict[str, Any]:
     trainer.train_step()
-    if trainer.world.is_main:
+    if trainer.context.world.is_main:
         fill(trainer.saver.root)
-    trainer.saver.start(trainer.describe(trainer))
+    trainer.save()
     return with_retry(trainer, outcome(trainer))
 
 
@@ -154,7 +154,7 @@ def outcome(trainer: Any) -> dict[str, Any]:
     from pipeline.checkpoints.folder import list_checkpoints, newest_verified
 
     ended = trainer.saver.finish()
-    newest, passed_over = newest_verified(list_checkpoints(trainer.saver.root), trainer.world)
+    newest, passed_over = newest_verified(list_checkpoints(trainer.saver.root), trainer.context.world)
     return {
         "step": trainer.step,
         "steps": [saved.step for saved in ended],
@@ -167,12 +167,12 @@ def outcome(trainer: Any) -> dict[str, Any]:
 
 def with_retry(trainer: Any, result: dict[str, Any]) -> dict[str, Any]:
     """Training goes on, and the next save stands once there is room again."""
-    trainer.world.barrier()
-    if trainer.world.is_main:
+    trainer.context.world.barrier()
+    if trainer.context.world.is_main:
         (trainer.saver.root / "ballast").unlink(missing_ok=True)
-    trainer.world.barrier()
+    trainer.context.world.barrier()
     trainer.train_step()
-    trainer.saver.start(trainer.describe(trainer))
+    trainer.save()
     return result | {"then": outcome(trainer)}
 
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from data_prep.errors import UserError
-from pipeline.checkpoints.write import probe_ids
+from pipeline.checkpoints.fingerprint import probe_ids
 from pipeline.export.hugging_face import export
 from pipeline.export.load import load_model
 from pipeline.tracking.models import folder_hash
@@ -122,7 +122,7 @@ def test_every_stage_consolidates_to_the_weights_that_were_trained(
     with torch.no_grad():
         logits = loaded.model(input_ids=probe_ids(loaded.model.config.vocab_size)).logits[0, -1, :64]
     bound = 0.05 if run == "unbroken-bf16" else 1e-5
-    assert logits.tolist() == pytest.approx(loaded.state.logit_fingerprint["values"], abs=bound)
+    assert logits.tolist() == pytest.approx(loaded.state.logit_fingerprint.values, abs=bound)
 
 
 def test_an_existing_folder_is_not_overwritten(exported: Path, trained: Path) -> None:

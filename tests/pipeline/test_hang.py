@@ -11,7 +11,7 @@ import pytest
 
 from pipeline.distributed.watchdog import Beat, explain, suspects
 from pipeline.exit_codes import HANG
-from pipeline.metrics import find_straggler, times_per_step
+from pipeline.metrics import StepSeconds, find_straggler, times_per_step
 from tests.conftest import ROOT
 from tests.pipeline.hangs import write_plan
 from tests.pipeline.moments import Moment
@@ -122,14 +122,15 @@ def test_one_line_however_many_ranks() -> None:
 
 
 def test_whoever_is_late_first_is_the_straggler() -> None:
-    usual, late, waiting = [0.1, 1.0, 2.0, 0.1], [1.1, 1.0, 1.0, 0.1], [0.1, 1.0, 2.1, 0.1]
+    usual = StepSeconds((0.1, 1.0, 2.0, 0.1), 3.2)
+    late, waiting = StepSeconds((1.1, 1.0, 1.0, 0.1), 3.2), StepSeconds((0.1, 1.0, 2.1, 0.1), 3.3)
     found = find_straggler([usual, waiting, late, usual])
     assert str(found) == "rank 2 is slow in data: 1.10 s per step, others 0.10 s"
     assert find_straggler([usual, usual]) is None
 
 
 def test_phases_and_the_rest_add_up_to_the_step() -> None:
-    metrics = times_per_step([[0.1, 1.0, 2.0, 0.1, 3.4], [0.3, 1.0, 1.8, 0.1, 3.4]])
+    metrics = times_per_step([StepSeconds((0.1, 1.0, 2.0, 0.1), 3.4), StepSeconds((0.3, 1.0, 1.8, 0.1), 3.4)])
     assert metrics.pop("time/step_seconds") == pytest.approx(3.4) == pytest.approx(sum(metrics.values()))
     assert metrics["time/data_seconds"] == pytest.approx(0.2)
     assert metrics["time/other_seconds"] == pytest.approx(0.2)

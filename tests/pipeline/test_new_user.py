@@ -19,8 +19,8 @@ import torch
 from launch.cli import main
 from pipeline.checkpoints.folder import INTEGRITY, listing_digest, verify
 from pipeline.distributed.stop import Stopped
+from pipeline.evaluation.evaluator import decorating
 from pipeline.tracking.store import tracking_uri
-from pipeline.trainer import decorating
 from tests.conftest import ROOT, globallocal
 from tests.pipeline.ranks import Run, environment, run_ranks
 

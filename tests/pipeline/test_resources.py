@@ -6,6 +6,7 @@ from collections.abc import Callable
 import pytest
 
 from pipeline.health.resources import Alarm, ResourceWatch
+from pipeline.metrics import StepSeconds
 
 INTERVAL_SECONDS = 20.0
 HEALTHY = 100
@@ -42,7 +43,7 @@ def alarms(watch: ResourceWatch, draw: random.Random, count: int, change: Callab
     found = []
     for _ in range(count):
         rate, rows = change(healthy(draw))
-        found += watch.look(watch.seconds + INTERVAL_SECONDS, rate, rows)
+        found += watch.look(watch.seconds + INTERVAL_SECONDS, rate, [StepSeconds(tuple(row[:4]), row[4]) for row in rows])
     return found
 
 

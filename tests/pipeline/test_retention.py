@@ -15,8 +15,10 @@ from hypothesis import strategies as st
 
 from pipeline.checkpoints import folder as checkpoint
 from pipeline.checkpoints import write as checkpoint_io
+from pipeline.checkpoints.fingerprint import Fingerprint
 from pipeline.checkpoints.folder import SAVING, CheckpointState
 from pipeline.checkpoints.retention import Entry, prune, reasons
+from pipeline.evaluation.figures import Evaluation, Figures, HeldOut
 from pipeline.files import step_name
 from pipeline.settings.sections import Retention
 
@@ -57,9 +59,9 @@ def state(step: int, loss: float | None = None) -> CheckpointState:
         config={},
         mlflow_run_id=None,
         next_batch_hash="",
-        logit_fingerprint={},
+        logit_fingerprint=Fingerprint(sha256="", values=[]),
         seconds={},
-        evaluation=None if loss is None else {"step": step, "loss": loss},
+        evaluation=None if loss is None else Evaluation(step, HeldOut(Figures(loss))),
         versions={},
     )
 

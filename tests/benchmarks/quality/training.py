@@ -18,7 +18,7 @@ from pipeline.data.loader import BatchLayout, BatchLoader, evaluation_batches
 from pipeline.data.samples import SampleSource
 from pipeline.data.token_stream import TokenStream
 from pipeline.engine.optim import build_optimizer, learning_rate, parameter_groups, set_learning_rate
-from pipeline.evaluate import perplexities
+from pipeline.evaluation.figures import perplexities
 from pipeline.settings.sections import OptimizerSection
 from tests.benchmarks.quality.contenders import Contender
 from tests.benchmarks.quality.text import CACHE
@@ -142,7 +142,7 @@ def held_out(model: Any, dataset: Dataset, split: str, run: Run, max_tokens: int
         nats += float(model(ids, goal)[1]) * count
         targets += count
     model.train()
-    return perplexities(nats, targets, dataset.manifest.splits[split])
+    return vars(perplexities(nats, targets, dataset.manifest.splits[split]))
 
 
 def _batches(
