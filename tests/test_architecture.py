@@ -247,7 +247,7 @@ LONGEST_FILE, LONGEST_FUNCTION, MOST_PARAMETERS = 400, 60, 8
 
 
 def test_files_functions_and_parameter_lists_fit_on_a_screen() -> None:
-    """Exceptions: the options of a command, the arguments of a kernel, and the signatures that transformers asks for."""
+    """Exceptions: the options of a command, the arguments of a kernel, the signatures that transformers asks for."""
     found = []
     for path in FILES.values():
         text, name = path.read_text(), path.relative_to(ROOT).as_posix()

@@ -1,5 +1,6 @@
 """Which checkpoints stay, and that a whole one stands at every moment of a save, wherever it is cut off."""
 
+import math
 import os
 import resource
 import signal
@@ -195,3 +196,19 @@ def test_a_file_that_vanishes_or_appears_before_the_commit_is_named(tmp_path: Pa
     assert any("a.pt: is gone" in line for line in problems)
     assert any("stray: was written past the integrity list" in line for line in problems)
     assert not (tmp_path / step_name(3)).exists()
+
+
+def test_a_checkpoint_whose_figures_are_not_finite_is_read_again(tmp_path: Path) -> None:
+    """JSON has no infinity: `null`, as earlier versions wrote it, kept such a checkpoint from being resumed."""
+    assert save(tmp_path, 3, Retention(keep_last=1), loss=2.0) == []
+    folder = tmp_path / step_name(3)
+    evaluation = checkpoint.read_state(folder).evaluation
+    assert evaluation is not None
+    assert evaluation.loss == 2.0
+    assert math.isnan(evaluation.held_out.total.word_perplexity)
+    text = (folder / checkpoint.STATE).read_text()
+    assert '"NaN"' in text
+    (folder / checkpoint.STATE).write_text(text.replace('"NaN"', "null"))
+    earlier = checkpoint.read_state(folder).evaluation
+    assert earlier is not None
+    assert math.isnan(earlier.held_out.total.word_perplexity)
