@@ -43,7 +43,9 @@ def alarms(watch: ResourceWatch, draw: random.Random, count: int, change: Callab
     found = []
     for _ in range(count):
         rate, rows = change(healthy(draw))
-        found += watch.look(watch.seconds + INTERVAL_SECONDS, rate, [StepSeconds(tuple(row[:4]), row[4]) for row in rows])
+        found += watch.look(
+            watch.seconds + INTERVAL_SECONDS, rate, [StepSeconds(tuple(row[:4]), row[4]) for row in rows]
+        )
     return found
 
 
