@@ -17,6 +17,7 @@ COLORS = ("#3b7dd8", "#e0712f", "#2a9d6f", "#b45ec4", "#c39a1c", "#d6486f", "#3f
 DASHES = ("solid", "dash", "dot", "dashdot", "longdash", "longdashdot")
 RESTART, ROLL_BACK, SAVE = "#c98a1b", "#d23f34", "#8a94a3"
 FEW_POINTS = 25
+MOST_LARGE_MARKS = 60
 SPIKE = {"spikethickness": 1, "spikedash": "dot", "spikecolor": SAVE}
 UNDRAWN = (
     "time/step_seconds",
@@ -168,7 +169,7 @@ def _add_marks(figure: go.Figure, run: Run, number: int, names: Sequence[str]) -
             legendgroup=kind,
             showlegend=kind not in shown,
             mode="markers" if is_save else "lines",
-            marker={"size": 7, "symbol": "triangle-up", "color": color},
+            marker={"size": 7 if len(found) <= MOST_LARGE_MARKS else 3, "symbol": "triangle-up", "color": color},
             line={"color": color, "width": 1.3, "dash": "dot"},
             hovertemplate="%{text}<extra></extra>",
             yaxis="y2",

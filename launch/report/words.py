@@ -20,6 +20,8 @@ SPEED = "throughput/tokens_per_second"
 REPORT_FILE = "report.html"
 """In the run folder: the page that a job leaves at its end, an artifact of the run in MLflow."""
 EMPTY_LINES = re.compile(r"\n(?:[ \t]*\n){2,}")
+FIRST_ROWS = 12
+"""Of such a table; the rest is folded."""
 MOST_ROWS = 300
 """Of a table that grows with the run; the newest are shown."""
 
@@ -118,9 +120,8 @@ def tiles(run: Run) -> list[Figure]:
     loss, valid = run.last(LOSS), run.last(VALID_LOSS)
     best = min((value for _, value in finite(run, VALID_LOSS)), default=None)
     speed, left = run.last(SPEED), seconds_left(run)
-    of = f" / {run.steps:,}" if run.steps else ""
     found = [
-        Figure("steps", f"{run.step:,}{of}"),
+        Figure(f"of {run.steps:,} steps" if run.steps else "steps", f"{run.step:,}"),
         Figure("tokens", quantity(run.tokens) if run.tokens else ""),
         Figure("training loss", number(loss)),
         Figure("held-out loss", number(valid)),

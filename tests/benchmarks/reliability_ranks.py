@@ -1,4 +1,4 @@
-"""One rank of the benchmark `reliability`: `python -m tests.benchmarks.reliability_ranks FOLDER costs|memory`."""
+"""One rank of the benchmarks `reliability` and `tracking`: `… -m tests.benchmarks.reliability_ranks FOLDER WHAT`."""
 
 import json
 import os
@@ -24,6 +24,9 @@ from pipeline.distributed.clock import Clock
 from pipeline.distributed.stop import StopRequest
 from pipeline.distributed.watchdog import Watch
 from pipeline.distributed.world import World, shutdown, start
+from pipeline.tracking.journal import Journal
+from pipeline.tracking.node import NodeMonitor
+from pipeline.tracking.tracker import LocalTracker, NullTracker
 from pipeline.trainer import Trainer
 from tests.launch.memory_ranks import peak_of_training
 from tests.launch.test_memory import MODEL
@@ -31,6 +34,7 @@ from tests.pipeline.ranks import Run, tiny_overrides
 
 TURNS = 3
 SPEED_STEPS = 10
+TRACKING_PAIRS = 20
 LARGE = [
     "model.hidden_size=512",
     "model.num_hidden_layers=8",
@@ -50,7 +54,10 @@ USUAL = [
 
 def main(folder: Path, what: str) -> None:
     world, stop = start(), StopRequest()
-    figures = costs(folder, world, stop) if what == "costs" else memory(folder, world)
+    if what == "tracking":
+        figures = tracking(folder, world, stop)
+    else:
+        figures = costs(folder, world, stop) if what == "costs" else memory(folder, world)
     if world.is_main:
         (folder / f"{what}.json").write_text(json.dumps(figures))
     shutdown()
@@ -207,6 +214,34 @@ def speed(folder: Path, world: World, stop: StopRequest) -> dict[str, Any]:
         "bare_tokens_per_second": SPEED_STEPS * trainer.context.tokens_per_step / min(bare),
         "tokens_per_second_over_a_bare_deepspeed_loop": min(bare) / min(ours),
         "the_same_turn_by_turn_median": median(ratios),
+    }
+
+
+def tracking(folder: Path, world: World, stop: StopRequest) -> dict[str, Any]:
+    """With MLflow (a store in SQLite), its thread and the node's meters, over the record in the run folder alone."""
+    overrides = [f"run.output_dir={folder / 'tracked'}", f"data.dataset={folder / 'data'}", "evaluation.split=null"]
+    overrides += ["evaluation.prompts=[]", f"tracking.uri=sqlite:///{folder}/mlflow.db"]
+    overrides += ["training.max_steps=1000000", "checkpoint.interval_steps=1000000"]
+    config, clock = load_config("launch/runs/quickstart.yaml", overrides), Clock()
+    (config.run_folder / "logs").mkdir(parents=True, exist_ok=True)
+    with Watch(world, clock, config.run_folder, config.training.hang_timeout_seconds):
+        trainer = build(config, world, stop, clock)
+        loader, tracker = trainer.batches, trainer.tracker
+        record = LocalTracker(Journal(folder, trainer.tokens_per_step)) if world.is_main else NullTracker()
+        contenders = {True: (tracker, trainer.node), False: (record, NodeMonitor(False))}
+        seconds: dict[bool, list[float]] = {True: [], False: []}
+        for pair in range(TRACKING_PAIRS + 1):
+            for tracked in (True, False) if pair % 2 else (False, True):
+                trainer.tracker, trainer.node = contenders[tracked]
+                trainer.batches = some(loader, SPEED_STEPS * trainer.layout.gradient_accumulation_steps)
+                seconds[tracked].append(timed(world, lambda: whole_trainer(trainer)))
+        loader.close()
+        tracker.close("FINISHED")
+    ratios = sorted(off / on for on, off in zip(seconds[True][1:], seconds[False][1:], strict=True))
+    return {
+        "steps_per_second_without": SPEED_STEPS / median(seconds[False][1:]),
+        "steps_per_second_with_tracking_over_without": median(ratios),
+        "the_middle_half_of_the_pairs": f"{ratios[len(ratios) // 4]:.3f} to {ratios[-1 - len(ratios) // 4]:.3f}",
     }
 
 
