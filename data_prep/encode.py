@@ -9,9 +9,11 @@ from typing import Any
 import numpy as np
 
 from data_prep.errors import UserError
+from data_prep.measures import Measures
 from data_prep.packing import Piece, Position
 from data_prep.sources.documents import ReadCounts, Task
-from data_prep.tokenizers.tokenizer import SPACE_MARK, Tokenizer, segments
+from data_prep.tokenizers.fast_encoder import FastEncoder
+from data_prep.tokenizers.tokenizer import Tokenizer
 
 # Per document: tokens (eos included); UTF-8 bytes, words and newlines of its text; whether decoding gave
 # the text back; the first 16 bytes of the text's sha256.
@@ -95,8 +97,7 @@ class TextDigest:
         self._sha256 = hashlib.sha256()
 
     def add(self, id: str, content: bytes) -> None:
-        self._sha256.update(b"%d %d " % (len(id), len(content)))
-        self._sha256.update(id.encode())
+        self._sha256.update(b"%d %d %b" % (len(id), len(content), id.encode()))
         self._sha256.update(content)
 
     def hex(self) -> str:
@@ -115,50 +116,42 @@ class Encoder:
     """Encodes tasks; pickles to workers.
 
     Raises UserError, naming the document, for one that decoding does not give back.
+
+    Args:
+        fast: encodes in sentencepiece's place.
     """
 
-    def __init__(self, tokenizer: Tokenizer, filters: Filters) -> None:
+    def __init__(self, tokenizer: Tokenizer, filters: Filters, fast: FastEncoder | None = None) -> None:
         self.tokenizer = tokenizer
         self.filters = filters
+        self.fast = fast
 
     def __call__(self, task: Task) -> Encoded:
-        counts = ReadCounts()
+        encode = (self.fast or self.tokenizer).encode
+        counts, digest = ReadCounts(), TextDigest()
         eos = np.array([self.tokenizer.eos_id], self.tokenizer.dtype)
-        parts = [eos[:0]]
-        records: list[tuple[int, int, int, int, bool, bytes]] = []
+        tokens = [eos[:0]]
         ids: list[str] = []
-        digest = TextDigest()
+        digests: list[bytes] = []
+        measures = Measures(self.tokenizer, self.filters.allow_lossy)
         for document in task.documents(counts):
-            text = document.text
-            content = text.encode()
+            content = document.text.encode()
             digest.add(document.id, content)
-            if len(text) < self.filters.minimum_characters:
+            if len(document.text) < self.filters.minimum_characters:
                 counts.drop("too_short")
                 continue
-            tokens = self.tokenizer.encode(text)
-            whole = self._round_trip(document.id, text, tokens, counts)
-            words = sum(len(segment.split()) for segment in segments(text))
-            sha256 = hashlib.sha256(content).digest()[:16]
-            records.append((len(tokens) + 1, len(content), words, text.count("\n"), whole, sha256))
-            parts += [tokens, eos]
             ids.append(document.id)
-        documents = np.array(records, DOCUMENT_RECORD)
-        tokens = np.concatenate(parts)
-        return Encoded(task.position, task.name, task.source_bytes, digest.hex(), tokens, documents, ids, counts)
-
-    def _round_trip(self, id: str, text: str, tokens: np.ndarray, counts: ReadCounts) -> bool:
-        """Whether decoding gives the text back; sentencepiece has no way to write U+2581 but as a space."""
-        if marks := text.count(SPACE_MARK):
+            digests.append(hashlib.sha256(content).digest()[:16])
+            measures.begin(document.id, content)
+            for part in self.tokenizer.parts(content):
+                tokens.append(encode(part))
+                measures.add(part, tokens[-1])
+            tokens.append(eos)
+        if marks := measures.space_marks:
             counts.change("u2581_to_space", marks)
-        if self.tokenizer.spells(tokens, text):
-            return True
-        if self.filters.allow_lossy:
-            return False
-        expected, back = text.replace(SPACE_MARK, " "), self.tokenizer.decode(tokens)
-        pairs = enumerate(zip(expected, back, strict=False))
-        place = next((i for i, (a, b) in pairs if a != b), min(len(expected), len(back)))
-        raise UserError(
-            f"document '{id}' does not survive the tokenizer: at character {place:,} the text has "
-            f"{expected[place : place + 20]!r}, decoding gives {back[place : place + 20]!r}; use a tokenizer "
-            "made by `globallocal tokenizer`, or accept the loss with --allow-lossy"
-        )
+        documents = np.zeros(len(ids), DOCUMENT_RECORD)
+        documents["digest"] = np.frombuffer(b"".join(digests), "V16")
+        for name, values in measures.per_document().items():
+            documents[name] = values
+        stream = np.concatenate(tokens, dtype=self.tokenizer.dtype, casting="same_kind")
+        return Encoded(task.position, task.name, task.source_bytes, digest.hex(), stream, documents, ids, counts)

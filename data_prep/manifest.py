@@ -13,7 +13,7 @@ A dataset folder is one token stream per split, cut into chunks, packed into Web
 
 The index files are binary and memory-mapped, so that a million shards open in milliseconds, and the ranks
 of a node share the pages. The manifest holds their sha256, and its own hash, but for what it says of the
-source, is the `dataset_id`: text, tokenizer and settings decide it, no path and no time.
+source and the encoder, is the `dataset_id`: text, tokenizer and settings decide it, no path and no time.
 """
 
 from __future__ import annotations
@@ -70,6 +70,16 @@ class TokenizerInfo(BaseModel, extra="forbid"):
     encode_unit: Literal["document"] = "document"
 
 
+class EncoderInfo(BaseModel, extra="forbid"):
+    """The program that encoded: no part of the dataset's id, since the ids are sentencepiece's in any case.
+    `differences`: of the texts `compared`, those that gigatoken had other ids for, and so was not used."""
+
+    name: Literal["gigatoken", "sentencepiece"]
+    version: str
+    compared: int = 0
+    differences: int = 0
+
+
 class SourceInfo(BaseModel, extra="forbid"):
     """The origin of the text: `name` of the source, its `settings`, and `fingerprint`, which names the exact
     text (such as the hub's revision), or else `texts`, the sha256 of each split's `SPLIT.texts.npy`."""
@@ -111,17 +121,19 @@ class Manifest(BaseModel, extra="forbid"):
     chunks_per_shard: int
     filters: dict[str, Any]
     splits: dict[str, SplitInfo]
+    encoder: EncoderInfo | None = None  # of datasets made before there were two
 
     @property
     def dataset_id(self) -> str:
         """The sha256 (hex) of the canonical JSON: it names these exact bytes."""
         content = self._content()
+        content.pop("encoder", None)
         if self.format_version > 1:
             del content["source"]
         return hashlib.sha256(canonical_json(content)).hexdigest()
 
     def _content(self) -> dict[str, Any]:
-        content = self.model_dump(mode="json")
+        content = self.model_dump(mode="json", exclude=None if self.encoder else {"encoder"})
         if self.format_version == 1:  # which knew less
             del content["source"]["texts"]
             for split in content["splits"].values():
@@ -320,16 +332,8 @@ def _load_index(root: Path, name: str, info: SplitInfo) -> SplitIndex:
     chunks = np.load(root / f"{name}.chunks.npy", mmap_mode="r", allow_pickle=False)
     shards = np.load(root / f"{name}.shards.npy", mmap_mode="r", allow_pickle=False)
     token_start, document_start, shard, data_offset = chunks
-    return SplitIndex(
-        name,
-        info.tokens,
-        np.dtype(info.dtype),
-        token_start,
-        document_start,
-        shard[:-1],
-        data_offset[:-1],
-        shards,
-    )
+    dtype = np.dtype(info.dtype)
+    return SplitIndex(name, info.tokens, dtype, token_start, document_start, shard[:-1], data_offset[:-1], shards)
 
 
 def check_shards(dataset: Dataset, split: str, shards: Iterable[int], hashes: bool) -> list[str]:

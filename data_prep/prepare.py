@@ -35,6 +35,7 @@ from data_prep.packing import END, START, Position
 from data_prep.prepare_settings import PrepareProgress, PrepareSettings, in_order_of_work
 from data_prep.split_writer import Digests, SplitWriter, other_text
 from data_prep.store import Store, open_store
+from data_prep.tokenizers.fast_encoder import choose_encoder, sample_texts
 from data_prep.tokenizers.hf_tokenizer import tokenizer_files
 
 
@@ -57,7 +58,9 @@ def prepare(settings: PrepareSettings, progress: Callable[[PrepareProgress], Non
         files = tokenizer_files(settings.tokenizer)
         _compare_with_journal(settings, journal)
         known: dict[str, Digests] = {}  # of the splits done so far
-        with settings.engine.start(Encoder(settings.tokenizer, settings.filters)) as encode:
+        definition = files["tokenizer.json"]
+        fast, encoder = choose_encoder(settings.tokenizer, definition, sample_texts(settings.source))
+        with settings.engine.start(Encoder(settings.tokenizer, settings.filters, fast)) as encode:
             for split in in_order_of_work(settings.source.splits):
                 writer = SplitWriter(settings, store, journal, split, known, progress)
                 if split not in journal.finished_splits:
@@ -68,7 +71,7 @@ def prepare(settings: PrepareSettings, progress: Callable[[PrepareProgress], Non
             subject["source"]["texts"] = {split: _write_texts(store, journal, split) for split in splits}
         for name, content in files.items():
             store.publish(f"{TOKENIZER_FOLDER}/{name}", content)
-        manifest = Manifest(**{**subject, "splits": splits})
+        manifest = Manifest(**{**subject, "splits": splits, "encoder": encoder})
         store.publish(MANIFEST_NAME, manifest.to_json())
         store.remove_work_folder()
     return manifest

@@ -145,7 +145,7 @@ class SplitWriter:
     def _publish(self, chunks: list[Chunk], next_position: Position) -> None:
         """Publishes a shard, then its journal line."""
         shard = build_shard(chunks)
-        ids = "".join(json.dumps(id, ensure_ascii=False) + "\n" for chunk in chunks for id in chunk.ids).encode()
+        ids = _json_lines([id for chunk in chunks for id in chunk.ids])
         stem = f"{self._split}-{self._shard:06d}"
         self._store.publish(f"{stem}.ids.jsonl", ids)
         self._store.publish(f"{stem}.tar", shard.content)
@@ -181,6 +181,12 @@ class SplitWriter:
             + (f" left (dropped: {dropped})" if dropped else "")
             + "; check the source's path, the filters, and the shares of the splits"
         )
+
+
+def _json_lines(values: list[str]) -> bytes:
+    """A JSON string per line."""
+    lines = json.dumps(values, ensure_ascii=False, separators=("\n", ":"))[1:-1]
+    return (lines + "\n").encode() if values else b""
 
 
 class Digests:

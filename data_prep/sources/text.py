@@ -44,8 +44,11 @@ def decode_utf8(content: bytes) -> tuple[str, dict[str, int]]:
 
 def repair_surrogates(text: str) -> tuple[str, dict[str, int]]:
     """JSON may spell half a surrogate pair, which is no character: it becomes U+FFFD, and is counted."""
-    if text.isascii():
+    try:
+        text.encode()
         return text, {}
+    except UnicodeEncodeError:
+        pass
     whole = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
     replaced = whole.count("\ufffd") - text.count("\ufffd")
     return whole, {"lone_surrogate": replaced} if replaced else {}

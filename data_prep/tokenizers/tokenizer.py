@@ -13,9 +13,8 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from importlib import metadata
-from itertools import pairwise
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, AnyStr, Literal
 
 import numpy as np
 import sentencepiece
@@ -29,8 +28,7 @@ SPACE_MARK = "\u2581"  # what sentencepiece writes for a space: such a character
 UNK_ID, BOS_ID, EOS_ID, PAD_ID = 0, 1, 2, 3
 MODEL_TYPES = {1: "unigram", 2: "bpe", 3: "word", 4: "char"}
 PIECE_NORMAL, PIECE_USER_DEFINED, PIECE_BYTE = 1, 4, 6
-MAX_KNOWN_WORDS = 1 << 20  # about 150 MB a process
-SEGMENT_CHARACTERS = 1 << 20
+SEGMENT_LENGTH = 1 << 20
 LARGEST_VOCABULARY = 1 << 20
 
 SELF_TEST_TEXTS = [
@@ -170,7 +168,6 @@ class Tokenizer:
             raise UserError(f"{where}: not a sentencepiece model; give the .model file itself") from None
         if self.processor.eos_id() < 0:
             raise UserError(f"{where}: the model has no eos piece, which ends every document; train one that has it")
-        self._word_ids: dict[str, bytes] = {}  # of " " + word
 
     def __reduce__(self) -> tuple[Any, ...]:
         return Tokenizer, (self.model, self.where)
@@ -223,78 +220,56 @@ class Tokenizer:
             and not any(SPACE_MARK in piece.piece[1:] for piece in self.proto.pieces)
         )
 
-    def encode(self, text: str) -> np.ndarray:
-        """Ids of a text, [n] of `dtype`, without eos: exactly those of `SentencePieceProcessor.encode`.
-
-        Words recur: where the model allows it, each is encoded once and looked up from then on, which is
-        several times as fast as encoding whole texts, and bounds the memory for very long ones.
-        """
-        if not self.splits_at_spaces:
-            return self._ids(text)
-        return np.frombuffer(b"".join(map(self._encode_words, segments(text.replace(SPACE_MARK, " ")))), self.dtype)
-
-    def _encode_words(self, text: str) -> bytes:
-        head, *words = text.split(" ")
-        known = self._word_ids
-        if new := list(set(words).difference(known)):
-            known.update(zip(new, self._encode_new(new), strict=True))
-        encoded = b"".join([self._ids(head).tobytes(), *map(known.__getitem__, words)])
-        if len(known) > MAX_KNOWN_WORDS:
-            known.clear()
-        return encoded
-
-    def _encode_new(self, words: list[str]) -> Iterator[bytes]:
-        """The ids of " " + each word, as bytes of `dtype`: of all at once, then cut before each space-led piece."""
-        ids = self._ids(" " + " ".join(words))
-        cuts = (np.flatnonzero(self._leads_with_space[ids]) * self.dtype.itemsize).tolist()
-        content = ids.tobytes()
-        return (content[begin:end] for begin, end in pairwise([*cuts, len(content)]))
-
-    def _ids(self, text: str) -> np.ndarray:
+    def encode(self, text: str | bytes) -> np.ndarray:
+        """Ids of a text or its UTF-8, [n] of `dtype`, without eos, as sentencepiece itself gives them."""
         return np.array(self.processor.encode(text), self.dtype)
 
-    @cached_property
-    def _leads_with_space(self) -> np.ndarray:
-        """Whether each piece begins with a space mark: bool [vocab_size]."""
-        return np.array([piece.piece.startswith(SPACE_MARK) for piece in self.proto.pieces])
+    def parts(self, content: bytes) -> Iterator[bytes]:
+        """A text's UTF-8 in parts whose ids, one after another, are the text's: bounds the memory for long ones."""
+        return segments(content) if self.splits_at_spaces else iter([content])
 
     def decode(self, ids: np.ndarray | Sequence[int]) -> str:
         """The text of ids."""
         text: str = self.processor.decode(ids.tolist() if isinstance(ids, np.ndarray) else list(ids))
         return text
 
-    def spells(self, ids: np.ndarray, text: str) -> bool:
-        """Whether `decode(ids) == text`; a space mark in the text counts as the space it becomes."""
-        expected = text.replace(SPACE_MARK, " ")
-        if self.splits_at_spaces:  # nothing but pieces, one after another: several times as fast as decode()
-            content, at = expected.encode(), 0
-            for start in range(0, len(ids), SEGMENT_CHARACTERS):  # a list of all ids would take 16 times their memory
-                segment = ids[start : start + SEGMENT_CHARACTERS].tolist()
-                spelled = b"".join(map(self._spellings.__getitem__, segment))
-                if not content.startswith(spelled, at):
-                    return False
-                at += len(spelled)
-            return at == len(content)
-        return self.decode(ids) == expected
+    def spelled(self, ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """The UTF-8 that ids stand for, [n] uint8, and where in it each id's ends, [T].
+
+        True of models that split at spaces, which do nothing but put pieces one after another: many times as
+        fast as `decode`. A piece that stands for no text is spelled 0xff, which is in no text.
+        """
+        content, starts, lengths = self._spellings
+        sizes = lengths[ids]
+        ends = np.cumsum(sizes)
+        places = np.arange(ends[-1] if len(ends) else 0) + np.repeat(starts[ids] - (ends - sizes), sizes)
+        return content[places], ends
 
     @cached_property
-    def _spellings(self) -> list[bytes]:
-        """The bytes that each piece stands for in a text."""
-        return [
-            bytes([int(piece.piece[3:5], 16)]) if piece.type == PIECE_BYTE else
-            piece.piece.replace(SPACE_MARK, " ").encode()
-            for piece in self.proto.pieces
-        ]  # fmt: skip
+    def _spellings(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """What each piece stands for: UTF-8 of all, and each one's place and length in it."""
+
+        def spelling(piece: Any) -> bytes:
+            if piece.type == PIECE_BYTE:
+                return bytes([int(piece.piece[3:5], 16)])
+            if piece.type in (PIECE_NORMAL, PIECE_USER_DEFINED):
+                return bytes(piece.piece.replace(SPACE_MARK, " ").encode())
+            return b"\xff"
+
+        spellings = [spelling(piece) for piece in self.proto.pieces]
+        lengths = np.array([len(spelling) for spelling in spellings])
+        return np.frombuffer(b"".join(spellings), np.uint8), np.cumsum(lengths) - lengths, lengths
 
     def lossy_texts(self, texts: Iterable[str] = SELF_TEST_TEXTS) -> list[str]:
         """The texts among `texts` that encode and decode do not give back."""
         return [text for text in texts if self.decode(self.encode(text)) != text]
 
 
-def segments(text: str) -> Iterator[str]:
-    """A text cut before spaces, about every `SEGMENT_CHARACTERS`, so that very long ones take bounded memory."""
+def segments(text: AnyStr) -> Iterator[AnyStr]:
+    """A text, or its UTF-8, cut before spaces, about every `SEGMENT_LENGTH`: very long ones take bounded memory."""
+    space: AnyStr = " " if isinstance(text, str) else b" "
     begin = 0
-    while len(text) - begin > SEGMENT_CHARACTERS and (end := text.find(" ", begin + SEGMENT_CHARACTERS)) > 0:
+    while len(text) - begin > SEGMENT_LENGTH and (end := text.find(space, begin + SEGMENT_LENGTH)) > 0:
         yield text[begin:end]
         begin = end
-    yield text[begin:]
+    yield text[begin:] if begin else text

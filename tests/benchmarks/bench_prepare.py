@@ -20,22 +20,26 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from data_prep.engines import ProcessEngine
+from data_prep.engines import Engine, InProcess, ProcessEngine
 from data_prep.manifest import open_dataset
 from data_prep.prepare import prepare
 from data_prep.prepare_settings import PrepareSettings
 from data_prep.sources.files import FilesSettings, FilesSource
+from data_prep.tokenizers.fast_encoder import FastEncoder
+from data_prep.tokenizers.hf_tokenizer import tokenizer_files
 from data_prep.tokenizers.tokenizer import Tokenizer, TokenizerSettings, train_tokenizer
 from tests.benchmarks.peers import PEERS, ask, peer, peer_environment, versions
 
 TEXT = Path(__file__).parents[3] / "shared" / "data" / "enwiki2019"
 ROUNDS = 2
 TARGETS = {
-    "prepare_over.sentencepiece": "≥ 0.9",
-    "prepare_over.sentencepiece_two_threads": "≥ 0.9",
-    "prepare_over.datasets_map_and_save": "≥ 2",
-    "prepare_over.litdata": "≥ 1",
-    "prepare_over.mosaicml-streaming": "≥ 1",
+    "prepare_over.sentencepiece": "≥ 5",
+    "prepare_over.sentencepiece_two_threads": "≥ 5",
+    "prepare_over.datasets_map_and_save": "≥ 8",
+    "prepare_over.litdata": "≥ 6",
+    "prepare_over.mosaicml-streaming": "≥ 6",
+    "two_workers_over_one": "≥ 1.8",
+    "speed_over_that_of_articles.documents_of_40_bytes": "≥ 0.5",
 }
 
 
@@ -50,17 +54,26 @@ def run(megabytes: int = 48) -> dict[str, Any]:
 def _run(folder: Path, megabytes: int, stack: contextlib.ExitStack) -> dict[str, Any]:
     documents = _articles(megabytes * 1_000_000)
     tokenizer = train_tokenizer(documents, TokenizerSettings(16_384, training_bytes=4_000_000))
-    path, model = folder / "text.jsonl", folder / "tokenizer.model"
-    path.write_text("".join(json.dumps({"text": text}, ensure_ascii=False) + "\n" for text in documents))
+    path, model = _jsonl(folder / "text.jsonl", documents), folder / "tokenizer.model"
+    text = "".join(documents)
+    long = folder / "long.txt"
+    long.write_text(text * (300 // megabytes))
+    short = _jsonl(folder / "short.jsonl", [text[i * 40 : i * 40 + 40] for i in range(megabytes * 1_000_000 // 48)])
+    fast = FastEncoder(tokenizer_files(tokenizer)["tokenizer.json"])
     model.write_bytes(tokenizer.model)
     contenders: dict[str, Callable[[], object]] = {
-        "prepare": lambda: _prepare(path, tokenizer, folder / "dataset", 1),
+        "prepare": lambda: _prepare(path, tokenizer, folder / "dataset", ProcessEngine(1)),
+        "in_process": lambda: _prepare(path, tokenizer, folder / "dataset", InProcess()),
+        "encoder_alone": lambda: [fast.encode(text.encode()) for text in documents],
+        "long": lambda: _prepare(long, tokenizer, folder / "other", ProcessEngine(1)),
+        "short": lambda: _prepare(short, tokenizer, folder / "other", ProcessEngine(1)),
         "sentencepiece": lambda: [tokenizer.processor.encode(text) for text in documents],
         "datasets_map_and_save": lambda: _datasets(path, tokenizer, folder / "arrow"),
     }
     if (os.cpu_count() or 1) > 1:
-        contenders["prepare_two_workers"] = lambda: _prepare(path, tokenizer, folder / "dataset", 2)
+        contenders["prepare_two_workers"] = lambda: _prepare(path, tokenizer, folder / "dataset", ProcessEngine(2))
         contenders["sentencepiece_two_threads"] = lambda: tokenizer.processor.encode(documents, num_threads=2)
+    others = {"long": long, "short": short}
     python = peer_environment()
     peers = {
         package: stack.enter_context(peer(python, "peer_prepare.py", name, path, model, folder / name))
@@ -77,14 +90,27 @@ def _run(folder: Path, megabytes: int, stack: contextlib.ExitStack) -> dict[str,
             seconds[package] = min(seconds[package], ask(process, "again"))
     size = path.stat().st_size
     one, two = seconds.pop("prepare"), seconds.pop("prepare_two_workers", float("nan"))
+    outside = 1 - seconds.pop("encoder_alone") / seconds.pop("in_process")
+    speeds = {name: file.stat().st_size / seconds.pop(name) / (size / one) for name, file in others.items()}
     return {
         "megabytes_per_second": {"one_worker": size / one / 1e6, "two_workers": size / two / 1e6},
         "prepare_over": {
             name: value / (two if name.endswith("two_threads") else one) for name, value in seconds.items()
         },
+        "two_workers_over_one": one / two,
+        "share_of_time_outside_the_encoder": outside,
+        "speed_over_that_of_articles": {
+            "one_document_of_300_mb": speeds["long"],
+            "documents_of_40_bytes": speeds["short"],
+        },
         "bytes_per_token_over_2": _sizes(folder / "dataset"),
         "versions": versions(python) if python else {},
     }
+
+
+def _jsonl(path: Path, documents: list[str]) -> Path:
+    path.write_text("".join(json.dumps({"text": text}, ensure_ascii=False) + "\n" for text in documents))
+    return path
 
 
 def _sizes(folder: Path) -> dict[str, Any]:
@@ -112,11 +138,10 @@ def _articles(limit_bytes: int) -> list[str]:
     return articles
 
 
-def _prepare(path: Path, tokenizer: Tokenizer, output: Path, workers: int) -> None:
+def _prepare(path: Path, tokenizer: Tokenizer, output: Path, engine: Engine) -> None:
     shutil.rmtree(output, ignore_errors=True)
-    fresh = Tokenizer(tokenizer.model, "benchmark")  # no words known from the last round
     source = FilesSource(FilesSettings({"train": [str(path)]}))
-    prepare(PrepareSettings(source, fresh, output, engine=ProcessEngine(workers)))
+    prepare(PrepareSettings(source, tokenizer, output, engine=engine))
 
 
 def _datasets(path: Path, tokenizer: Tokenizer, output: Path) -> None:

@@ -65,13 +65,6 @@ def test_text_survives_but_for_space_marks(tokenizer: Tokenizer, text: str):
 
 @settings(max_examples=300)
 @given(st.one_of(any_text, nasty_text))
-def test_words_looked_up_are_sentencepieces_ids(tokenizer: Tokenizer, text: str):
-    assert tokenizer.splits_at_spaces
-    assert tokenizer.encode(text).tolist() == tokenizer.processor.encode(text)
-
-
-@settings(max_examples=300)
-@given(st.one_of(any_text, nasty_text))
 def test_hf_tokenizer_gives_the_same_ids_and_text(tokenizer: Tokenizer, text: str):
     assert differing_texts(tokenizer, build_hf_tokenizer(tokenizer), [text]) == []
 
@@ -168,10 +161,26 @@ def test_special_ids_are_fixed_and_text_never_gives_them(tokenizer: Tokenizer):
     assert tokenizer.decode(ids) == "<unk> <s> </s> <pad> a</s>b"
 
 
-def test_segments_of_long_texts_do_not_show(tokenizer: Tokenizer, monkeypatch):
-    monkeypatch.setattr("data_prep.tokenizers.tokenizer.SEGMENT_CHARACTERS", 50)
+@settings(max_examples=100)
+@given(st.one_of(any_text, nasty_text))
+def test_parts_of_a_text_have_its_ids_and_spell_it(tokenizer: Tokenizer, text: str):
+    assert tokenizer.splits_at_spaces
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("data_prep.tokenizers.tokenizer.SEGMENT_LENGTH", 3)
+        parts = list(tokenizer.parts(text.encode()))
+    assert b"".join(parts) == text.encode()
+    ids = [tokenizer.encode(part) for part in parts]
+    assert np.concatenate(ids).tolist() == tokenizer.processor.encode(text)
+    spelled, ends = tokenizer.spelled(np.concatenate(ids))
+    assert spelled.tobytes().decode() == text.replace(SPACE_MARK, " ")
+    assert [0, *ends.tolist()][-1] == len(spelled)
+
+
+def test_parts_of_long_texts_do_not_show(tokenizer: Tokenizer, monkeypatch):
+    monkeypatch.setattr("data_prep.tokenizers.tokenizer.SEGMENT_LENGTH", 50)
     for text in [*sentences(7, 100), "x" * 500, " " * 500, "ab " * 200]:
-        assert tokenizer.encode(text).tolist() == tokenizer.processor.encode(text)
+        ids = np.concatenate([tokenizer.encode(part) for part in tokenizer.parts(text.encode())])
+        assert ids.tolist() == tokenizer.processor.encode(text)
 
 
 def test_large_vocabularies_use_four_bytes():
