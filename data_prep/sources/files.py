@@ -304,14 +304,14 @@ class JsonLinesTask:
 def _json_documents(
     stream: IO[bytes], file: FoundFile, start: int, end: int | None, settings: FilesSettings
 ) -> Iterator[Document | None]:
-    offset = start
+    offset, shown = start, file.shown
     while (end is None or offset < end) and (line := stream.readline()):
         begin, offset = offset, offset + len(line)
-        line, mark = (line, {}) if begin else beginning(line, file.shown)
+        line, mark = (line, {}) if begin else beginning(line, shown)
         if not line.strip():
             continue
         text, changed = decode_utf8(line)
-        where = f"{file.shown}: line at byte {begin:,}"
+        where = f"{shown}: line at byte {begin:,}"
         if begin == 0 and text.lstrip().startswith("["):
             raise UserError(f"{where}: a JSON list; write one object per line, for example with `jq -c '.[]'`")
         try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import random
 import signal
 import subprocess
 import sys
@@ -16,14 +17,12 @@ from tests.conftest import ROOT
 from tests.data_prep.conftest import sentences
 from tests.pipeline.servers_fixture import wait_until
 
-LONG = "the same words again and again, naïve and ½, for a very long time "
-
 
 @pytest.fixture(scope="module")
 def long_document(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """One document of 120 MB, and a short one."""
+    """One document of 120 MB, each word another, which takes any encoder its time, and a short one."""
     folder = tmp_path_factory.mktemp("long")
-    (folder / "a.txt").write_text(LONG * (120_000_000 // len(LONG.encode())), encoding="utf-8")
+    (folder / "a.txt").write_text(random.Random(0).randbytes(54_500_000).hex(" ", 5), encoding="utf-8")
     (folder / "b.txt").write_text("short", encoding="utf-8")
     return folder
 
