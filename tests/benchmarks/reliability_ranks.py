@@ -227,13 +227,13 @@ def tracking(folder: Path, world: World, stop: StopRequest) -> dict[str, Any]:
     with Watch(world, clock, config.run_folder, config.training.hang_timeout_seconds):
         trainer = build(config, world, stop, clock)
         loader, tracker = trainer.batches, trainer.tracker
-        record = LocalTracker(Journal(folder, trainer.tokens_per_step)) if world.is_main else NullTracker()
-        contenders = {True: (tracker, trainer.node), False: (record, NodeMonitor(False))}
+        record = LocalTracker(Journal(folder, trainer.context.tokens_per_step)) if world.is_main else NullTracker()
+        contenders = {True: (tracker, trainer.meters.node), False: (record, NodeMonitor(False))}
         seconds: dict[bool, list[float]] = {True: [], False: []}
         for pair in range(TRACKING_PAIRS + 1):
             for tracked in (True, False) if pair % 2 else (False, True):
-                trainer.tracker, trainer.node = contenders[tracked]
-                trainer.batches = some(loader, SPEED_STEPS * trainer.layout.gradient_accumulation_steps)
+                trainer.meters.tracker, trainer.meters.node = contenders[tracked]
+                trainer.batches = some(loader, SPEED_STEPS * trainer.context.layout.gradient_accumulation_steps)
                 seconds[tracked].append(timed(world, lambda: whole_trainer(trainer)))
         loader.close()
         tracker.close("FINISHED")
