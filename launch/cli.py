@@ -15,16 +15,18 @@ from data_prep.errors import UserError
 from launch.about import version
 from launch.commands import checkpoints as checkpoint_commands
 from launch.commands import data as data_commands
+from launch.commands import generate as generate_commands
 from launch.commands import look as look_commands
 from launch.commands import model as model_commands
 from launch.commands import run as run_commands
+from launch.commands import serve as serve_commands
 from launch.interrupt import INTERRUPTED, bounded_interrupt, next_time
 
 UsageError: Any = typer.BadParameter.__mro__[1]  # typer carries a copy of click, and gives this class no public name
 
 app = typer.Typer(
     name="globallocal",
-    help="Raw text in, a trained GlobalLocal language model out: tokenizer → prepare → train → evaluate → export.",
+    help="Raw text in, a trained GlobalLocal language model out: tokenizer → prepare → train → export → generate.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     rich_markup_mode="markdown",
@@ -46,7 +48,10 @@ def options(
     pass
 
 
-for commands in (data_commands, run_commands, look_commands, checkpoint_commands, model_commands):
+for commands in (
+    *(data_commands, run_commands, look_commands, checkpoint_commands),
+    *(model_commands, generate_commands, serve_commands),
+):
     commands.register(app)
 
 

@@ -20,8 +20,8 @@ NEXT_TIME = {
     "train": "nothing was started; the same command starts the run, or resumes it",
     "launch": "nothing was started; the same command starts the run, or resumes it",
 }
-OWN_WAY = ("tokenizer", "prepare", "train", "launch", "doctor")
-"""These have processes of their own to end first."""
+OWN_WAY = ("tokenizer", "prepare", "train", "launch", "doctor", "serve")
+"""These have processes of their own, or clients, to attend to first."""
 
 
 def next_time(words: Sequence[str]) -> str:

@@ -59,6 +59,24 @@ class GlobalLocalCache:
         for states in (self.history, self.summary):
             states[:] = [s if s is None else s.index_select(0, beam_idx.to(s.device)) for s in states]
 
+    def empty(self) -> "GlobalLocalCache":
+        """A cache for other sequences, which shares what depends on the weights alone."""
+        new = GlobalLocalCache(len(self.history))
+        new.folds, new.weights = self.folds, self.weights
+        return new
+
+    def append(self, other: "GlobalLocalCache") -> None:
+        """The sequences of `other`, of any length, become further rows of this batch."""
+        layers = range(len(self.history))
+        for states, own, new in (
+            (self.history, [self.past(i) for i in layers], [other.past(i) for i in layers]),
+            (self.summary, list(self.summary), other.summary),
+        ):
+            states[:] = [b if a is None or b is None else torch.cat([a, b]) for a, b in zip(own, new, strict=True)]
+        self.seen_tokens = max(self.seen_tokens, other.seen_tokens)
+        if other.position is not None:
+            self.passed(0, other.position.device)
+
     def past(self, layer: int) -> Tensor | None:
         """The history, oldest first."""
         ring = self.history[layer]

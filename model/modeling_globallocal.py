@@ -5,6 +5,7 @@ Shapes and symbols as in `configuration_globallocal.py`; the equations are writt
 
 import math
 from collections.abc import Callable
+from contextlib import nullcontext
 from functools import partial
 from importlib import import_module
 from typing import Any, Self
@@ -21,6 +22,7 @@ from .layers_globallocal import CausalConvolution, FeedForward, GlobalLocalBlock
 from .ops_loss_globallocal import vocabulary_loss
 from .outputs_globallocal import GlobalLocalCausalLMOutput, GlobalLocalModelOutput
 from .router_globallocal import RouterScores, TensorRouter
+from .routing_globallocal import watched_routing
 
 # The seed scales each router's diversity loss by diversity_loss_scale, and their sum by this once more.
 DIVERSITY_LOSS_TOTAL_SCALE = 0.01
@@ -227,6 +229,7 @@ class GlobalLocalForCausalLM(GlobalLocalPreTrainedModel, GenerationMixin):
         use_cache: bool | None = None,
         logits_to_keep: int = 0,
         output_hidden_states: bool = False,
+        output_routing: bool = False,
         return_dict: bool = True,
     ) -> GlobalLocalCausalLMOutput | tuple[Any, ...]:
         """Logits, or a loss, or both.
@@ -240,9 +243,9 @@ class GlobalLocalForCausalLM(GlobalLocalPreTrainedModel, GenerationMixin):
             cache: what an earlier call returned (`past_key_values` is its older name).
             use_cache: return a cache. The default is the config's in evaluation, and no in training.
             logits_to_keep: logits of that many last positions only; 0 keeps all.
+            output_routing: also return what each token read (`Routing`); not while training.
 
-        One token with a cache, without a mask and gradients is a step: it changes the cache's tensors in place, on a
-        GPU as a CUDA graph, and returns logits and cache alone.
+        One token with a cache, without mask and gradients, is a step: in place, and it returns logits and cache alone.
 
         Raises:
             ValueError: if both kinds of labels are given, or neither or both of ids and embeddings.
@@ -251,19 +254,18 @@ class GlobalLocalForCausalLM(GlobalLocalPreTrainedModel, GenerationMixin):
             raise ValueError("give labels (shifted inside) or shift_labels (already shifted), not both")
         cache = cache if cache is not None else past_key_values
         has_labels = labels is not None or shift_labels is not None
-        plain = attention_mask is None and not (has_labels or output_hidden_states) and use_cache is not False
-        one_id = input_ids is not None and inputs_embeds is None and input_ids.shape[1] == 1
-        if cache is not None and one_id and plain and self._can_step(cache):
+        plain = attention_mask is None and inputs_embeds is None and use_cache is not False
+        if plain and not (has_labels or output_hidden_states or output_routing) and self._can_step(input_ids, cache):
             output = self._step(input_ids, cache)
             return output if return_dict else output.to_tuple()
         use_cache = False if use_cache is None and has_labels else use_cache
-        base = self.model(input_ids, attention_mask, inputs_embeds, cache, use_cache, output_hidden_states)
-        hidden, logits, language_loss = base.last_hidden_state, None, None
+        with watched_routing(self.model) if output_routing else nullcontext() as watch:
+            base = self.model(input_ids, attention_mask, inputs_embeds, cache, use_cache, output_hidden_states)
+        hidden, language_loss = base.last_hidden_state, None
+        logits = self.lm_head(hidden[:, -logits_to_keep:]) if shift_labels is None else None
         if shift_labels is not None:
             language_loss = self.lm_head(hidden, shift_labels)
-        else:
-            logits = self.lm_head(hidden[:, -logits_to_keep:])
-        if labels is not None:
+        elif labels is not None:
             language_loss = self.lm_head(hidden[:, :-1], labels[:, 1:])
         output = GlobalLocalCausalLMOutput(
             loss=None if language_loss is None else language_loss + base.diversity_loss,
@@ -273,17 +275,19 @@ class GlobalLocalForCausalLM(GlobalLocalPreTrainedModel, GenerationMixin):
             router_statistics=base.router_statistics,
             cache=base.cache,
             hidden_states=base.hidden_states,
+            routing=None if watch is None else watch.routing(),
         )
         return output if return_dict else output.to_tuple()
 
-    def _step(self, input_ids: Any, cache: GlobalLocalCache) -> GlobalLocalCausalLMOutput:
+    def _step(self, input_ids: Any, cache: Any) -> GlobalLocalCausalLMOutput:
         """Logits behind one token more in each sequence: input_ids int64 [B, 1]."""
         logits = self._step_graphs.run(self, input_ids[:, 0], cache)
         cache.stepped()
         return GlobalLocalCausalLMOutput(logits=logits, cache=cache)
 
-    def _can_step(self, cache: GlobalLocalCache) -> bool:
-        if self.training or torch.is_grad_enabled() or cache.position is None:
+    def _can_step(self, input_ids: Tensor | None, cache: GlobalLocalCache | None) -> bool:
+        one = input_ids is not None and input_ids.shape[1] == 1
+        if not one or cache is None or cache.position is None or self.training or torch.is_grad_enabled():
             return False
         if torch.is_autocast_enabled(cache.position.device.type):
             return False

@@ -4,11 +4,23 @@ Shapes and symbols as in `configuration_globallocal.py`.
 """
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from torch import Tensor
 from transformers.utils.generic import ModelOutput
 
 from .decoding_globallocal import GlobalLocalCache
+
+
+class Routing(NamedTuple):
+    """What each token read: where its blocks looked, and which pool rows its routers chose.
+
+    Per block there are two routers, the attention's and the block's own; padding has values too.
+    """
+
+    gates: Tensor  # at least float32 [B, S, L], 1 is local, 0 global
+    rows: Tensor  # int64 [B, S, L, 2, k], the largest share first
+    shares: Tensor  # at least float32 [B, S, L, 2, k], of the mixture; their sum is 1
 
 
 @dataclass
@@ -45,6 +57,7 @@ class GlobalLocalCausalLMOutput(ModelOutput):
             use, [L, 2] each.
         cache: state for the next tokens, if asked for.
         hidden_states: the embedding and every block's output, if asked for.
+        routing: what each token read, if asked for.
     """
 
     loss: Tensor | None = None
@@ -54,6 +67,7 @@ class GlobalLocalCausalLMOutput(ModelOutput):
     router_statistics: dict[str, Tensor] | None = None
     cache: GlobalLocalCache | None = None
     hidden_states: tuple[Tensor, ...] | None = None
+    routing: Routing | None = None
 
     @property
     def past_key_values(self) -> GlobalLocalCache | None:

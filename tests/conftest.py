@@ -52,6 +52,38 @@ def small_dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "data"
 
 
+@pytest.fixture(scope="session")
+def tiny_export(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An exported folder of a small model that was never trained: vocabulary 512, and weights of some size."""
+    import torch
+
+    from model.configuration_globallocal import GlobalLocalConfig
+    from model.modeling_globallocal import GlobalLocalForCausalLM
+
+    folder = tmp_path_factory.mktemp("tiny") / "export"
+    globallocal("tokenizer", "--source", "sample", "--vocab-size", 512, "--output", folder)
+    torch.manual_seed(0)
+    config = GlobalLocalConfig(
+        vocab_size=512,
+        hidden_size=32,
+        num_hidden_layers=2,
+        pool_size=64,
+        pool_dim=32,
+        router_hidden_size=32,
+        conv_dilations=[[1, 2], [4]],
+        router_context="summary",
+        max_position_embeddings=64,
+        **{"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 3},
+    )
+    model = GlobalLocalForCausalLM(config)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += 0.1 * torch.randn_like(parameter)
+        model.lm_head.bias[2] = -30  # no text ends by itself
+    model.save_pretrained(folder)
+    return folder
+
+
 def globallocal(*arguments: object, expect: int = 0, **environment: str) -> subprocess.CompletedProcess[str]:
     """Run the command line as a user does; `expect` is the exit code."""
     run = subprocess.run(

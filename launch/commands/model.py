@@ -1,4 +1,4 @@
-"""`globallocal evaluate | generate | export`: what is done with a trained model."""
+"""`globallocal evaluate | export`: what is made of a trained model."""
 
 from __future__ import annotations
 
@@ -29,7 +29,6 @@ class Dtype(StrEnum):
 
 def register(app: typer.Typer) -> None:
     app.command()(evaluate)
-    app.command()(generate)
     app.command()(export)
 
 
@@ -104,26 +103,6 @@ def show_result(result: HeldOut, text: HeldOutText) -> None:
     typer.echo(f"token perplexity  {total.token_perplexity:.2f}")
     typer.echo(f"word perplexity   {total.word_perplexity:.2f}")
     typer.echo(f"bits per byte     {total.bits_per_byte:.4f}")
-
-
-def generate(
-    path: ModelPath,
-    prompt: Annotated[list[str], typer.Option(help="Text to continue; may be given several times.")],
-    max_new_tokens: Annotated[int, typer.Option(min=1, max=100_000, help="Tokens added to each prompt.")] = 64,
-    seed: Annotated[int, typer.Option(min=0, max=2**31 - 1, help="Same seed, same text.")] = 0,
-) -> None:
-    """Continue prompts by sampling (temperature 0.8, the 50 likeliest tokens).
-
-    Example:
-
-        globallocal generate runs/quickstart/export --prompt "The history of"
-    """
-    from pipeline.evaluation.generate import continuations
-    from pipeline.export.load import best_device, load_model
-
-    loaded, device = load_model(path), best_device()
-    for text in continuations(loaded.model.to(device), loaded.tokenizer, prompt, max_new_tokens, device, seed):
-        typer.echo(text)
 
 
 def export(

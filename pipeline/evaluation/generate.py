@@ -5,11 +5,7 @@ from typing import Any
 
 import torch
 
-
-def prompt_ids(tokenizer: Any, prompt: str) -> torch.Tensor:
-    """int64 [1, n]; an empty prompt begins as a document does, behind the token that ends the one before."""
-    ids = tokenizer(prompt, add_special_tokens=False).input_ids
-    return torch.tensor([ids or [tokenizer.eos_token_id]], dtype=torch.int64)
+from pipeline.generation.sampling import Sampling, prompt_ids
 
 
 @torch.no_grad()
@@ -37,14 +33,14 @@ def continuations(
         torch.manual_seed(seed)
         for prompt in prompts:
             before_text()
-            ids = prompt_ids(tokenizer, prompt).to(device)
+            ids = torch.tensor([prompt_ids(tokenizer, prompt)], device=device)
             output = model.generate(
                 input_ids=ids,
                 attention_mask=torch.ones_like(ids),
                 max_new_tokens=max_new_tokens,
                 do_sample=True,
-                temperature=0.8,
-                top_k=50,
+                temperature=Sampling.temperature,
+                top_k=Sampling.top_k,
             )
             texts.append(tokenizer.decode(output[0], skip_special_tokens=True))
     model.train(training)

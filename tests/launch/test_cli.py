@@ -11,7 +11,7 @@ IN_ORDER = [
     *("tokenizer", "prepare", "verify", "inspect"),
     *("estimate", "rehearse", "doctor", "train", "launch"),
     *("runs", "report"),
-    *("evaluate", "generate", "export"),
+    *("evaluate", "export", "generate", "serve"),
 ]
 
 
