@@ -61,7 +61,8 @@ class Service:
         await run_in_threadpool(self.worker.close)
 
     async def page(self, request: Request) -> Response:
-        return HTMLResponse(page(self.server), headers={"Content-Security-Policy": "frame-ancestors 'none'"})
+        text = page(self.server, str(request.base_url).rstrip("/"))
+        return HTMLResponse(text, headers={"Content-Security-Policy": "frame-ancestors 'none'"})
 
     async def models(self, request: Request) -> Response:
         return JSONResponse({"object": "list", "data": [self._card()]})

@@ -6,9 +6,13 @@ import signal
 import socket
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from data_prep.errors import UserError
 from launch.serve.limits import GRACE_SECONDS, Limits
+
+if TYPE_CHECKING:
+    from launch.serve.app import Service
 
 
 def serve(path: Path, host: str, port: int, limits: Limits, say: Callable[[str], None]) -> None:
@@ -22,37 +26,42 @@ def serve(path: Path, host: str, port: int, limits: Limits, say: Callable[[str],
     Raises:
         UserError: there is no model at `path`, or the address cannot be had.
     """
-    listening = listen(host, port)
-    import uvicorn
+    with listen(host, port) as listening:
+        import uvicorn
 
+        service = ready_service(path, limits)
+        config = uvicorn.Config(
+            service.app(), log_level="warning", access_log=False, timeout_graceful_shutdown=GRACE_SECONDS
+        )
+        # uvicorn sends itself again what it has heard; to have ended cleanly is no failure.
+        before = {number: signal.signal(number, lambda *_: None) for number in (signal.SIGTERM, signal.SIGINT)}
+        try:
+            address = f"[{host}]" if ":" in host else host
+            port = listening.getsockname()[1]
+            say(f"http://{address}:{port}  serves {service.server.name}; Ctrl-C or SIGTERM ends it")
+            uvicorn.Server(config).run(sockets=[listening])
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+    say("ended: no text was under way, or its time was up")
+
+
+def ready_service(path: Path, limits: Limits) -> Service:
+    """The model in memory; what is made at the first step is made now."""
     from launch.serve.app import Service
     from launch.serve.metrics import Metrics
     from launch.serve.protocol import Server
-    from pipeline.export.load import Loaded, best_device, load_model
+    from pipeline.export.load import best_device, load_model
     from pipeline.generation.decoder import Decoder, Request
     from pipeline.generation.sampling import Sampling
 
-    loaded: Loaded = load_model(path)
+    loaded = load_model(path)
     name = loaded.state.config["run"]["name"] if loaded.state else name_of(path)
     decoder = Decoder(loaded.model, loaded.tokenizer, best_device())
-    decoder.join(Request([decoder.model.config.eos_token_id or 0], Sampling(max_new_tokens=2)))
-    while decoder.rows:  # what is made at the first step is made now
+    decoder.join(Request([0], Sampling(max_new_tokens=2)))
+    while decoder.rows:
         decoder.step()
-    described = Server(name, loaded.tokenizer, decoder.model.config.vocab_size, limits)
-    service = Service(described, decoder, Metrics())
-    config = uvicorn.Config(
-        service.app(), log_level="warning", access_log=False, timeout_graceful_shutdown=GRACE_SECONDS
-    )
-    # uvicorn sends itself again what it has heard; to have ended cleanly is no failure.
-    before = {number: signal.signal(number, lambda *_: None) for number in (signal.SIGTERM, signal.SIGINT)}
-    try:
-        address = f"[{host}]" if ":" in host else host
-        say(f"http://{address}:{listening.getsockname()[1]}  serves {name}; Ctrl-C or SIGTERM ends it")
-        uvicorn.Server(config).run(sockets=[listening])
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-    say("ended: no text was under way, or its time was up")
+    return Service(Server(name, loaded.tokenizer, decoder.model.config.vocab_size, limits), decoder, Metrics())
 
 
 def listen(host: str, port: int) -> socket.socket:

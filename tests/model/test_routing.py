@@ -50,10 +50,10 @@ def test_sequences_of_any_length_join_a_batch_between_steps():
         model(ids[:1, at : at + 1], cache=cache)
     for row, length in ((1, 9), (2, 2)):
         cache.append(model(ids[row : row + 1, :length], cache=cache.empty(), use_cache=True).cache)
-    at = [7, 9, 2]
+    lengths = [7, 9, 2]
     for step in range(5):
-        column = torch.stack([ids[row, at[row] + step] for row in range(3)]).unsqueeze(1)
+        column = torch.stack([ids[row, length + step] for row, length in enumerate(lengths)]).unsqueeze(1)
         logits = model(column, cache=cache).logits[:, 0]
-        for row in range(3):
-            alone = model(ids[row : row + 1, : at[row] + step + 1], use_cache=False).logits[0, -1]
+        for row, length in enumerate(lengths):
+            alone = model(ids[row : row + 1, : length + step + 1], use_cache=False).logits[0, -1]
             assert (logits[row] - alone).abs().max() < 1e-12
