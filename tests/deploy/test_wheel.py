@@ -51,6 +51,11 @@ def run(*command: object, cwd: Path | None = None, codes: tuple[int, ...] = (0,)
 def test_the_installed_files_are_those_that_run(python: Path, tmp_path: Path) -> None:
     where = run(python, "-c", "import launch, pipeline; print(launch.__file__, pipeline.__file__)", cwd=tmp_path)
     assert where.count("clean/lib") == 2
+    page = (
+        "from launch.serve.limits import Limits; from launch.serve.page import page;"
+        "from launch.serve.protocol import Server; print(len(page(Server('x', None, 1, Limits()), '')))"
+    )
+    assert int(run(python, "-c", page, cwd=tmp_path)) > 10_000
     globallocal = python.with_name("globallocal")
     assert run(globallocal, "--version", cwd=tmp_path).startswith("globallocal 0.")
     assert "parameters" in run(globallocal, "estimate", "--preset", "small", cwd=tmp_path)
