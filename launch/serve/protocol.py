@@ -133,11 +133,12 @@ class Completion(BaseModel):
         return texts
 
     @model_validator(mode="after")
-    def _together(self) -> Completion:
-        sequences = len(self.prompt) * self.n
+    def _together(self, info: ValidationInfo) -> Completion:
+        limits = _server(info).limits
+        most = min(MOST_SEQUENCES, limits.max_batch + limits.max_waiting)  # more would never find room
         problems = []
-        if sequences > MOST_SEQUENCES:
-            problems.append(f"prompt, n: {len(self.prompt)} × {self.n} texts; the limit is {MOST_SEQUENCES}")
+        if len(self.prompt) * self.n > most:
+            problems.append(f"prompt, n: {len(self.prompt)} × {self.n} texts; the limit is {most}")
         if self.best_of is not None and self.best_of != self.n:
             problems.append(f"best_of: is {self.best_of}; only n, {self.n}, is known: leave it out")
         if self.echo and self.logprobs is not None:

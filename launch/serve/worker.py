@@ -88,8 +88,10 @@ class Worker(threading.Thread):
         self.join()
 
     def run(self) -> None:
-        while self._next():
+        going = True
+        while going:
             try:
+                going = self._next()
                 self._step()
             except Exception:
                 traceback.print_exc(file=sys.stderr)
@@ -118,7 +120,7 @@ class Worker(threading.Thread):
 
     def _step(self) -> None:
         """One token more for every row."""
-        if not self._running:
+        if self._closing or not self._running:
             return
         pieces = {id(row): piece for row, piece in self._decoder.step()}
         self._metrics.add("steps_total")

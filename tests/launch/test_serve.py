@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import http.client
 import json
+import math
 import os
+import queue
 import re
 import signal
 import subprocess
@@ -19,9 +21,15 @@ from typing import Any
 
 import pytest
 import requests
+import torch
 
-from launch.serve.limits import MOST_BODY_BYTES, MOST_SEQUENCES
+from launch.serve.limits import MOST_BODY_BYTES, MOST_SEQUENCES, Limits
+from launch.serve.metrics import Metrics
 from launch.serve.protocol import Completion
+from launch.serve.worker import Job, Worker
+from pipeline.export.load import load_model
+from pipeline.generation.decoder import Decoder, Piece, Request
+from pipeline.generation.sampling import Sampling
 from tests.conftest import ROOT, globallocal
 
 LIMITS = ["--max-batch", "4", "--max-waiting", "6", "--max-prompt-tokens", "100", "--max-new-tokens", "20000"]
@@ -143,7 +151,7 @@ WRONG: list[tuple[Any, list[str]]] = [
     ({"prompt": "a", "max_tokens": "8"}, ["max_tokens: is '8';"]),
     ({"prompt": "a", "temperature": -0.5, "top_p": 0, "n": 0}, ["temperature: is -0.5;", "top_p: is 0;", "n: is 0;"]),
     ({"prompt": "a", "n": MOST_SEQUENCES + 1}, ["n: is 129;"]),
-    ({"prompt": ["a"] * 100, "n": 2}, ["prompt, n: 100 × 2 texts; the limit is 128"]),
+    ({"prompt": ["a"] * 100, "n": 2}, ["prompt, n: 100 × 2 texts; the limit is 10"]),
     ({"prompt": ["a"] * 1000}, ["prompt: holds 1,000 prompts; the limit is 128"]),
     ({"prompt": "word " * 500}, ["prompt: has ", "the limit of this server is 100"]),
     ({"prompt": 5}, ["prompt: must be a text"]),
@@ -270,6 +278,29 @@ def test_a_client_that_leaves_frees_its_places(server: Running) -> None:
     assert not waiting.is_alive()
     server.wait_for("decoding", 0)
     assert server.value("cancelled_total") == cancelled + 2
+
+
+def test_a_step_that_fails_fails_its_texts_and_no_others(tiny_export: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    loaded = load_model(tiny_export)
+    metrics = Metrics()
+    worker = Worker(Decoder(loaded.model, loaded.tokenizer, torch.device("cpu")), Limits(), metrics)
+    told: queue.Queue[Piece | None] = queue.Queue()
+    jobs = [Job(Request([5], Sampling(max_new_tokens=2)), told.put) for _ in range(2)]
+    bias = loaded.model.lm_head.bias
+    before = bias[0].item()
+    with torch.no_grad():
+        bias[0] = math.nan
+    worker.start()
+    worker.submit(jobs[:1])
+    assert told.get(timeout=60) is None
+    with torch.no_grad():
+        bias[0] = before
+    worker.submit(jobs[1:])
+    pieces = [told.get(timeout=60) for _ in range(2)]
+    assert [piece and piece.finish_reason for piece in pieces] == [None, "length"]
+    worker.close()
+    assert "globallocal_failures_total 1\n" in metrics.text()
+    assert "not finite" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("signal_number", [signal.SIGTERM, signal.SIGINT])
