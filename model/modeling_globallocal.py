@@ -256,8 +256,7 @@ class GlobalLocalForCausalLM(GlobalLocalPreTrainedModel, GenerationMixin):
         has_labels = labels is not None or shift_labels is not None
         plain = attention_mask is None and inputs_embeds is None and use_cache is not False
         if plain and not (has_labels or output_hidden_states or output_routing) and self._can_step(input_ids, cache):
-            output = self._step(input_ids, cache)
-            return output if return_dict else output.to_tuple()
+            return self._step(input_ids, cache, return_dict)
         use_cache = False if use_cache is None and has_labels else use_cache
         with watched_routing(self.model) if output_routing else nullcontext() as watch:
             base = self.model(input_ids, attention_mask, inputs_embeds, cache, use_cache, output_hidden_states)
@@ -279,11 +278,12 @@ class GlobalLocalForCausalLM(GlobalLocalPreTrainedModel, GenerationMixin):
         )
         return output if return_dict else output.to_tuple()
 
-    def _step(self, input_ids: Any, cache: Any) -> GlobalLocalCausalLMOutput:
-        """Logits behind one token more in each sequence: input_ids int64 [B, 1]."""
-        logits = self._step_graphs.run(self, input_ids[:, 0], cache)
+    def _step(self, ids: Any, cache: Any, return_dict: bool) -> GlobalLocalCausalLMOutput | tuple[Any, ...]:
+        """Logits behind one token more in each sequence: ids int64 [B, 1]."""
+        logits = self._step_graphs.run(self, ids[:, 0], cache)
         cache.stepped()
-        return GlobalLocalCausalLMOutput(logits=logits, cache=cache)
+        output = GlobalLocalCausalLMOutput(logits=logits, cache=cache)
+        return output if return_dict else output.to_tuple()
 
     def _can_step(self, input_ids: Tensor | None, cache: GlobalLocalCache | None) -> bool:
         one = input_ids is not None and input_ids.shape[1] == 1
