@@ -70,7 +70,7 @@ class Written:
     sha256: str
 
 
-class DeferringCheckpointEngine(CheckpointEngine):
+class DeferringCheckpointEngine(CheckpointEngine):  # type: ignore[misc]
     """What DeepSpeed would write, kept in `files` for `write_files`: `save_checkpoint` touches no disk.
 
     Nothing is raised while it does: a rank that left `save_checkpoint` early would leave the others in its

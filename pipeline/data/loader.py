@@ -58,7 +58,8 @@ class BatchLayout:
     def position(self, step: Whole, micro_step: Whole, rank: int, sample: int) -> Whole:
         """Position in the order of all samples of one sample of a rank's micro-batch; `step` counts global batches."""
         micro_step_samples = self.micro_batch_size * self.world_size
-        return step * self.global_batch_size + micro_step * micro_step_samples + rank * self.micro_batch_size + sample
+        first: Whole = step * self.global_batch_size + micro_step * micro_step_samples
+        return first + rank * self.micro_batch_size + sample
 
     def first_step(self, consumed_samples: int) -> int:
         """The step after `consumed_samples`. Raises UserError if that is not a whole number of steps."""

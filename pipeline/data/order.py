@@ -29,7 +29,8 @@ def mix(value: np.ndarray) -> np.ndarray:
     """
     value = (value ^ (value >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     value = (value ^ (value >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return value ^ (value >> np.uint64(31))
+    mixed: np.ndarray = value ^ (value >> np.uint64(31))
+    return mixed
 
 
 def order_key(seed: int, number: int | np.ndarray) -> np.ndarray:
@@ -162,11 +163,11 @@ class WindowedOrder:
         place = start + permute(place - start, length, window_key)
         block, offset = np.divmod(place, self.block_samples)
         if self.num_blocks == 0:
-            return place
+            return np.asarray(place)
         whole = block < self.num_blocks
         block_key = order_key(~self.seed, epoch)
         moved = permute(np.where(whole, block, 0), self.num_blocks, block_key)
-        return np.where(whole, moved, block) * self.block_samples + offset
+        return np.asarray(np.where(whole, moved, block) * self.block_samples + offset)
 
     def window(self, position: int) -> int:
         """Number of the window, counted over all epochs, that a position lies in."""

@@ -90,7 +90,8 @@ class TokenStream:
         Raises UserError if a shard is missing, shorter than recorded, or cannot be read, and IndexError for
         tokens outside the stream.
         """
-        return self.read_rows(np.array([start]), count)[0]
+        row: np.ndarray = self.read_rows(np.array([start]), count)[0]
+        return row
 
     def read_rows(self, starts: np.ndarray, count: int) -> np.ndarray:
         """Tokens [start, start + count) of each start, read-only [len(starts), count]; raises as `read`."""

@@ -34,8 +34,8 @@ def resolve_precision(wanted: str, world: World) -> str:
 
 def has_bf16(device: torch.device) -> bool:
     if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
+    return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
 
 
 def deepspeed_config(config: RunConfig, layout: BatchLayout | None, precision: str) -> dict[str, Any]:
@@ -181,7 +181,7 @@ def initialize(model: nn.Module, config: RunConfig, settings: dict[str, Any]) ->
     offload = device(zero, "offload_optimizer")
     groups = parameter_groups(model, config.optimizer.weight_decay)
     optimizer = build_optimizer(groups, config.optimizer, offload != "none")
-    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=settings)
+    engine: Engine = deepspeed.initialize(model=model, optimizer=optimizer, config=settings)[0]
     deepspeed.checkpointing.configure(None, deepspeed_config=settings)  # its activation_checkpointing section
     clip_by_the_norm_that_is_checked(engine)
     let_the_loss_scale_fall(engine)

@@ -256,7 +256,7 @@ def parse_settings(settings: dict[str, Any], rank: int, world_size: int) -> Any:
     """
     from deepspeed.runtime.config import DeepSpeedConfig
 
-    class RankSettings(DeepSpeedConfig):
+    class RankSettings(DeepSpeedConfig):  # type: ignore[misc]
         def _configure_train_batch_size(self) -> None:
             self.world_size, self.global_rank = world_size, rank
             super()._configure_train_batch_size()

@@ -45,7 +45,8 @@ def build_optimizer(groups: list[dict[str, Any]], settings: OptimizerSection, of
     if offload:
         from deepspeed.ops.adam import DeepSpeedCPUAdam
 
-        return DeepSpeedCPUAdam(groups, adamw_mode=True, **shared)
+        offloaded: torch.optim.Optimizer = DeepSpeedCPUAdam(groups, adamw_mode=True, **shared)
+        return offloaded
     fused = all(parameter.is_cuda for group in groups for parameter in group["params"])
     return torch.optim.AdamW(groups, fused=fused, **shared)
 

@@ -100,7 +100,7 @@ class MlflowRun:
             experiment = client.get_experiment_by_name(self._experiment.name)
         if experiment is None:
             try:
-                return client.create_experiment(self._experiment.name, tags=EXPERIMENT_TAGS)
+                return str(client.create_experiment(self._experiment.name, tags=EXPERIMENT_TAGS))
             except Exception as error:  # another run may have made it meanwhile
                 if getattr(error, "error_code", None) != "RESOURCE_ALREADY_EXISTS":
                     raise
@@ -115,10 +115,10 @@ class MlflowRun:
         for name, value in EXPERIMENT_TAGS.items():
             if name not in experiment.tags:
                 client.set_experiment_tag(experiment.experiment_id, name, value)
-        return experiment.experiment_id
+        return str(experiment.experiment_id)
 
     def experiment_of_run(self, run_id: str) -> str:
-        return self.client().get_run(run_id).info.experiment_id
+        return str(self.client().get_run(run_id).info.experiment_id)
 
     def find(self) -> list[str]:
         """Ids of the runs that carry our key, oldest first."""
@@ -132,7 +132,7 @@ class MlflowRun:
     def exists(self, run_id: str) -> bool:
         """False when the run is unknown or deleted; raises when the store does not answer."""
         try:
-            return self.client().get_run(run_id).info.lifecycle_stage == "active"
+            return bool(self.client().get_run(run_id).info.lifecycle_stage == "active")
         except Exception as error:
             if getattr(error, "error_code", None) == "RESOURCE_DOES_NOT_EXIST":
                 return False
@@ -140,7 +140,8 @@ class MlflowRun:
 
     def create(self) -> str:
         tags = {RUN_KEY_TAG: self._run_key}
-        return self.client().create_run(self.experiment_id(), run_name=self._run_name, tags=tags).info.run_id
+        run = self.client().create_run(self.experiment_id(), run_name=self._run_name, tags=tags)
+        return str(run.info.run_id)
 
     def adopt(self, run_id: str) -> dict[str, int]:
         """Puts our key on a run made elsewhere; returns the highest step per metric it holds."""
