@@ -12,6 +12,8 @@ ROOT = Path(__file__).parents[1]
 REAL_TEXT = ROOT.parent / "shared" / "data"
 
 
+pytest_plugins = ["tests.leftovers"]
+
 SHARE_TRAINED_RUNS = {"test_checkpoint.py", "test_export.py", "test_training.py"}
 
 

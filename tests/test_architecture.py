@@ -270,3 +270,13 @@ def is_given(node: ast.FunctionDef | ast.AsyncFunctionDef) -> bool:
     """A Triton kernel, or a method whose signature transformers fixes."""
     kernel = any(ast.unparse(item).startswith("triton.jit") for item in node.decorator_list)
     return kernel or node.name == "forward" or node.name.startswith("prepare_")
+
+
+def test_no_test_imports_another() -> None:
+    """What several tests use lies in a file of its own, so that each can be run, moved and deleted alone."""
+    wrong = []
+    for path in sorted((ROOT / "tests").rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").rpartition(".")[2].startswith("test_"):
+                wrong.append(f"{path.relative_to(ROOT)}:{node.lineno} imports {node.module}")
+    assert wrong == []

@@ -29,7 +29,7 @@ from pipeline.tracking.node import NodeMonitor
 from pipeline.tracking.tracker import LocalTracker, NullTracker
 from pipeline.trainer import Trainer
 from tests.launch.memory_ranks import peak_of_training
-from tests.launch.test_memory import MODEL
+from tests.launch.small_model import MODEL
 from tests.pipeline.ranks import Run, tiny_overrides
 
 TURNS = 3

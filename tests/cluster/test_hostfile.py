@@ -18,8 +18,8 @@ from tests.cluster.hosts import NETWORK, Cluster
 from tests.cluster.hosts import run as command
 from tests.cluster.jobs import SECONDS, Run, words
 from tests.conftest import ROOT
+from tests.pipeline.mlflow_server import Server
 from tests.pipeline.servers_fixture import s3_server, wait_until
-from tests.pipeline.test_tracking_outages import Server
 
 AWKWARD = "a b  (c) $HOME `id` \"quoted\" 'single' \\ back % %h * ; & | < > é\tend"
 

@@ -9,7 +9,7 @@ from pipeline.checkpoints.folder import list_checkpoints, lock, step_of
 from pipeline.config import load_config
 from pipeline.files import step_name
 from pipeline.settings.sections import Retention
-from tests.pipeline.test_retention import save
+from tests.pipeline.saved_checkpoints import save
 
 LOSSES = {10: 4.0, 20: 3.0, 30: 3.5, 40: None}
 

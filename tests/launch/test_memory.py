@@ -8,22 +8,10 @@ import pytest
 
 from launch.preflight.estimate import Machine, estimate
 from pipeline.config import load_config
+from tests.launch.small_model import MODEL
 from tests.pipeline.ranks import outputs, start_ranks, wait
 
 STAGES = (0, 1, 2, 3)
-MODEL = [
-    "model.hidden_size=256",
-    "model.num_hidden_layers=4",
-    "model.vocab_size=512",
-    "model.pool_size=512",
-    "model.pool_dim=64",
-    "model.router_hidden_size=64",
-    "data.sequence_length=64",
-    "data.dataset=none",
-    "training.global_batch_size=8",
-    "training.micro_batch_size=2",
-    "training.precision=fp32",
-]
 
 
 @pytest.fixture(scope="module")

@@ -5,17 +5,13 @@ from __future__ import annotations
 import http.client
 import json
 import math
-import os
 import queue
 import re
 import signal
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -31,51 +27,9 @@ from pipeline.export.load import load_model
 from pipeline.generation.decoder import Decoder, Piece, Request
 from pipeline.generation.sampling import Sampling
 from tests.conftest import ROOT, globallocal
+from tests.launch.serving import Running, served
 
 LIMITS = ["--max-batch", "4", "--max-waiting", "6", "--max-prompt-tokens", "100", "--max-new-tokens", "20000"]
-
-
-class Running:
-    """A server of the tests."""
-
-    def __init__(self, process: subprocess.Popen[str], address: str) -> None:
-        self.process, self.address = process, address
-
-    def post(self, body: Any = None, **more: Any) -> requests.Response:
-        return requests.post(f"{self.address}/v1/completions", **({"json": body} | more), timeout=60)
-
-    def get(self, path: str) -> requests.Response:
-        return requests.get(self.address + path, timeout=60)
-
-    def value(self, name: str) -> float:
-        (line,) = re.findall(rf"^globallocal_{re.escape(name)} (\S+)$", self.get("/metrics").text, re.M)
-        return float(line)
-
-    def wait_for(self, name: str, value: float) -> None:
-        until = time.monotonic() + 60
-        while self.value(name) != value:
-            assert time.monotonic() < until, f"{name} is {self.value(name)}, not {value}"
-            time.sleep(0.05)
-
-
-@contextmanager
-def served(path: Path, *words: str) -> Iterator[Running]:
-    process = subprocess.Popen(
-        [sys.executable, "-m", "launch", "serve", str(path), "--port", "0", *words],
-        cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    try:
-        assert process.stdout
-        address = process.stdout.readline().split(" ")[0]
-        assert address.startswith("http://127.0.0.1:"), process.stderr.read() if process.stderr else ""
-        yield Running(process, address)
-    finally:
-        process.kill()
-        process.communicate()
 
 
 @pytest.fixture(scope="module")

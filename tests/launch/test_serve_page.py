@@ -9,7 +9,7 @@ import pytest
 import requests
 
 from tests.launch.browser import Page, browser
-from tests.launch.test_serve import Running, served
+from tests.launch.serving import Running, served
 
 
 @pytest.fixture(scope="module")

@@ -2,7 +2,6 @@
 
 from pathlib import Path
 
-from tests.launch.test_cli import IN_ORDER
 from tests.torture.inputs_commands import cases, commands, faults
 
 STRIDE = 13  # prime to the number of values, so that every option and every value is met
@@ -10,6 +9,5 @@ STRIDE = 13  # prime to the number of values, so that every option and every val
 
 def test_every_command_with_wrong_options_ends_in_one_line_a_problem(tmp_path: Path) -> None:
     every = list(cases())
-    assert {words[0] for words in commands()} == {*IN_ORDER, "checkpoints"}
-    assert {case.words[0] for case in every[::STRIDE]} == {*IN_ORDER, "checkpoints"}
+    assert {case.words[0] for case in every[::STRIDE]} == {words[0] for words in commands()}
     assert faults(every[::STRIDE], tmp_path) == []

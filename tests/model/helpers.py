@@ -51,3 +51,13 @@ def reference_weights(model: GlobalLocalForCausalLM) -> reference.Weights:
         name: tensor.detach().clone().requires_grad_(name != "model.pool")
         for name, tensor in model.state_dict().items()
     }
+
+
+LAYOUTS = {
+    "token": {"router_context": "token"},
+    "summary": {"router_context": "summary"},
+    "post-norm": {"router_context": "summary", "norm_placement": "post"},
+    "product keys": {"router_scores": "product_key", "pool_size": 20, "router_hidden_size": 10, "router_top_k": 5},
+    "wide pool": {"pool_dim": 16},
+    "one tap": {"conv_kernel_size": 1},
+}

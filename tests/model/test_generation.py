@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from model import decoding_globallocal as decoding
-from tests.model.helpers import make_model, random_ids, tiny_config
+from tests.model.helpers import LAYOUTS, make_model, random_ids, tiny_config
 
 CONFIG = {"eos_token_id": 30, "pad_token_id": 0, "bos_token_id": 1}
 
@@ -78,16 +78,6 @@ def test_cache_does_not_grow(model):
     later = model(prompt_ids(model.config, 1, 200), cache=first, use_cache=True).cache
     assert cache_bytes(later) == size
     assert [t.shape[1] for t in later.history] == [5, 9]  # 1 + (K − 1) · the largest dilation of each layer
-
-
-LAYOUTS = {
-    "token": {"router_context": "token"},
-    "summary": {"router_context": "summary"},
-    "post-norm": {"router_context": "summary", "norm_placement": "post"},
-    "product keys": {"router_scores": "product_key", "pool_size": 20, "router_hidden_size": 10, "router_top_k": 5},
-    "wide pool": {"pool_dim": 16},
-    "one tap": {"conv_kernel_size": 1},
-}
 
 
 def decoded(model, ids, pieces, cache=None):

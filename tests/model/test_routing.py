@@ -3,8 +3,7 @@
 import pytest
 import torch
 
-from tests.model.helpers import make_model, random_ids, tiny_config
-from tests.model.test_generation import LAYOUTS
+from tests.model.helpers import LAYOUTS, make_model, random_ids, tiny_config
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

@@ -20,10 +20,10 @@ from pipeline.data.corpus import open_corpus
 from pipeline.data.mixture import MixtureSource
 from pipeline.settings.sections import DataSection
 from tests.conftest import globallocal
+from tests.pipeline.comparing import assert_same_state, losses_of
 from tests.pipeline.dataset_fixture import cut, write_dataset, write_stream
 from tests.pipeline.ranks import Run, run_ranks
 from tests.pipeline.servers_fixture import s3_dataset
-from tests.pipeline.test_training import assert_same_state, losses_of
 
 LAST = "checkpoints/step-00000006"
 

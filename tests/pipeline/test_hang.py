@@ -13,6 +13,7 @@ from pipeline.distributed.watchdog import Beat, explain, suspects
 from pipeline.exit_codes import HANG
 from pipeline.metrics import StepSeconds, find_straggler, times_per_step
 from tests.conftest import ROOT
+from tests.pipeline.comparing import said
 from tests.pipeline.hangs import write_plan
 from tests.pipeline.moments import Moment
 from tests.pipeline.ranks import environment
@@ -45,10 +46,6 @@ def hung(tmp_path_factory: pytest.TempPathFactory, small_dataset: Path) -> tuple
             check=True,
         )
     return folder, json.loads((folder / "results.json").read_text())
-
-
-def said(folder: Path) -> str:
-    return "".join(item.read_text() for item in sorted(folder.glob("rank-*.out")))
 
 
 @pytest.mark.parametrize("phase", ASLEEP)

@@ -9,10 +9,10 @@ import pytest
 from deepspeed.accelerator import get_accelerator
 
 from pipeline.checkpoints.folder import list_checkpoints, read_state
+from tests.pipeline.comparing import assert_same_state, losses_of
 from tests.pipeline.moments import Moment
 from tests.pipeline.poison import Poison
 from tests.pipeline.ranks import Run, run_ranks, start_plan
-from tests.pipeline.test_training import assert_same_state, losses_of
 
 Runs = dict[str, dict[str, Any]]
 

@@ -15,9 +15,8 @@ from launch.jobs.session import TRAIN_PROGRAM
 from pipeline.checkpoints.folder import JOB_VARIABLE, list_checkpoints, step_of
 from pipeline.exit_codes import PREEMPTED
 from tests.conftest import ROOT
+from tests.pipeline.comparing import assert_same_state, living, losses_of
 from tests.pipeline.ranks import Run, environment, outputs, start_ranks, tiny_overrides, wait
-from tests.pipeline.test_stop import living
-from tests.pipeline.test_training import assert_same_state, losses_of
 
 STEPS = 40
 LAST = f"checkpoints/step-{STEPS:08d}"

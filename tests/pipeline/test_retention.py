@@ -16,12 +16,11 @@ from hypothesis import strategies as st
 
 from pipeline.checkpoints import folder as checkpoint
 from pipeline.checkpoints import write as checkpoint_io
-from pipeline.checkpoints.fingerprint import Fingerprint
-from pipeline.checkpoints.folder import SAVING, CheckpointState
+from pipeline.checkpoints.folder import SAVING
 from pipeline.checkpoints.retention import Entry, prune, reasons
-from pipeline.evaluation.figures import Evaluation, Figures, HeldOut
 from pipeline.files import step_name
 from pipeline.settings.sections import Retention
+from tests.pipeline.saved_checkpoints import save, state
 
 ENTRIES = st.lists(
     st.builds(Entry, st.integers(1, 40), st.none() | st.floats(0, 10), st.booleans()),
@@ -45,42 +44,6 @@ def test_what_is_kept_is_what_the_settings_say(entries: list[Entry], retention: 
         assert {step for step in whole if step % retention.keep_every_steps == 0} <= kept
     most = retention.keep_last + retention.keep_best
     assert len([step for step in kept if step % (retention.keep_every_steps or 10**9)]) <= most
-
-
-def state(step: int, loss: float | None = None) -> CheckpointState:
-    return CheckpointState(
-        step=step,
-        consumed_samples=step,
-        consumed_tokens=step,
-        dataset_id="d",
-        tokenizer_sha256="t",
-        world_size=2,
-        zero_stage=2,
-        precision="fp32",
-        config={},
-        mlflow_run_id=None,
-        next_batch_hash="",
-        logit_fingerprint=Fingerprint(sha256="", values=[]),
-        seconds={},
-        evaluation=None if loss is None else Evaluation(step, HeldOut(Figures(loss))),
-        versions={},
-    )
-
-
-def save(root: Path, step: int, retention: Retention, loss: float | None = None, files: int = 4) -> list[str]:
-    """What the ranks' threads do, one after another: write, list, rename, prune."""
-    name = step_name(step)
-    building = root / f"{SAVING}{name}"
-    building.mkdir(parents=True, exist_ok=True)
-    written: dict[str, Any] = {}
-    for number in range(files):
-        content = {"weights": torch.full((1 << 15,), step), "small": torch.arange(number + 1)}
-        some, problems = checkpoint_io.write_files(building / name, {f"file-{number}.pt": content})
-        if problems:
-            return problems
-        written |= some
-    problems = checkpoint_io.commit(building / name, root / name, state(step, loss), written)
-    return problems or prune(root, retention, newest_step=step).problems
 
 
 def steps(root: Path) -> list[int]:

@@ -14,10 +14,10 @@ from pipeline.checkpoints.folder import read_state
 from pipeline.checkpoints.space import checkpoint_bytes, retained, size_bytes, start_problems
 from pipeline.settings.sections import Retention
 from tests.conftest import missing
+from tests.pipeline.comparing import plain
 from tests.pipeline.only_weights import only_weights
 from tests.pipeline.ranks import outputs, start_ranks, wait
 from tests.pipeline.saving import STAGES, WRITES
-from tests.pipeline.test_training import plain
 
 pytestmark = pytest.mark.timeout(1800)
 

@@ -5,12 +5,10 @@ import signal
 import subprocess
 import sys
 import time
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -21,9 +19,9 @@ from pipeline.config import load_config
 from pipeline.distributed.stop import plan
 from pipeline.exit_codes import PREEMPTED
 from tests.conftest import ROOT
+from tests.pipeline.comparing import Runs, assert_same_state, living, losses_of
 from tests.pipeline.moments import Moment
 from tests.pipeline.ranks import Run, environment, run_ranks, tiny_overrides
-from tests.pipeline.test_training import Runs, assert_same_state, losses_of
 
 
 @dataclass(frozen=True)
@@ -186,13 +184,3 @@ def test_through_the_launcher_a_signal_saves_and_leaves_nobody(tmp_path: Path, s
     assert job.wait(timeout=300) == PREEMPTED, (tmp_path / "output").read_text()
     assert verify(list_checkpoints(tmp_path / "run" / "checkpoints")[0]) == []
     assert living(tmp_path) == []
-
-
-def living(folder: Path) -> list[psutil.Process]:
-    """The processes that work for a folder."""
-    found = []
-    for process in psutil.process_iter():
-        with suppress(psutil.Error):
-            if process.status() != psutil.STATUS_ZOMBIE and str(folder) in " ".join(process.cmdline()):
-                found.append(process)
-    return found

@@ -27,11 +27,11 @@ from pipeline.tracking.history import CHECKPOINTS_TABLE
 from pipeline.tracking.journal import JOURNAL_FILE, read_journal
 from pipeline.tracking.opening import open_tracker, settle_run
 from pipeline.tracking.store import page_of_run_folder, run_page, tracking_uri
-from tests.pipeline.test_tracking_spool import file_size_limit
 from tests.pipeline.tracking_fixtures import (
     DATASET,
     Config,
     empty_store,
+    file_size_limit,
     only_run,
     points,
     runs,

@@ -1,10 +1,7 @@
 """The spool: what was appended is read, whatever happened to the process or the disk."""
 
 import json
-import resource
 import string
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 from hypothesis import given
@@ -13,17 +10,7 @@ from mlflow.utils.validation import _validate_metric_name, _validate_param_name,
 
 from pipeline.tracking.history import NAME_LENGTH, History, clean_name
 from pipeline.tracking.spool import Spool
-
-
-@contextmanager
-def file_size_limit(size_bytes: int) -> Iterator[None]:
-    """Writes beyond this size fail, as on a full disk."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size_bytes, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+from tests.pipeline.tracking_fixtures import file_size_limit
 
 
 def records(spool: Spool) -> list[dict | None]:

@@ -1,63 +1,16 @@
 """Guarantees of a training run, on two real ranks."""
 
-import json
 import math
 import re
-from enum import Enum
 from pathlib import Path
-from typing import Any
 
 import pytest
-import torch
 
 from launch.report.page import page
 from launch.report.read import read_run
 from pipeline.metrics import SUMMARY
+from tests.pipeline.comparing import Runs, assert_same_state, losses_of
 from tests.pipeline.conftest import POLICIES, STAGES
-from tests.pipeline.only_weights import only_weights
-
-Runs = dict[str, dict[str, Any]]
-
-
-def losses_of(folder: Path, run: str, metric: str = "loss/train") -> dict[int, float]:
-    """Step → the metric, every bit of it, as the tracker recorded it; a step recorded twice is an error."""
-    losses: dict[int, float] = {}
-    for line in (folder / run / "tracking" / "spool.jsonl").read_text().splitlines():
-        record = json.loads(line)
-        if record["kind"] == "metrics" and metric in record["values"]:
-            assert record["step"] not in losses
-            losses[record["step"]] = record["values"][metric]
-    return losses
-
-
-def plain(value: Any) -> Any:
-    """Tensors as dtype, shape and bytes, objects as their attributes, members of enumerations as their values.
-
-    So that == compares every bit.
-    """
-    if torch.is_tensor(value):
-        flat = value.detach().contiguous().view(-1)
-        return str(value.dtype), tuple(value.shape), flat.view(torch.uint8).numpy().tobytes() if flat.numel() else b""
-    if isinstance(value, dict):
-        return {key: plain(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [plain(item) for item in value]
-    if isinstance(value, Enum):
-        return value.value
-    return vars(value) if hasattr(value, "__dict__") else value
-
-
-def assert_same_state(one: Path, other: Path, apart_from: frozenset[str] = frozenset()) -> None:
-    """Every tensor and number of two checkpoints is bitwise the same: weights, optimizer, random state."""
-    names = sorted(item.name for item in one.glob("*.pt"))
-    assert names == sorted(item.name for item in other.glob("*.pt"))
-    assert len(names) >= 3
-    with only_weights():
-        for name in names:
-            left, right = (plain(torch.load(folder / name)) for folder in (one, other))
-            # Python's own generator is left out: libraries' threads draw from it, training does not.
-            for key in (left.keys() | right.keys()) - {"python"} - apart_from:
-                assert left[key] == right[key], f"{name}: {key} differs"
 
 
 @pytest.mark.parametrize("kind", [*map(str, STAGES), "bf16", "compiled"])

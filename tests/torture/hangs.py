@@ -15,12 +15,10 @@ from launch.jobs.session import TRAIN_PROGRAM
 from pipeline.checkpoints.folder import list_checkpoints, verify
 from pipeline.exit_codes import HANG, PREEMPTED
 from tests.conftest import ROOT, globallocal
+from tests.pipeline.comparing import assert_same_state, living, losses_of, said
 from tests.pipeline.hangs import write_plan
 from tests.pipeline.moments import Moment
 from tests.pipeline.ranks import Run, environment, outputs, start_ranks, tiny_overrides, wait
-from tests.pipeline.test_hang import said
-from tests.pipeline.test_stop import living
-from tests.pipeline.test_training import assert_same_state, losses_of
 
 PLACES = {"start": 1, "data": 3, "forward": 4, "backward": 3, "step": 4, "evaluation": 1, "saving": 1}
 HANG_SECONDS = 12

@@ -18,8 +18,8 @@ from pathlib import Path
 from launch.hosts.node import free_port
 from pipeline.checkpoints.folder import SAVING, list_checkpoints, step_of, verify
 from tests.conftest import globallocal
+from tests.pipeline.comparing import assert_same_state, losses_of
 from tests.pipeline.ranks import Run, environment, outputs, tiny_overrides
-from tests.pipeline.test_training import assert_same_state, losses_of
 
 forks = multiprocessing.get_context("forkserver")
 STEPS = 600
