@@ -18,6 +18,8 @@ from pipeline.distributed.shared_memory import NAME
 
 MARK = "GLOBALLOCAL_TESTS"
 SHARED_MEMORY = Path("/dev/shm")
+OF_THE_KILLED = ("pymp-", "ray")
+"""Temporary folders of multiprocessing and of Ray, which a process that a test kills cannot remove."""
 PATIENCE_SECONDS = 20
 """What was told to end a moment ago may need so long."""
 
@@ -77,6 +79,6 @@ def shared_memory(before: set[str]) -> list[str]:
 def temporary_files() -> list[str]:
     """What lies in the tests' folder for temporary files, which is removed."""
     folder = Path(os.environ["TMPDIR"])
-    left = [str(path) for path in sorted(folder.iterdir())]
+    left = [str(path) for path in sorted(folder.iterdir()) if not path.name.startswith(OF_THE_KILLED)]
     shutil.rmtree(folder, ignore_errors=True)
     return left

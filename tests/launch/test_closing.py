@@ -32,7 +32,7 @@ def test_the_report_is_written_and_mlflow_has_it(
     report = tmp_path / "run" / "report.html"
     run = only_run(store)
     assert run.info.status == status
-    assert Path(MlflowClient(store).download_artifacts(run.info.run_id, "report.html")).read_bytes() == (
+    assert Path(MlflowClient(store).download_artifacts(run.info.run_id, "report.html", str(tmp_path))).read_bytes() == (
         report.read_bytes()
     )
     said = capsys.readouterr().out

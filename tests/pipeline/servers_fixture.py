@@ -121,8 +121,10 @@ def s3_server(folder: Path, address: str = "127.0.0.1"):
     )
     (folder / "data").mkdir()
     master, volume, filer, s3 = free_ports(4)
-    command = f"""{weed} server -dir={folder}/data -ip={address} -ip.bind={address} -master.telemetry=false
+    command = f"""{weed} -logdir={folder} server -dir={folder}/data -ip={address} -ip.bind={address}
+        -master.telemetry=false
         -master.port={master} -volume.port={volume} -filer -filer.port={filer} -s3 -s3.port={s3}
+        -filer.localSocket={folder}/filer.sock -s3.localSocket={folder}/s3.sock
         -s3.config={folder}/s3.json -s3.port.iceberg=0 -s3.port.lance=0 -volume.max=20 -master.volumeSizeLimitMB=64"""
     with open(folder / "log", "wb") as log:
         process = subprocess.Popen(command.split(), stdout=log, stderr=log)

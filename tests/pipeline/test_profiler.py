@@ -93,7 +93,7 @@ def test_the_ten_largest_items_are_in_each_ranks_log(folder: Path, rank: int) ->
     assert "profiled/profile/steps-3-4" in where
 
 
-def test_mlflow_holds_the_traces_of_all_ranks(folder: Path) -> None:
+def test_mlflow_holds_the_traces_of_all_ranks(folder: Path, tmp_path: Path) -> None:
     client = MlflowClient(f"sqlite:///{folder}/mlflow.db")
     experiment = client.get_experiment_by_name("globallocal")
     assert experiment is not None
@@ -101,7 +101,8 @@ def test_mlflow_holds_the_traces_of_all_ranks(folder: Path) -> None:
     here = folder / "profiled" / "profile" / "steps-3-4"
     listed = client.list_artifacts(run.info.run_id, "profile/steps-3-4")
     assert sorted(Path(item.path).name for item in listed) == sorted(item.name for item in here.iterdir())
-    copy = Path(client.download_artifacts(run.info.run_id, "profile/steps-3-4/rank-00001.trace.json.gz"))
+    trace = "profile/steps-3-4/rank-00001.trace.json.gz"
+    copy = Path(client.download_artifacts(run.info.run_id, trace, str(tmp_path)))
     assert copy.read_bytes() == (here / "rank-00001.trace.json.gz").read_bytes()
 
 

@@ -8,6 +8,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+import tempfile
 import time
 import uuid
 from dataclasses import replace
@@ -46,6 +47,11 @@ def folder_text(folder: Path) -> str:
     return "".join(path.read_text() for path in folder.rglob("*") if path.is_file())
 
 
+def made(folder: Path) -> str:
+    """A new folder for downloads: without one MLflow makes its own, and leaves it."""
+    return tempfile.mkdtemp(dir=folder)
+
+
 def test_a_run_holds_what_was_logged(store: str, tmp_path: Path) -> None:
     said: list[str] = []
     tracker = start(
@@ -81,7 +87,7 @@ def test_a_run_holds_what_was_logged(store: str, tmp_path: Path) -> None:
     assert Path(sys.executable).name in tags["globallocal.command"]
     assert {"globallocal.host", "globallocal.command"} < set(tags)
     assert {"python", "torch", "deepspeed"} < set(tags["globallocal.versions"].replace(",", "").split()[::2])
-    sample = MlflowClient(store).download_artifacts(run.info.run_id, "samples/step-4.txt")
+    sample = MlflowClient(store).download_artifacts(run.info.run_id, "samples/step-4.txt", made(tmp_path))
     assert Path(sample).read_text() == "Once upon a time — é\n"
     assert any(f"MLflow run {run.info.run_id}" in line and "'tests'" in line for line in said)
 
@@ -145,7 +151,7 @@ def test_changed_parameters_are_recorded_and_nothing_else_is_lost(store: str, tm
     assert run.data.params["short"] == "s" * 400
     assert len(run.data.params["long"]) == 6_000
     assert run.data.params["long"].endswith(" … [7000 characters; whole: config/long.txt]")
-    whole = MlflowClient(store).download_artifacts(run.info.run_id, "config/long.txt")
+    whole = MlflowClient(store).download_artifacts(run.info.run_id, "config/long.txt", made(tmp_path))
     assert Path(whole).read_text() == "l" * 7_000
 
     said: list[str] = []
@@ -165,9 +171,9 @@ def test_changed_parameters_are_recorded_and_nothing_else_is_lost(store: str, tm
         "at: (not set) → here too",
     ]
     assert "attempt 2: lr: 0.1 → 0.2" in run.data.tags["config.changes"].splitlines()
-    history = MlflowClient(store).download_artifacts(run.info.run_id, "config/changes.txt")
+    history = MlflowClient(store).download_artifacts(run.info.run_id, "config/changes.txt", made(tmp_path))
     assert Path(history).read_text().splitlines() == [f"attempt 2: {line}" for line in lines]
-    whole = MlflowClient(store).download_artifacts(run.info.run_id, "config/long.txt")
+    whole = MlflowClient(store).download_artifacts(run.info.run_id, "config/long.txt", made(tmp_path))
     assert Path(whole).read_text() == "m" * 7_000
 
     said.clear()
@@ -428,7 +434,7 @@ def test_an_artifact_store_that_fails_holds_up_nothing_and_is_asked_again(store:
     assert any("MLflow refuses text samples/a.txt" in line for line in said)
     (tmp_path / "mlruns").unlink()
     assert start(store, tmp_path / "run", []).close() is True
-    sample = MlflowClient(store).download_artifacts(run.info.run_id, "samples/a.txt")
+    sample = MlflowClient(store).download_artifacts(run.info.run_id, "samples/a.txt", made(tmp_path))
     assert Path(sample).read_text() == "a sample"
 
 
@@ -598,7 +604,7 @@ def test_tables_grow_by_rows_and_rows_change(store: str, tmp_path: Path) -> None
 
 def test_what_a_run_was_made_of_is_an_artifact(store: str, tmp_path: Path) -> None:
     start(store, tmp_path / "run", [], texts={"config/config.yaml": "uri: http://u:hunter2@h\n"}).close()
-    folder = Path(MlflowClient(store).download_artifacts(only_run(store).info.run_id, ""))
+    folder = Path(MlflowClient(store).download_artifacts(only_run(store).info.run_id, "", made(tmp_path)))
     assert (folder / "config/config.yaml").read_text() == "uri: http://***@h\n"
     assert f"torch=={importlib.metadata.version('torch')}\n" in (folder / "environment/requirements.txt").read_text()
     command = shlex.split((folder / "environment/command.txt").read_text())
