@@ -147,11 +147,11 @@ class Encoder:
                 tokens.append(encode(part))
                 measures.add(part, tokens[-1])
             tokens.append(eos)
-        if marks := measures.space_marks:
-            counts.change("u2581_to_space", marks)
         documents = np.zeros(len(ids), DOCUMENT_RECORD)
         documents["digest"] = np.frombuffer(b"".join(digests), "V16")
         for name, values in measures.per_document().items():
             documents[name] = values
+        if marks := measures.space_marks:
+            counts.change("u2581_to_space", marks)
         stream = np.concatenate(tokens, dtype=self.tokenizer.dtype, casting="same_kind")
         return Encoded(task.position, task.name, task.source_bytes, digest.hex(), stream, documents, ids, counts)

@@ -25,7 +25,7 @@ class Measures:
     """The measures of a task's documents, which are given part by part.
 
     Raises UserError, naming the document, if its tokens do not decode to it, unless `allow_lossy`. sentencepiece
-    has no way to write U+2581 but as a space: `space_marks` counts them.
+    has no way to write U+2581 but as a space: `space_marks` counts them, all of them after `per_document`.
     """
 
     def __init__(self, tokenizer: Tokenizer, allow_lossy: bool) -> None:

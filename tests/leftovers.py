@@ -1,7 +1,7 @@
-"""What a test run leaves behind, which is nothing: no process, no file in /dev/shm, none among temporary files.
+"""What a test run leaves behind, which is nothing: no process and no file in /dev/shm, or the run fails.
 
 A plugin of pytest, loaded by `conftest.py`. Everything that the tests start inherits a mark in its environment, and a
-folder for temporary files that is theirs alone.
+folder for temporary files that is theirs alone and is removed with all that killed processes have left in it.
 """
 
 import os
@@ -18,8 +18,6 @@ from pipeline.distributed.shared_memory import NAME
 
 MARK = "GLOBALLOCAL_TESTS"
 SHARED_MEMORY = Path("/dev/shm")
-OF_THE_KILLED = ("pymp-", "ray")
-"""Temporary folders of multiprocessing and of Ray, which a process that a test kills cannot remove."""
 PATIENCE_SECONDS = 20
 """What was told to end a moment ago may need so long."""
 
@@ -31,6 +29,7 @@ def pytest_configure(config: pytest.Config) -> None:
     config.stash[SHM] = set(os.listdir(SHARED_MEMORY))
     os.environ[MARK] = uuid.uuid4().hex
     os.environ.setdefault("PYTEST_DEBUG_TEMPROOT", tempfile.gettempdir())  # pytest's own folders stay where they are
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", f"{tempfile.gettempdir()}/torchinductor_{os.getuid()}")
     os.environ["TMPDIR"] = tempfile.tempdir = tempfile.mkdtemp(prefix="tests-")
 
 
@@ -41,7 +40,8 @@ SHM = pytest.StashKey[set[str]]()
 def pytest_sessionfinish(session: pytest.Session) -> None:
     if hasattr(session.config, "workerinput"):
         return
-    left = processes() + shared_memory(session.config.stash[SHM]) + temporary_files()
+    left = processes() + shared_memory(session.config.stash[SHM])
+    shutil.rmtree(os.environ["TMPDIR"], ignore_errors=True)
     if left:
         reporter = session.config.pluginmanager.get_plugin("terminalreporter")
         if reporter:
@@ -74,11 +74,3 @@ def shared_memory(before: set[str]) -> list[str]:
         if path.name.startswith(NAME):
             path.unlink(missing_ok=True)
     return [str(path) for path in new if not path.name.startswith(NAME)]
-
-
-def temporary_files() -> list[str]:
-    """What lies in the tests' folder for temporary files, which is removed."""
-    folder = Path(os.environ["TMPDIR"])
-    left = [str(path) for path in sorted(folder.iterdir()) if not path.name.startswith(OF_THE_KILLED)]
-    shutil.rmtree(folder, ignore_errors=True)
-    return left

@@ -90,7 +90,7 @@ def test_every_command_of_the_readme_and_the_docs_parses() -> None:
         lines += re.findall(r"^(?:\$ )?(globallocal [a-z].*)$", page.read_text(), re.MULTILINE)
     assert len(lines) > 15
     for line in lines:
-        parse(shlex.split(re.sub(r" \| .*", "", line), comments=True))
+        parse(shlex.split(re.sub(r" [|>] .*", "", line), comments=True))
 
 
 def test_compose_is_valid_and_names_what_it_needs() -> None:

@@ -133,6 +133,12 @@ def s3_server(folder: Path, address: str = "127.0.0.1"):
     finally:
         process.kill()
         process.wait()
+        for port in (master, volume, filer, s3):  # sockets that no option moves elsewhere
+            for path in [
+                *Path("/tmp").glob(f"seaweedfs-*-{port}.sock"),
+                *Path("/tmp").glob(f"seaweedfs-*-{port + 10_000}.sock"),
+            ]:
+                path.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager
