@@ -18,7 +18,7 @@ from pipeline.distributed.shared_memory import NAME
 
 MARK = "GLOBALLOCAL_TESTS"
 SHARED_MEMORY = Path("/dev/shm")
-PATIENCE_SECONDS = 20
+PATIENCE_SECONDS = 60
 """What was told to end a moment ago may need so long."""
 
 
