@@ -11,21 +11,21 @@ import pytest
 ROOT = Path(__file__).parents[1]
 REAL_TEXT = ROOT.parent / "shared" / "data"
 
-
-pytest_plugins = ["tests.leftovers"]
-
-SHARE_TRAINED_RUNS = {"test_checkpoint.py", "test_export.py", "test_training.py"}
+TOGETHER = dict.fromkeys(["test_checkpoint.py", "test_export.py", "test_training.py"], "trained") | dict.fromkeys(
+    ["test_ray.py", "test_interrupt.py"], "ray"
+)
+"""Modules that one worker runs: they share a fixture of minutes, or start Ray, which joins a cluster that it finds."""
 
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
-    """A module stays on one worker, whose fixtures another would make again; so do the modules of one fixture."""
+    """A module stays on one worker, whose fixtures another would make again; so do those of `TOGETHER`."""
     from xdist.scheduler import LoadScopeScheduling
 
     class ByModule(LoadScopeScheduling):
         def _split_scope(self, nodeid: str) -> str:
             path = nodeid.partition("::")[0]
-            return "trained" if Path(path).name in SHARE_TRAINED_RUNS else path
+            return TOGETHER.get(Path(path).name, path)
 
     return ByModule(config, log)
 
