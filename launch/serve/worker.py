@@ -28,8 +28,8 @@ class Busy(Exception):
         retry_seconds: when a place may be free again.
     """
 
-    def __init__(self, retry_seconds: int) -> None:
-        super().__init__(f"all places are taken; try again in {retry_seconds} s")
+    def __init__(self, asked: int, free: int, retry_seconds: int) -> None:
+        super().__init__(f"texts asked for: {asked}, free places: {free}; try again in {retry_seconds} s")
         self.retry_seconds = retry_seconds
 
 
@@ -69,7 +69,8 @@ class Worker(threading.Thread):
             free = self._limits.max_waiting + max(0, self._limits.max_batch - len(self._running)) - len(self._waiting)
             if len(jobs) > free:
                 before = len(self._waiting) + len(jobs)
-                raise Busy(min(60, max(1, round(self._text_seconds * before / self._limits.max_batch))))
+                seconds = min(60, max(1, round(self._text_seconds * before / self._limits.max_batch)))
+                raise Busy(len(jobs), max(0, free), seconds)
             self._waiting.extend(jobs)
             self._changed.notify()
 

@@ -97,14 +97,19 @@ class Page:
         file.write_bytes(base64.b64decode(shot["data"]))
 
 
+def program() -> str:
+    """Its path; skips by name where there is none."""
+    found = shutil.which("chromium") or shutil.which("google-chrome")
+    if found is None:
+        pytest.skip("no browser here; apt-get install chromium")
+    return found
+
+
 @asynccontextmanager
 async def browser(profile: Path) -> AsyncIterator[Page]:
-    """A browser with one empty page; skips by name where there is none."""
-    program = shutil.which("chromium") or shutil.which("google-chrome")
-    if program is None:
-        pytest.skip("no browser here; apt-get install chromium")
+    """A browser with one empty page."""
     process = subprocess.Popen(
-        [program, *FLAGS, f"--user-data-dir={profile}", "about:blank"],
+        [program(), *FLAGS, f"--user-data-dir={profile}", "about:blank"],
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
     )

@@ -17,6 +17,7 @@ from launch.report.charts import MOST_POINTS, thin
 from launch.report.page import page
 from launch.report.read import TAIL_BYTES, read_run
 from launch.report.run import Point, axes, settle
+from tests.launch.browser import program
 from tests.launch.run_folder import write_checkpoint, write_run
 
 HOSTILE = "</script><script>document.title='owned'</script><img src=x onerror=\"document.title='owned'\">"
@@ -233,14 +234,12 @@ def test_hostile_text_stays_text(tmp_path: Path) -> None:
 
 
 def test_a_browser_draws_the_page_and_runs_nothing_else(tmp_path: Path) -> None:
-    browser = shutil.which("chromium") or shutil.which("google-chrome")
-    if browser is None:
-        pytest.skip("no browser here; apt-get install chromium")
+    browser = program()
     run = read_run(write_run(tmp_path / "run", name=HOSTILE, sample=HOSTILE, killed_at=110))
     (tmp_path / "page.html").write_text(page([run]))
     done = subprocess.run(
         [
-            *(str(browser), "--headless=new", "--no-sandbox", "--disable-gpu", "--virtual-time-budget=10000"),
+            *(browser, "--headless=new", "--no-sandbox", "--disable-gpu", "--virtual-time-budget=10000"),
             *(f"--user-data-dir={tmp_path / 'profile'}", "--dump-dom", (tmp_path / "page.html").as_uri()),
         ],
         capture_output=True,
