@@ -30,7 +30,7 @@ from pipeline.fitting import fit
 from pipeline.health.guard import Guard
 from pipeline.introduce import introduce
 from pipeline.meters import Meters
-from pipeline.profiler import StepProfiler
+from pipeline.metrics.profiler import StepProfiler
 from pipeline.record import start_tracker
 from pipeline.tracking.tracker import NullTracker
 from pipeline.trainer import Trainer

@@ -6,19 +6,13 @@ from typing import Any
 
 from pipeline.context import RunContext
 from pipeline.distributed.clock import Clock
-from pipeline.duration import duration
 from pipeline.health.resources import Alarm, ResourceWatch
-from pipeline.metrics import (
-    LossMeter,
-    RankMeasures,
-    RouterMeter,
-    StepTimes,
-    Throughput,
-    times_per_step,
-)
+from pipeline.metrics.duration import duration
+from pipeline.metrics.losses import LossMeter, RouterMeter
+from pipeline.metrics.step_times import RankMeasures, StepTimes, Throughput, times_per_step
+from pipeline.metrics.utilisation import Utilisation, describe, device_name, peak_memory_bytes, peak_teraflops
 from pipeline.tracking.node import NodeMonitor, node_name, system_metrics
 from pipeline.tracking.tracker import NullTracker
-from pipeline.utilisation import Utilisation, describe, device_name, peak_memory_bytes, peak_teraflops
 
 log = logging.getLogger("globallocal")
 

@@ -16,13 +16,13 @@ from pipeline.config import RunConfig, flatten
 from pipeline.context import RunContext
 from pipeline.data.corpus import Corpus
 from pipeline.evaluation.figures import Evaluation, loss_at
+from pipeline.metrics.utilisation import device_name
 from pipeline.redact import redact
 from pipeline.tracking.facts import DatasetUse, RunFacts, Sizes
 from pipeline.tracking.history import CHECKPOINTS_TABLE
 from pipeline.tracking.opening import open_tracker
 from pipeline.tracking.restarts import restart_tags
 from pipeline.tracking.tracker import NullTracker
-from pipeline.utilisation import device_name
 
 log = logging.getLogger("globallocal")
 

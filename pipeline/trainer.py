@@ -22,7 +22,7 @@ from pipeline.engine.optim import learning_rate, set_learning_rate
 from pipeline.evaluation.evaluator import Evaluator
 from pipeline.health.guard import Guard, Verdict, nan_unless_finite
 from pipeline.meters import Meters
-from pipeline.profiler import StepProfiler
+from pipeline.metrics.profiler import StepProfiler
 from pipeline.random_state import random_state, set_random_state
 from pipeline.record import record_saved
 from pipeline.tracking.tracker import NullTracker

@@ -199,7 +199,7 @@ def _loss(evaluation: Evaluation | None, step: int) -> str:
 
 
 def _age(seconds: float) -> str:
-    from pipeline.duration import duration
+    from pipeline.metrics.duration import duration
 
     return duration(max(seconds, 0))
 

@@ -15,8 +15,8 @@ from model.configuration_globallocal import PRESETS, GlobalLocalConfig
 from pipeline.config import RunConfig, validate
 from pipeline.data.corpus import Corpus, open_corpus
 from pipeline.data.loader import BatchLayout
-from pipeline.duration import duration
-from pipeline.utilisation import PEAK_TERAFLOPS, PEAK_TERAFLOPS_FP16, card, peak_teraflops
+from pipeline.metrics.duration import duration
+from pipeline.metrics.utilisation import PEAK_TERAFLOPS, PEAK_TERAFLOPS_FP16, card, peak_teraflops
 
 TOKENS_PER_PARAMETER = 20
 """Training tokens that pay best for a given amount of computing, for transformers (arXiv:2203.15556)."""

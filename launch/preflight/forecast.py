@@ -7,10 +7,10 @@ from launch.preflight.measured import expected
 from launch.preflight.memory import measure, rank_memory
 from pipeline.checkpoints.space import readable
 from pipeline.config import RunConfig
-from pipeline.duration import duration
 from pipeline.fitting import Fitted
 from pipeline.introduce import LABEL_WIDTH
-from pipeline.utilisation import card, device_name, peak_teraflops
+from pipeline.metrics.duration import duration
+from pipeline.metrics.utilisation import card, device_name, peak_teraflops
 
 
 def forecast(config: RunConfig, fitted: Fitted, ranks: int, precision: str, device: torch.device) -> list[str]:

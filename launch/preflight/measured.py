@@ -6,7 +6,7 @@ After a measurement write its line here, and run `python -m tests.launch.test_sc
 import math
 from dataclasses import dataclass
 
-from pipeline.utilisation import PEAK_TERAFLOPS
+from pipeline.metrics.utilisation import PEAK_TERAFLOPS
 
 
 @dataclass(frozen=True)

@@ -18,9 +18,9 @@ from launch.preflight.memory import RankMemory
 from pipeline.checkpoints.space import checkpoint_bytes
 from pipeline.config import RunConfig
 from pipeline.data.loader import BatchLayout, micro_batches
-from pipeline.duration import duration
 from pipeline.engine.engine import deepspeed_config, zero_stage
 from pipeline.engine.internals import parse_settings
+from pipeline.metrics.duration import duration
 
 HEADROOM = 0.92
 """Part of a device's memory that may be forecast: the rest is the context, the kernels' workspace, fragmentation."""

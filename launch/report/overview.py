@@ -17,7 +17,7 @@ from data_prep.errors import UserError
 from launch.report import words
 from launch.report.read import find_runs, read_run
 from launch.report.run import Run, State
-from pipeline.duration import duration
+from pipeline.metrics.duration import duration
 
 STYLES: dict[State, str] = {
     "running": "blue",

@@ -11,7 +11,7 @@ from itertools import groupby
 from typing import Any
 
 from launch.report.run import Checkpoint, Event, Run, axes
-from pipeline.duration import duration
+from pipeline.metrics.duration import duration
 from pipeline.tracking.store import page_of_run_folder
 
 LOSS, VALID_LOSS = "loss/train", "loss/valid"

@@ -31,7 +31,7 @@ from pipeline.health.state import (
     find_spike,
     plain_number,
 )
-from pipeline.metrics import LossMeter
+from pipeline.metrics.losses import LossMeter
 from pipeline.redact import failure_message
 from pipeline.settings.sections import HealthSection
 from pipeline.tracking.tracker import NullTracker

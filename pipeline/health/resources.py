@@ -8,8 +8,8 @@ from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from pipeline.duration import duration
-from pipeline.metrics import StepSeconds, find_straggler
+from pipeline.metrics.duration import duration
+from pipeline.metrics.step_times import StepSeconds, find_straggler
 
 SLOW_PART = 0.5
 """Below this part of the usual throughput a run is slow."""

@@ -17,8 +17,8 @@ from model.configuration_globallocal import GlobalLocalConfig
 from pipeline.checkpoints.space import checkpoint_bytes
 from pipeline.config import load_config
 from pipeline.data.loader import BatchLayout
-from pipeline.duration import duration
-from pipeline.utilisation import PEAK_TERAFLOPS
+from pipeline.metrics.duration import duration
+from pipeline.metrics.utilisation import PEAK_TERAFLOPS
 from tests.conftest import ROOT
 
 PAGE = ROOT / "docs" / "scaling.md"

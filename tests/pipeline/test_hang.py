@@ -11,7 +11,7 @@ import pytest
 
 from pipeline.distributed.watchdog import Beat, explain, suspects
 from pipeline.exit_codes import HANG
-from pipeline.metrics import StepSeconds, find_straggler, times_per_step
+from pipeline.metrics.step_times import StepSeconds, find_straggler, times_per_step
 from tests.conftest import ROOT
 from tests.pipeline.comparing import said
 from tests.pipeline.hangs import write_plan

@@ -12,7 +12,7 @@ from torch.autograd import DeviceType
 
 from data_prep.errors import UserError
 from pipeline.config import load_config
-from pipeline.profiler import largest
+from pipeline.metrics.profiler import largest
 from tests.pipeline.comparing import assert_same_state, losses_of
 from tests.pipeline.moments import Moment
 from tests.pipeline.ranks import Run, run_ranks

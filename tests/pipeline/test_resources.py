@@ -6,7 +6,7 @@ from collections.abc import Callable
 import pytest
 
 from pipeline.health.resources import Alarm, ResourceWatch
-from pipeline.metrics import StepSeconds
+from pipeline.metrics.step_times import StepSeconds
 
 INTERVAL_SECONDS = 20.0
 HEALTHY = 100

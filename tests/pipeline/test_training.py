@@ -8,7 +8,7 @@ import pytest
 
 from launch.report.page import page
 from launch.report.read import read_run
-from pipeline.metrics import SUMMARY
+from pipeline.metrics.losses import SUMMARY
 from tests.pipeline.comparing import Runs, assert_same_state, losses_of
 from tests.pipeline.conftest import POLICIES, STAGES
 

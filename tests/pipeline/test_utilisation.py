@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from pipeline.utilisation import Utilisation, card, describe, peak_memory_bytes, peak_teraflops
+from pipeline.metrics.utilisation import Utilisation, card, describe, peak_memory_bytes, peak_teraflops
 
 
 @pytest.mark.parametrize(
