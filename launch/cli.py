@@ -14,6 +14,7 @@ import typer
 from data_prep.errors import UserError
 from launch.about import version
 from launch.commands import checkpoints as checkpoint_commands
+from launch.commands import config as config_commands
 from launch.commands import data as data_commands
 from launch.commands import generate as generate_commands
 from launch.commands import look as look_commands
@@ -49,7 +50,7 @@ def options(
 
 
 for commands in (
-    *(data_commands, run_commands, look_commands, checkpoint_commands),
+    *(data_commands, run_commands, config_commands, look_commands, checkpoint_commands),
     *(model_commands, generate_commands, serve_commands),
 ):
     commands.register(app)
@@ -68,7 +69,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except UserError as error:
         return _refuse(error.problems, error.exit_code, error.word)
     except UsageError as error:
-        if not words or words == ["checkpoints"]:
+        if not words or words in (["checkpoints"], ["config"]):
             error.show()  # the help
             return int(error.exit_code)
         where = error.ctx.command_path.replace("python -m launch", "globallocal") if error.ctx else "globallocal"
