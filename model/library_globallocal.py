@@ -23,7 +23,13 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 def has_kernels(x: Tensor) -> bool:
     """Whether Triton kernels can serve tensors like this one; float64 is plain torch's, which decides what is right."""
     on_gpu = x.is_cuda and torch.version.cuda is not None
-    return triton is not None and (on_gpu or INTERPRETED) and x.dtype != torch.float64
+    return triton is not None and (on_gpu or INTERPRETED) and x.dtype != torch.float64 and not exporting()
+
+
+def exporting() -> bool:
+    """Whether `torch.export` is tracing, also for ONNX: then a plain form stands in, without sorts, blocks, sums for
+    training and choices by length, so that one graph serves every batch and every length."""
+    return torch.compiler.is_exporting()
 
 
 def block_rows(elements: int, table: Tensor, num_rows: int) -> int:
@@ -61,7 +67,8 @@ def opaque(shapes: Callable[..., Any]) -> Callable[[Function], Function]:
 
         @functools.wraps(function)
         def call(*arguments: Any) -> Any:
-            return operator(*arguments) if torch.compiler.is_compiling() else function(*arguments)
+            whole = torch.compiler.is_compiling() and not exporting()
+            return operator(*arguments) if whole else function(*arguments)
 
         return call  # type: ignore[return-value]
 

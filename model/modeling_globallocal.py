@@ -19,6 +19,7 @@ from transformers import initialization as init
 from .configuration_globallocal import ROUTERS_PER_LAYER, GlobalLocalConfig, checkpointed_blocks
 from .decoding_globallocal import GlobalLocalCache, StepGraphs, has_plain_weights, step_weights
 from .layers_globallocal import CausalConvolution, FeedForward, GlobalLocalBlock, RunningSummary
+from .library_globallocal import exporting
 from .ops_loss_globallocal import vocabulary_loss
 from .outputs_globallocal import GlobalLocalCausalLMOutput, GlobalLocalModelOutput
 from .router_globallocal import RouterScores, TensorRouter
@@ -43,6 +44,15 @@ class GlobalLocalPreTrainedModel(PreTrainedModel):
     supports_gradient_checkpointing = True
     _no_split_modules = ["GlobalLocalBlock"]  # noqa: RUF012
     _is_stateful = True  # the cache cannot be cut back to an earlier position
+
+    def _check_and_adjust_attn_implementation(self, attn_implementation: str | None, *rest: Any, **more: Any) -> str:
+        """Takes what frameworks ask for by default; there is no attention that it could change."""
+        if attn_implementation in (None, "eager", "sdpa"):
+            return "eager"
+        raise ValueError(
+            f"attn_implementation is {attn_implementation!r}: GlobalLocal has no attention to replace; leave it out "
+            "('eager' and 'sdpa' are taken, and change nothing)"
+        )
 
     def compile(self, **options: Any) -> None:
         """Compiles block by block, for training: evaluation and decoding stay as they are.
@@ -137,7 +147,8 @@ class GlobalLocalModel(GlobalLocalPreTrainedModel):
         mask = None
         if attention_mask is not None:
             mask = attention_mask[:, -x.shape[1] :].unsqueeze(-1).to(x.dtype)
-        if use_cache if use_cache is not None else (self.config.use_cache and not self.training):
+        by_itself = self.config.use_cache and not self.training and not exporting()
+        if by_itself if use_cache is None else use_cache:
             cache = cache if cache is not None else GlobalLocalCache(len(self.layers))
         recompute = self._recomputed_blocks(cache)
         all_states, diversity_losses, statistics = [x], [], []

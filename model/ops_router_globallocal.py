@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.autograd import Function
 
 from .configuration_globallocal import PIECE_ENTRIES
-from .library_globallocal import block_rows, has_kernels, opaque
+from .library_globallocal import block_rows, exporting, has_kernels, opaque
 
 with suppress(ImportError):  # without Triton `has_kernels` is false; by its name, so that the file travels with exports
     from .kernels_router_globallocal import dot_by_kernel, mix_by_kernel, sum_by_row_by_kernel, top_rows_by_kernel
@@ -103,6 +103,8 @@ def _mix_shape(table: Tensor, indices: Tensor, weights: Tensor) -> Tensor:
 @opaque(_mix_shape)
 def _mix(table: Tensor, indices: Tensor, weights: Tensor) -> Tensor:
     """Σ_j weights[t, j] · table[indices[t, j]] for every t: [T, c]."""
+    if exporting():
+        return torch.bmm(weights.unsqueeze(1), F.embedding(indices, table)).squeeze(1)
     if has_kernels(weights):
         return mix_by_kernel(table, indices, weights)
     return F.embedding_bag(indices, table, mode="sum", per_sample_weights=weights)
@@ -176,6 +178,8 @@ def _top_rows_shape(tokens: Tensor, table: Tensor, bias: Tensor, k: int) -> tupl
 def _top_rows(tokens: Tensor, table: Tensor, bias: Tensor, k: int) -> tuple[Tensor, Tensor]:
     if has_kernels(tokens):
         return top_rows_by_kernel(tokens, table, bias, k)
+    if exporting():
+        return _top_columns(F.linear(tokens, table, bias), k)
     block = block_rows(SCORE_BLOCK_ELEMENTS, table, tokens.shape[0])
     scores = tokens.new_empty(block, table.shape[0])  # `out=`: no checkpointing policy keeps it
     parts = [

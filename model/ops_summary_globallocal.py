@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.autograd import Function
 
 from .configuration_globallocal import SUMMARY_CHUNK
-from .library_globallocal import has_kernels
+from .library_globallocal import exporting, has_kernels
 
 with suppress(ImportError):  # without Triton `has_kernels` is false; by its name, so that the file travels with exports
     from .kernels_summary_globallocal import fits, summary_attention
@@ -94,8 +94,8 @@ def decayed_attention(
     if has_kernels(query) and state is None and query.shape[1] > 1 and fits(*parts):
         return summary_attention(*parts)
     wide, length = log_keep.dtype, query.shape[1]
-    size = min(SUMMARY_CHUNK, length)
-    missing = -length % size
+    size = length if exporting() else min(SUMMARY_CHUNK, length)  # one chunk, whatever the length
+    missing = 0 if exporting() else -length % size
     if missing:  # steps that change nothing
         query, key, log_keep = (F.pad(x, (0, 0, 0, missing)) for x in (query, key, log_keep))
         value = F.pad(value, (0, 0, 0, 0, 0, missing))

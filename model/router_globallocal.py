@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .configuration_globallocal import GlobalLocalConfig
+from .library_globallocal import exporting
 from .ops_router_globallocal import RowChoice, dot_rows, mix_rows, sum_by_row, top_rows
 
 
@@ -163,9 +164,10 @@ class TensorRouter(nn.Module):
         """x [B, S, h], pool [N, D], mask [B, S, 1] or None → [B, S, h], diversity loss, usage [N]: weight a row got.
 
         `folds` holds what was multiplied out while decoding; the weights do not change there. One token more has
-        no diversity loss and no usage: nobody reads them, and they would cost as much as the token itself.
+        no diversity loss and no usage: nobody reads them, and they would cost as much as the token itself; nor has an
+        exported graph.
         """
-        counted = folds is None or x.shape[1] > 1 or torch.is_grad_enabled()
+        counted = not exporting() and (folds is None or x.shape[1] > 1 or torch.is_grad_enabled())
         tokens = x.reshape(-1, x.shape[-1])
         folded = self._folded(folds)
         choice, scores = self.scores(tokens, counted)
@@ -215,7 +217,7 @@ class TensorRouter(nn.Module):
         takes 3 of T rows (their gradient is needed too).
         """
         num_products = (2, 3) if torch.is_grad_enabled() else (1, 1)
-        if num_products[0] * pool.shape[0] <= num_products[1] * weights.shape[0]:
+        if not exporting() and num_products[0] * pool.shape[0] <= num_products[1] * weights.shape[0]:
             return mix_rows(weights, F.linear(pool, mixture_weight), choice)
         return F.linear(mix_rows(weights, pool, choice), mixture_weight)
 

@@ -52,6 +52,18 @@ def test_loads_in_a_fresh_process_from_the_folder_alone(tmp_path):
         assert loaded["generated"] == model.generate(ids, max_new_tokens=5, do_sample=False).tolist()
 
 
+def test_what_frameworks_ask_of_attention_is_taken_or_refused_in_one_line(tmp_path):
+    make_model(tiny_config(), dtype=torch.float32).save_pretrained(tmp_path)
+    ids = random_ids(tiny_config(), 1, 5)
+    plain = GlobalLocalForCausalLM.from_pretrained(tmp_path)
+    for name in ("sdpa", "eager"):
+        model = GlobalLocalForCausalLM.from_pretrained(tmp_path, attn_implementation=name, dtype=torch.float32)
+        assert torch.equal(model(ids).logits, plain(ids).logits)
+    with pytest.raises(ValueError, match="'flash_attention_2': GlobalLocal has no attention to replace") as refused:
+        GlobalLocalForCausalLM.from_pretrained(tmp_path, attn_implementation="flash_attention_2")
+    assert "\n" not in str(refused.value)
+
+
 def test_every_tensor_is_stored_once(tmp_path):
     model = make_model(tiny_config(), dtype=torch.float32)
     model.save_pretrained(tmp_path)
