@@ -2,19 +2,20 @@
 
 import difflib
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from pydantic import BaseModel, ValidationError, model_validator
+from pydantic import BaseModel, ValidationError
 from yaml import YAMLError
 
 from data_prep.errors import UserError
 from model.configuration_globallocal import PRESETS, GlobalLocalConfig, setting_problems
 from pipeline.redact import redact
-from pipeline.settings.section import Section, plain, short
+from pipeline.settings.section import Section, Unknown, plain, short
 from pipeline.settings.sections import (
     CheckpointSection,
     DataSection,
@@ -44,41 +45,6 @@ class RunConfig(Section):
     tracking: TrackingSection = TrackingSection()
     deepspeed: DeepSpeedSection = DeepSpeedSection()
 
-    @model_validator(mode="after")
-    def fits_together(self) -> "RunConfig":
-        problems = []
-        if self.checkpoint.keep_best and self.evaluation.split is None:
-            problems.append(
-                f"checkpoint.keep_best ({self.checkpoint.keep_best}) needs a validation loss, but evaluation.split is "
-                "null; name a split, or set keep_best to 0"
-            )
-        if self.evaluation.prompts and self.evaluation.split is None:
-            problems.append(
-                f"evaluation.prompts ({len(self.evaluation.prompts)}) are continued at each evaluation, but "
-                "evaluation.split is null; name a split, or set prompts to []"
-            )
-        if self.health.spike_action == "roll_back" and self.health.spike_z_score is None:
-            problems.append(
-                "health.spike_action = roll_back, but health.spike_z_score is null and no spike is looked for; set "
-                "spike_z_score, such as 10, or spike_action to none"
-            )
-        training, optimizer = self.training, self.optimizer
-        if training.micro_batch_size > training.global_batch_size:
-            problems.append(
-                f"training.micro_batch_size ({training.micro_batch_size}) is more than training.global_batch_size "
-                f"({training.global_batch_size}); lower the first, or raise the second"
-            )
-        if training.max_steps is not None and (warm := warmup_problem(optimizer.warmup_steps, training.max_steps)):
-            problems.append(warm)
-        if optimizer.learning_rate * optimizer.weight_decay >= 1:
-            problems.append(
-                f"optimizer.learning_rate ({optimizer.learning_rate:g}) × optimizer.weight_decay "
-                f"({optimizer.weight_decay:g}) must be below 1: a step would turn weights round; lower one"
-            )
-        if problems:
-            raise ValueError("\n".join(problems))
-        return self
-
     @property
     def run_folder(self) -> Path:
         return self.run.output_dir or Path("runs") / self.run.name
@@ -105,6 +71,89 @@ class RunConfig(Section):
         OmegaConf.save(OmegaConf.create(redact(self.model_dump(mode="json"))), path)
 
 
+def contradictions(config: RunConfig) -> list[str]:
+    """One line for every two settings that do not go together; what hangs on a wrong one is passed over."""
+    problems = []
+    for check in CHECKS:
+        try:
+            problem = check(config)
+        except Unknown:
+            continue
+        problems += [problem] if problem else []
+    return problems
+
+
+def _best_needs_a_split(config: RunConfig) -> str | None:
+    if not config.checkpoint.keep_best or config.evaluation.split is not None:
+        return None
+    return (
+        f"checkpoint.keep_best ({config.checkpoint.keep_best}) needs a validation loss, but evaluation.split is "
+        "null; name a split, or set keep_best to 0"
+    )
+
+
+def _prompts_need_a_split(config: RunConfig) -> str | None:
+    if not config.evaluation.prompts or config.evaluation.split is not None:
+        return None
+    return (
+        f"evaluation.prompts ({len(config.evaluation.prompts)}) are continued at each evaluation, but "
+        "evaluation.split is null; name a split, or set prompts to []"
+    )
+
+
+def _roll_back_needs_spikes(config: RunConfig) -> str | None:
+    if config.health.spike_action != "roll_back" or config.health.spike_z_score is not None:
+        return None
+    return (
+        "health.spike_action = roll_back, but health.spike_z_score is null and no spike is looked for; set "
+        "spike_z_score, such as 10, or spike_action to none"
+    )
+
+
+def _micro_in_global(config: RunConfig) -> str | None:
+    training = config.training
+    if training.micro_batch_size <= training.global_batch_size:
+        return None
+    return (
+        f"training.micro_batch_size ({training.micro_batch_size}) is more than training.global_batch_size "
+        f"({training.global_batch_size}); lower the first, or raise the second"
+    )
+
+
+def _one_length(config: RunConfig) -> str | None:
+    steps, epochs = config.training.max_steps, config.training.max_epochs
+    if (steps is None) != (epochs is None):
+        return None
+    return f"training: exactly one of max_steps ({steps}) and max_epochs ({epochs}) must be set"
+
+
+def _profile_in_length(config: RunConfig) -> str | None:
+    training = config.training
+    problem = training.profile_problem(training.max_steps) if training.max_steps is not None else None
+    return f"training: {problem}" if problem else None
+
+
+def _warmup_in_length(config: RunConfig) -> str | None:
+    steps = config.training.max_steps
+    return None if steps is None else warmup_problem(config.optimizer.warmup_steps, steps)
+
+
+def _small_decay(config: RunConfig) -> str | None:
+    optimizer = config.optimizer
+    if optimizer.learning_rate * optimizer.weight_decay < 1:
+        return None
+    return (
+        f"optimizer.learning_rate ({optimizer.learning_rate:g}) × optimizer.weight_decay "
+        f"({optimizer.weight_decay:g}) must be below 1: a step would turn weights round; lower one"
+    )
+
+
+CHECKS: tuple[Callable[[RunConfig], str | None], ...] = (
+    *(_best_needs_a_split, _prompts_need_a_split, _roll_back_needs_spikes, _micro_in_global),
+    *(_one_length, _profile_in_length, _warmup_in_length, _small_decay),
+)
+
+
 def warmup_problem(warmup_steps: int, steps: int) -> str | None:
     if warmup_steps <= steps:
         return None
@@ -114,20 +163,46 @@ def warmup_problem(warmup_steps: int, steps: int) -> str | None:
     )
 
 
+@dataclass(frozen=True)
+class Reading:
+    """What was found in a run file.
+
+    Attributes:
+        config: what is right of it; a setting that is wrong is missing, and raises `Unknown` where it is asked for.
+        problems: one line for everything that is wrong.
+    """
+
+    config: RunConfig
+    problems: list[str]
+
+    def whole(self) -> RunConfig:
+        """Raises UserError where anything is wrong."""
+        if self.problems:
+            raise UserError(self.problems)
+        return self.config
+
+
 def load_config(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> RunConfig:
     """Read a run file (its path, or the name of one that the project ships) and apply `section.key=value` overrides.
 
     Raises:
         UserError: the file cannot be read, or settings are wrong: every problem, one a line.
     """
+    return read_config(path, overrides).whole()
+
+
+def read_config(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> Reading:
+    """As `load_config`, for those who look for further problems of the run before they refuse it.
+
+    Raises:
+        UserError: the file cannot be read.
+    """
     try:
         file = OmegaConf.load(find_run_file(Path(path)))
         if not OmegaConf.is_dict(file):
             raise UserError(f"{path}: holds no settings; see launch/runs/quickstart.yaml for the form")
         bad = [item for item in overrides if "=" not in item or item.startswith("-")]
-        if bad:
-            raise UserError([f"{item!r} is not an override; write section.key=value" for item in bad])
-        merged = OmegaConf.merge(file, OmegaConf.from_dotlist(list(overrides)))
+        merged = OmegaConf.merge(file, OmegaConf.from_dotlist([item for item in overrides if item not in bad]))
         values = OmegaConf.to_container(merged, resolve=True)
     except FileNotFoundError:
         raise UserError(missing_run_file(Path(path))) from None
@@ -138,22 +213,59 @@ def load_config(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> 
         raise UserError(f"{path}: {said[:400]}; see launch/runs/quickstart.yaml for the form") from None
     if not isinstance(values, dict):
         raise UserError(f"{path}: holds no settings; see launch/runs/quickstart.yaml for the form")
-    return validate(values, str(path))
+    read = read_values(values, str(path))
+    return Reading(
+        read.config, [f"{item!r} is not an override; write section.key=value" for item in bad] + read.problems
+    )
 
 
 def validate(values: Mapping[Any, Any], origin: str) -> RunConfig:
     """Settings as nested mappings → RunConfig; `origin` names them in the UserError."""
+    return read_values(values, origin).whole()
+
+
+def read_values(values: Mapping[Any, Any], origin: str) -> Reading:
+    """Settings as nested mappings; `origin` names them in the problems."""
     problems: list[str] = []
-    config = None
     try:
         config = RunConfig.model_validate(values)
     except ValidationError as error:
         problems += [line for item in error.errors() for line in _explain(item)]
+        config = _right_part(values, error.errors())
     model = values.get("model")
-    if isinstance(model, Mapping):
-        problems += _model_problems(model)
-    if problems or config is None:
-        raise UserError([f"{origin}: {problem}" for problem in problems])
+    if isinstance(model, Mapping) and (of_model := _model_problems(model)):
+        problems += of_model
+        config = config.model_copy()
+        config.__dict__.pop("model", None)
+    problems += contradictions(config)
+    return Reading(config, [f"{origin}: {problem}" for problem in problems])
+
+
+def _right_part(values: Mapping[Any, Any], errors: Sequence[Any]) -> RunConfig:
+    """The settings that are right. A key that nobody knows may be meant for its nearest, which is then missing too."""
+    wrong: dict[str, set[str]] = {}
+    for item in errors:
+        section, *rest = (str(part) for part in item["loc"])
+        wrong.setdefault(section, set()).update(rest[:1])
+        if item["type"] == "extra_forbidden":
+            near = _nearest(".".join((section, *rest)), [*known_keys(), *RunConfig.model_fields])
+            meant, _, key = (near or [""])[0].partition(".")
+            if not key and meant not in values:
+                wrong.setdefault(meant, set())
+            elif key and key not in (values.get(meant) or {}):
+                wrong.setdefault(meant, set()).add(key)
+    sections: dict[str, Any] = {}
+    for name, field in RunConfig.model_fields.items():
+        kind, given, faults = field.annotation, values.get(name, {}), wrong.get(name)
+        if not isinstance(given, Mapping) or (name in wrong and not faults):
+            continue  # it is wrong as a whole
+        if isinstance(kind, type) and issubclass(kind, Section):
+            sections[name] = kind.right_part(given, faults or (), name)
+        elif not faults:
+            sections[name] = ModelSection.model_validate(given)
+    config = RunConfig.model_construct(**sections)
+    for name in RunConfig.model_fields.keys() - sections:
+        config.__dict__.pop(name, None)
     return config
 
 
@@ -206,11 +318,16 @@ def known_parts(key: str) -> set[str]:
     return set(field.annotation.model_fields) if field else set()  # type: ignore[union-attr]
 
 
-def _unknown(key: str, known: Sequence[str]) -> str:
-    key = key if len(key) <= 100 else f"{key[:60]}…"
+def _nearest(key: str, known: Sequence[str]) -> list[str]:
+    """Keys that are written like it, the nearest first, and those of the same name in other sections."""
     near = difflib.get_close_matches(key, known, n=3, cutoff=0.4)
     last = key.rsplit(".", 1)[-1]
-    near += [item for item in known if item.rsplit(".", 1)[-1] == last and item not in near]
+    return near + [item for item in known if item.rsplit(".", 1)[-1] == last and item not in near]
+
+
+def _unknown(key: str, known: Sequence[str]) -> str:
+    key = key if len(key) <= 100 else f"{key[:60]}…"
+    near = _nearest(key, known)
     sections = [item for item in known if "." not in item] or known
     hint = f"; nearest: {', '.join(near)}" if near else f"; known: {', '.join(sections)}"
     return f"unknown key {key!r}{hint}" if not near else f"unknown key {key}{hint}"

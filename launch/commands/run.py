@@ -11,7 +11,7 @@ from launch.commands.options import grouped, option
 from launch.jobs.options import Allocation, HostChoice, Reach
 
 if TYPE_CHECKING:
-    from pipeline.config import RunConfig
+    from pipeline.config import Reading, RunConfig
 
 ConfigOption = Annotated[Path, typer.Option(help="Run file, or the name of one that is shipped: quickstart.")]
 Overrides = Annotated[
@@ -155,8 +155,7 @@ def doctor(
         raise UserError("--local looks at this machine alone; leave out --config and --hostfile")
     findings = list(room.local_findings())
     if hostfile is not None:
-        run_folder = checked_config(config, overrides).run_folder if config is not None else None
-        findings += host_findings(hostfile, ssh, run_folder)
+        findings += host_findings(hostfile, ssh, room.run_folder(config, overrides or []))
     if config is not None:
         ranks = processes or (room.slots(hostfile) if hostfile else 0) or default_ranks()
         findings += room.run_findings(config, overrides or [], ranks)
@@ -190,9 +189,9 @@ def train(
     """
     from launch.jobs.local import LocalRun, run
 
-    settings = checked_config(config, overrides)
-    job = LocalRun(config, tuple(overrides or ()), settings, processes)
-    check_fit(settings, job.ranks)
+    read = reading(config, overrides)
+    job = LocalRun(config, tuple(overrides or ()), read.config, processes)
+    check_fit(read, job.ranks)
     raise typer.Exit(run(job, max_restarts=0))
 
 
@@ -259,14 +258,16 @@ def launch(
 
     if sum((local is not None, hostfile is not None, slurm)) != 1:
         raise UserError("give one of --local N, --hostfile FILE and --slurm")
-    settings, given = checked_config(config, overrides), tuple(overrides or ())
+    read, given = reading(config, overrides), tuple(overrides or ())
+    if not dry_run:
+        check_fit(read, local)
+    settings = read.whole()
     cluster = ClusterJob.new(config, given, settings.run_folder, reach)
     if slurm:
         queued = SlurmRun(settings, cluster, allocation, max_restarts, reach.master_addr)
         if dry_run:
             typer.echo(queued.describe())
             return
-        check_fit(settings, None)
         raise typer.Exit(queued.submit(wait))
     job: Run
     if hostfile is not None:
@@ -276,26 +277,29 @@ def launch(
     if dry_run:
         typer.echo(job.describe())
         return
-    check_fit(settings, job.ranks if isinstance(job, LocalRun) else None)
     raise typer.Exit(run(job, max_restarts))
 
 
+def reading(config: Path, overrides: list[str] | None) -> Reading:
+    """The run's settings, and what is wrong with them."""
+    from pipeline.config import read_config
+
+    return read_config(config, overrides or [])
+
+
 def checked_config(config: Path, overrides: list[str] | None) -> RunConfig:
-    """The run's settings; what is wrong with them is said here, before any rank has started."""
-    from pipeline.config import load_config
-
-    return load_config(config, overrides or [])
+    return reading(config, overrides).whole()
 
 
-def check_fit(settings: RunConfig, ranks: int | None) -> None:
-    """Settings against each other, the dataset, the DeepSpeed JSON and this machine, before any rank has started.
+def check_fit(read: Reading, ranks: int | None) -> None:
+    """Settings by themselves, against each other, the dataset, the DeepSpeed JSON and this machine: all in one round.
 
-    What a rank will need of its device, and for how long, is said.
+    No rank has started then. What a rank will need of its device, and for how long, is said.
 
     Args:
         ranks: None for a job on other hosts: what they have is for them to say.
     """
-    from launch.jobs.local import choose_accelerator, local_devices
+    from launch.jobs.local import choose_accelerator, device_problems, local_devices
 
     choose_accelerator()
     import torch
@@ -304,7 +308,8 @@ def check_fit(settings: RunConfig, ranks: int | None) -> None:
     from pipeline.fitting import fit, local_precision
 
     device = torch.device("cuda" if local_devices() and torch.cuda.is_available() else "cpu")
-    precision = local_precision(settings, device)
-    fitted = fit(settings, ranks, precision, device, dataset_is_here=ranks is not None)
-    for line in forecast(settings, fitted, ranks, precision, device) if ranks else ():
+    wrong = [*read.problems, *(device_problems(ranks) if ranks else ())]
+    fitted = fit(read.config, ranks, None, device, wrong=wrong, before_any_rank=True)
+    precision = local_precision(read.config, device)
+    for line in forecast(read.config, fitted, ranks, precision, device) if ranks else ():
         typer.echo(line)

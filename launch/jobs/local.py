@@ -76,8 +76,8 @@ class LocalRun:
             UserError: more processes than devices.
         """
         devices, ranks, visible = local_devices(), self.ranks, os.environ.get(VISIBLE)
-        if devices and ranks > devices:
-            raise UserError(f"{ranks} processes, but this machine has {devices} devices; ask for fewer")
+        if problems := device_problems(ranks):
+            raise UserError(problems)
         environment = {} if devices else cpu_environment(ranks)
         chosen = [f"--num_accelerators={ranks}"]
         if devices and visible:  # DeepSpeed's launcher keeps to it where it is not told a number
@@ -105,6 +105,14 @@ def local_devices() -> int:
     import torch
 
     return torch.accelerator.device_count() if torch.accelerator.is_available() else 0
+
+
+def device_problems(ranks: int) -> list[str]:
+    """A line where more ranks are asked for than there are devices."""
+    devices = local_devices()
+    if not devices or ranks <= devices:
+        return []
+    return [f"{ranks} processes, but this machine has {devices} devices; ask for fewer"]
 
 
 def choose_accelerator() -> None:

@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
@@ -27,9 +27,10 @@ from launch.jobs.local import LocalRun, local_devices
 from launch.jobs.session import Launch, run_session
 from launch.preflight.estimate import Machine, estimate, gibibytes
 from pipeline.checkpoints.space import checkpoint_bytes, free_bytes, readable, retained, start_problems
-from pipeline.config import RunConfig, load_config
+from pipeline.config import RunConfig, load_config, read_config
 from pipeline.data.corpus import Corpus, open_corpus
 from pipeline.data.loader import BatchLayout
+from pipeline.settings.section import Unknown
 from pipeline.settings.sections import DEFAULT_CACHE_FOLDER
 
 Level = Literal["ok", "warning", "problem"]
@@ -170,26 +171,29 @@ def search_path() -> str:
 def run_findings(path: Path, overrides: Sequence[str], ranks: int) -> Iterator[Finding]:
     """The run's settings against the dataset, the batch, the memory, the disk and the tracking store."""
     try:
-        config = load_config(path, overrides)
+        read = read_config(path, overrides)
     except UserError as error:
         yield from problems("config", error)
         return
-    yield Finding("config", "ok", f"{path}: run {config.run.name} in {config.run_folder}")
-    layout = None
+    config = read.config
+    if read.problems:
+        yield from problems("config", UserError(read.problems))
+    else:
+        yield Finding("config", "ok", f"{path}: run {config.run.name} in {config.run_folder}")
+    yield from guarded("batch", lambda: [batch(config, ranks)])
+    yield from guarded("dataset", lambda: data(config, open_corpus(config.data)))
+    yield from guarded("deepspeed", lambda: [deepspeed_json(config, ranks)])
+    yield from guarded("memory", lambda: [memory(config, ranks)])
+    yield from guarded("disk", lambda: [disk(config, ranks)])
+    yield from guarded("mlflow", lambda: [tracking(config)])
+
+
+def run_folder(path: Path | None, overrides: Sequence[str]) -> Path | None:
+    """None without a run file, or where it does not tell; why, `run_findings` says."""
     try:
-        layout = BatchLayout(config.training.global_batch_size, config.training.micro_batch_size, ranks)
-        yield Finding("batch", "ok", batch_text(config, layout))
-    except UserError as error:
-        yield from problems("batch", error)
-    try:
-        yield from data(config, open_corpus(config.data))
-    except UserError as error:
-        yield from problems("dataset", error)
-    yield from guarded("deepspeed", lambda: deepspeed_json(config, ranks))
-    if layout is not None:
-        yield from guarded("memory", lambda: memory(config, ranks))
-    yield from guarded("disk", lambda: disk(config, ranks))
-    yield tracking(config)
+        return read_config(path, overrides).config.run_folder if path else None
+    except (UserError, Unknown):
+        return None
 
 
 def slots(hostfile: Path) -> int:
@@ -200,11 +204,14 @@ def slots(hostfile: Path) -> int:
         return 0
 
 
-def guarded(check: str, look: Callable[[], Finding]) -> Iterator[Finding]:
+def guarded(check: str, look: Callable[[], Iterable[Finding]]) -> Iterator[Finding]:
+    """What is found; problems that are raised become findings, and so does what a wrong setting hides."""
     try:
-        yield look()
+        yield from look()
     except UserError as error:
         yield from problems(check, error)
+    except Unknown as cause:
+        yield Finding(check, "warning", f"not checked until {cause.what} is right", "mend it, and run doctor again")
 
 
 def problems(check: str, error: UserError) -> Iterator[Finding]:
@@ -213,12 +220,11 @@ def problems(check: str, error: UserError) -> Iterator[Finding]:
         yield Finding(check, "problem", found, remedy)
 
 
-def batch_text(config: RunConfig, layout: BatchLayout) -> str:
-    return (
-        f"{layout.global_batch_size} samples = {layout.micro_batch_size} micro-batch × {layout.world_size} ranks × "
-        f"{layout.gradient_accumulation_steps} accumulation steps; "
-        f"{layout.global_batch_size * config.data.sequence_length:,} tokens per step"
-    )
+def batch(config: RunConfig, ranks: int) -> Finding:
+    layout = BatchLayout(config.training.global_batch_size, config.training.micro_batch_size, ranks)
+    shared = f"{layout.micro_batch_size} micro-batch × {ranks} ranks × {layout.gradient_accumulation_steps}"
+    tokens = f"{layout.global_batch_size * config.data.sequence_length:,} tokens per step"
+    return Finding("batch", "ok", f"{layout.global_batch_size} samples = {shared} accumulation steps; {tokens}")
 
 
 def data(config: RunConfig, corpus: Corpus) -> Iterator[Finding]:
@@ -275,8 +281,7 @@ def memory(config: RunConfig, ranks: int) -> Finding:
     result = estimate(config, Machine(ranks=ranks, cpu=local_devices() == 0))
     need = result.memory[result.zero_stage].total
     free = min(device_free_bytes())
-    if local_devices() == 0:
-        need *= ranks
+    need *= ranks if local_devices() == 0 else 1
     text = f"{gibibytes(need)} GiB needed{' by all ranks' if local_devices() == 0 else ''}, {gibibytes(free)} GiB free"
     if need > free:
         smaller = "a smaller training.micro_batch_size, model.activation_checkpointing=full or a higher ZeRO stage"

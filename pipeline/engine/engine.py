@@ -1,5 +1,6 @@
 """Run settings and a DeepSpeed JSON become one DeepSpeed configuration and one engine."""
 
+from pathlib import Path
 from typing import Any
 
 import deepspeed
@@ -48,11 +49,7 @@ def deepspeed_config(config: RunConfig, layout: BatchLayout | None, precision: s
         UserError: every contradiction, naming both sides; every knob that DeepSpeed would refuse or ignore.
     """
     path = config.deepspeed.config
-    knobs = read_deepspeed_json(path)
-    for key in ("bf16", "fp16"):
-        if isinstance(knobs.get(key), bool):
-            knobs[key] = {"enabled": knobs[key]}
-    misspelt = knob_problems(knobs)
+    knobs, misspelt = read_knobs(path)
     if isinstance(knobs.get("zero_optimization"), dict):
         knobs["zero_optimization"] = fill_autos(knobs["zero_optimization"])
     problems = misspelt + _batch_clash(knobs, layout) + _optimizer_clashes(knobs, config.optimizer)
@@ -80,6 +77,22 @@ def deepspeed_config(config: RunConfig, layout: BatchLayout | None, precision: s
         defaults = {"buffer_dtype": precision} | ({"grad_accum_dtype": "fp32"} if zero_stage(settings) else {})
         settings["data_types"] = {**defaults, **knobs.get("data_types", {})}
     return settings
+
+
+def read_knobs(path: Path) -> tuple[dict[str, Any], list[str]]:
+    """The JSON, and what is wrong with it whatever the run. Raises UserError as `read_deepspeed_json`."""
+    knobs = read_deepspeed_json(path)
+    for key in ("bf16", "fp16"):
+        if isinstance(knobs.get(key), bool):
+            knobs[key] = {"enabled": knobs[key]}
+    return knobs, knob_problems(knobs)
+
+
+def check_knobs(path: Path) -> None:
+    """Raises UserError as `deepspeed_config` does, for what needs no setting of the run to be seen."""
+    problems = read_knobs(path)[1]
+    if problems:
+        raise UserError([f"{path}: {problem}" for problem in problems])
 
 
 def _clash(key: str, given: Any, setting: str, value: Any) -> str:
@@ -159,13 +172,18 @@ def _unchecked(knobs: dict[str, Any]) -> list[str]:
 def check_machine(config: RunConfig, settings: dict[str, Any], ranks: int, cuda: bool) -> None:
     """Raises UserError with everything that keeps this machine from training with the DeepSpeed JSON."""
     problems = [f"{config.deepspeed.config}: {problem}" for problem in lacks(settings, ranks, cuda)]
-    if settings["fp16"]["enabled"] and not get_accelerator().is_fp16_supported():
-        problems.append(
+    if problems:
+        raise UserError(problems)
+    check_precision("fp16" if settings["fp16"]["enabled"] else "")
+
+
+def check_precision(precision: str) -> None:
+    """Raises UserError where DeepSpeed does not train in it on this machine."""
+    if precision == "fp16" and not get_accelerator().is_fp16_supported():
+        raise UserError(
             "training.precision = fp16, which DeepSpeed does not train in here: it takes a GPU, or a CPU with "
             "AVX512-FP16 or AMX-FP16; set training.precision to auto, bf16 or fp32"
         )
-    if problems:
-        raise UserError(problems)
 
 
 def zero_stage(settings: dict[str, Any]) -> int:

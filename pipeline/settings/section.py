@@ -1,11 +1,12 @@
 """The base of every section of settings, and how wrong values are told to a person."""
 
 import reprlib
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from types import UnionType
-from typing import Annotated, Any, Literal, Union, get_args, get_origin
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self, Union, get_args, get_origin
 
-from pydantic import BaseModel, ConfigDict, ValidationInfo, field_validator
+from pydantic import BaseModel, ConfigDict, PrivateAttr, ValidationInfo, field_validator
 
 MOST = 2**40
 """Of steps, samples, tokens: more than any run counts, and safe in 64 bits when multiplied by another count."""
@@ -15,8 +16,43 @@ LARGEST_SEED = 2**31 - 1
 """Room for the rank, which is added, below numpy's 2^32."""
 
 
+class Unknown(Exception):
+    """What was asked for is wrong or missing, which is said elsewhere: what follows from it cannot be told yet.
+
+    Attributes:
+        what: a setting, such as `training.max_steps`, or a part of a run, such as `the dataset`.
+    """
+
+    def __init__(self, what: str) -> None:
+        super().__init__(what)
+        self.what = what
+
+
 class Section(BaseModel):
+    """Settings. One made by `right_part` lacks those that are wrong, and raises `Unknown` where one is asked for."""
+
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, use_attribute_docstrings=True)
+
+    _name: str = PrivateAttr("")
+    """As a run file calls it; known where a setting may be missing."""
+
+    @classmethod
+    def right_part(cls, values: Mapping[Any, Any], wrong: Collection[str], name: str) -> Self:
+        """The section without the settings in `wrong`; each of the others has been found right."""
+        right = {key: value for key, value in values.items() if key in cls.model_fields and key not in wrong}
+        needed = {key: field for key, field in cls.model_fields.items() if field.is_required() and key not in right}
+        made = cls.model_validate({**{key: (field.examples or [None])[0] for key, field in needed.items()}, **right})
+        for key in (*wrong, *needed):
+            made.__dict__.pop(key, None)
+        made._name = f"{name}." if name else ""
+        return made
+
+    if not TYPE_CHECKING:  # a type checker would take any name
+
+        def __getattr__(self, name: str) -> Any:
+            if name in type(self).model_fields:
+                raise Unknown(f"{self._name}{name}")
+            return super().__getattr__(name)
 
     @field_validator("*", mode="before")
     @classmethod

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, field_validator
 
 from data_prep.errors import UserError
 from model.configuration_globallocal import GlobalLocalConfig
@@ -33,7 +33,7 @@ class Retention:
 
 
 class RunSection(Section):
-    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=120)
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=120, examples=["quickstart"])
     """Names the run folder and the MLflow run."""
     output_dir: Path | None = None
     """Run folder; `runs/<name>` when absent."""
@@ -78,7 +78,7 @@ class DataSection(Section):
     dataset: Annotated[
         Annotated[str, Tag("location")] | Annotated[tuple[MixturePart, ...], Tag("mixture")],
         Discriminator(lambda value: "location" if isinstance(value, str) else "mixture"),
-    ]
+    ] = Field(examples=["data/quickstart"])
     """Folder, or URL (s3://, https://, …), of a prepared dataset; or a mixture: a list of {dataset, weight}."""
     sequence_length: int = Field(512, ge=1, le=2**31 - 1)
     """Tokens a sample; chosen here, not when the data is prepared."""
@@ -189,22 +189,11 @@ class TrainingSection(Section):
         first, _, last = (self.profile or "1-0").partition("-")
         return range(int(first), int(last) + 1)
 
-    def check_profile(self, max_steps: int) -> None:
-        """Raises ValueError where steps are to be traced that the run does not have."""
-        if self.profile and self.profiled_steps[-1] > max_steps:
-            raise ValueError(
-                f"profile ({self.profile}) reaches past the last step ({max_steps:,}); choose from 1 to {max_steps:,}"
-            )
-
-    @model_validator(mode="after")
-    def one_length(self) -> "TrainingSection":
-        if (self.max_steps is None) == (self.max_epochs is None):
-            raise ValueError(
-                f"exactly one of max_steps ({self.max_steps}) and max_epochs ({self.max_epochs}) must be set"
-            )
-        if self.max_steps is not None:
-            self.check_profile(self.max_steps)
-        return self
+    def profile_problem(self, max_steps: int) -> str | None:
+        """A line where steps are to be traced that the run does not have."""
+        if not self.profile or self.profiled_steps[-1] <= max_steps:
+            return None
+        return f"profile ({self.profile}) reaches past the last step ({max_steps:,}); choose from 1 to {max_steps:,}"
 
 
 class CheckpointSection(Section):

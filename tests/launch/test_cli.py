@@ -61,11 +61,3 @@ def test_mistakes_are_plain_lines_and_exit_code_2(
     output = capsys.readouterr()
     assert said in output.err
     assert "Traceback" not in output.err + output.out
-
-
-def test_every_wrong_setting_is_named_at_once(capsys: pytest.CaptureFixture[str]) -> None:
-    wrong = ["training.max_stepss=1", "optimizer.learning_rate=-1", "model.preset=huge"]
-    assert main(["train", "--config", "launch/runs/quickstart.yaml", *wrong]) == 2
-    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
-    assert len(lines) == 3
-    assert all(any(word in line for line in lines) for word in ("max_stepss", "learning_rate", "huge"))
