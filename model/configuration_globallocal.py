@@ -14,9 +14,13 @@ from typing import Any
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 
+from .presets_globallocal import PRESETS
+
 ROUTERS_PER_LAYER = 2
 PIECE_ENTRIES = 64  # of the tokens that chose one pool row: what one program of a kernel sums
 SUMMARY_CHUNK = 64  # positions that attend to each other, before a state stands for them
+SUMMARY_TAPS = 4  # of the short convolution of a delta summary: this position and three before it
+UNIT_EPS = 1e-6  # under the root, where keys and queries are brought to length 1
 
 
 @strict
@@ -46,6 +50,11 @@ class GlobalLocalConfig(PreTrainedConfig):
         summary_heads: parts of the summary that forget at rates of their own; 0 stands for gcd(8, hidden_size).
         summary_key_size: width of the summary's keys and queries: its state is summary_key_size · hidden_size
             numbers per layer.
+        summary_rule: "average" (each head's state moves towards what is new, whatever it holds) or "delta" (it keeps
+            its own share and corrects what it holds under the new key; keys, queries and values are mixed by a short
+            convolution first). Only the latter recalls what followed a word that it has seen once.
+        summary_key_heads: sets of keys and queries, each for neighbouring heads alike; more than one with "delta"
+            alone. Must divide summary_heads.
         dropout: probability, applied where the seed applies it.
         diversity_loss_scale: factor of each router's loss; the sum over routers is scaled by a further 0.01.
         norm_placement: "pre" (norm in front of each sublayer) or "post" (norm after the residual sum).
@@ -79,6 +88,8 @@ class GlobalLocalConfig(PreTrainedConfig):
     router_context: str = "token"
     summary_heads: int = 0
     summary_key_size: int = 64
+    summary_rule: str = "average"
+    summary_key_heads: int = 1
     dropout: float | int = 0.0
     diversity_loss_scale: float | int = 0.01
     norm_placement: str = "pre"
@@ -154,9 +165,26 @@ class GlobalLocalConfig(PreTrainedConfig):
         """Weights and biases of all layers' running summaries."""
         if self.router_context != "summary":
             return 0
-        h = self.hidden_size
-        outputs = 2 * self.summary_key_size + 2 * h + self.summary_heads
-        return self.num_hidden_layers * ((h + 1) * outputs + (h + 1) * h)
+        h, keys = self.hidden_size, self.summary_key_heads * self.summary_key_size
+        delta = self.summary_rule == "delta"
+        outputs = 2 * keys + 2 * h + self.summary_heads * (2 if delta else 1)
+        taps = SUMMARY_TAPS * (2 * keys + h) if delta else 0
+        return self.num_hidden_layers * ((h + 1) * outputs + taps + (h + 1) * h)
+
+    @property
+    def _state_products(self) -> float:
+        """Multiply-adds per token of all layers' summaries beside their weights.
+
+        A state is written and read by every token, and half a chunk of tokens attended to; the delta rule also asks the
+        state for what it holds, compares the keys of half a chunk, and solves for what each of them adds.
+        """
+        if self.router_context != "summary":
+            return 0
+        h, size, heads = self.hidden_size, self.summary_key_size, self.summary_heads
+        if self.summary_rule == "average":
+            return self.num_hidden_layers * (2 * size * h + SUMMARY_CHUNK / 2 * (size + h))
+        inside = 2 * self.summary_key_heads * size + 2 * h + heads * size
+        return self.num_hidden_layers * (3 * size * h + SUMMARY_CHUNK / 2 * inside)
 
     @property
     def _key_parameters(self) -> int:
@@ -209,10 +237,7 @@ class GlobalLocalConfig(PreTrainedConfig):
         router = 2 * h * min(h, dim) + dim * h + h * score + 2 * self.router_top_k * score
         routers = self.num_hidden_layers * ROUTERS_PER_LAYER * router
         feed_forward = self.num_hidden_layers * 2 * h * self.intermediate_size
-        # A state is written and read by every token, and half a chunk of tokens attended to.
-        summary = 2 * self.summary_key_size * h + SUMMARY_CHUNK / 2 * (self.summary_key_size + h)
-        summaries = self._summary_parameters + self.num_hidden_layers * summary * (self.router_context == "summary")
-        rest = summaries + self.num_hidden_layers * h + self.vocab_size * h
+        rest = self._summary_parameters + self._state_products + self.num_hidden_layers * h + self.vocab_size * h
         trained = convolution + routers + feed_forward + rest
         forward_only = self.num_hidden_layers * ROUTERS_PER_LAYER * self._key_parameters
         return 6.0 * trained + 2.0 * forward_only
@@ -228,6 +253,15 @@ class GlobalLocalConfig(PreTrainedConfig):
         problems += self._score_problems()
         if self.hidden_size % self.summary_heads:
             problems.append(f"summary_heads is {self.summary_heads}; it must divide hidden_size, {self.hidden_size}")
+        if self.summary_heads % self.summary_key_heads:
+            problems.append(
+                f"summary_key_heads is {self.summary_key_heads}; it must divide summary_heads, {self.summary_heads}"
+            )
+        if self.summary_key_heads > 1 and self.summary_rule != "delta":
+            problems.append(
+                f"summary_key_heads is {self.summary_key_heads}; more than one needs summary_rule 'delta', "
+                f"and it is {self.summary_rule!r}"
+            )
         for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
             given = getattr(self, name)
             for token_id in given if isinstance(given, list) else [] if given is None else [given]:
@@ -321,6 +355,7 @@ _LARGEST = 2**31 - 1
 _SIZES = (
     "vocab_size", "hidden_size", "intermediate_size", "max_position_embeddings", "pool_size", "pool_dim",
     "conv_kernel_size", "router_top_k", "router_hidden_size", "summary_heads", "summary_key_size",
+    "summary_key_heads",
 )  # fmt: skip
 _RANGES: dict[str, tuple[float, float]] = {
     **dict.fromkeys(_SIZES, (1, _LARGEST)),
@@ -343,6 +378,7 @@ _DERIVED = {
 _CHOICES = {
     "router_scores": ("dense", "product_key"),
     "router_context": ("token", "summary"),
+    "summary_rule": ("average", "delta"),
     "norm_placement": ("pre", "post"),
 }
 _KINDS: dict[Any, str] = {
@@ -355,42 +391,3 @@ _KINDS: dict[Any, str] = {
     list[int] | list[list[int]]: "a list of whole numbers, or a list of such lists",
 }
 """How a person says what a setting takes."""
-
-# Each layer looks further than the one below it: 1,173 positions after four layers, and on from there.
-_WIDENING = [[1, 2], [4, 8], [16, 64], [128, 512]]
-
-PRESETS: dict[str, dict[str, Any]] = {
-    # A few minutes on two CPU cores: cheap routers, small vocabulary.
-    "quickstart": {
-        "vocab_size": 4096, "hidden_size": 192, "num_hidden_layers": 2, "max_position_embeddings": 256,
-        "pool_size": 1024, "pool_dim": 48, "router_hidden_size": 48, "conv_dilations": [[1, 2], [4, 8]],
-        "router_context": "summary", "summary_heads": 4,
-    },
-    # The published model's sizes and layout, made causal.
-    "seed": {
-        "vocab_size": 50257, "hidden_size": 512, "num_hidden_layers": 6, "max_position_embeddings": 512,
-        "pool_size": 10000, "pool_dim": 2048, "conv_dilations": [1, 2, 4], "dropout": 0.1,
-        "norm_placement": "post", "tie_word_embeddings": False,
-    },
-    # About 45 M, 130 M, 350 M and 1.3 B parameters; a block has as many as two of a GPT's of the same width.
-    "small": {
-        "vocab_size": 32000, "hidden_size": 512, "num_hidden_layers": 4, "max_position_embeddings": 1024,
-        "pool_size": 4096, "pool_dim": 256, "router_hidden_size": 128, "conv_dilations": _WIDENING,
-        "router_context": "summary",
-    },
-    "base": {
-        "vocab_size": 32000, "hidden_size": 768, "num_hidden_layers": 7, "max_position_embeddings": 1024,
-        "pool_size": 4096, "pool_dim": 384, "router_hidden_size": 192, "conv_dilations": _WIDENING,
-        "router_context": "summary",
-    },
-    "large": {
-        "vocab_size": 32000, "hidden_size": 1024, "num_hidden_layers": 12, "max_position_embeddings": 2048,
-        "pool_size": 4096, "pool_dim": 512, "router_hidden_size": 256, "conv_dilations": _WIDENING,
-        "router_context": "summary",
-    },
-    "xl": {
-        "vocab_size": 32000, "hidden_size": 2048, "num_hidden_layers": 12, "max_position_embeddings": 2048,
-        "pool_size": 8192, "pool_dim": 1024, "router_hidden_size": 512, "conv_dilations": _WIDENING,
-        "router_context": "summary",
-    },
-}  # fmt: skip

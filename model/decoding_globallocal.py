@@ -1,14 +1,9 @@
-"""Decoding token by token: a state of constant size, one step on it in place, and that step as a CUDA graph.
+"""Decoding token by token: a state of constant size, and one step on it in place.
 
 The step says what the modules' forward passes say, for one position without padding, with few and fixed operations:
 nothing is read by the host, no shape depends on data. Shapes and symbols as in `configuration_globallocal.py`.
 """
 
-import logging
-import weakref
-from collections.abc import Callable, Iterator
-from functools import partial
-from itertools import chain
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -20,8 +15,6 @@ from .router_globallocal import FoldedRouter, ProductKeyScores, TensorRouter, at
 if TYPE_CHECKING:
     from .modeling_globallocal import GlobalLocalForCausalLM
 
-logger = logging.getLogger(__name__)
-
 
 class GlobalLocalCache:
     """Decoding state of constant size.
@@ -31,7 +24,10 @@ class GlobalLocalCache:
     Attributes:
         history: per layer [B, 1 + (K − 1) · max dilation, h], a ring of the convolution's last inputs; zeros in front
             of the first token.
-        summary: per layer [B, key size, heads, head width], the state of the running summary.
+        summary: per layer the state of the running summary, [B, key size, heads, head width], of a delta summary
+            [B, heads, key size, head width].
+        recent: per layer of delta summaries [B, taps − 1, c], what their short convolution read last; zeros in front
+            of the first token.
         position: int64 [1] on the device, the place in every ring that the next token takes, modulo its length.
         steps: the same number, for the host; the rings begin at their oldest entry when it is 0.
         folds: per router, filled at the first call; valid as long as the weights do not change.
@@ -44,6 +40,7 @@ class GlobalLocalCache:
     def __init__(self, num_layers: int) -> None:
         self.history: list[Tensor | None] = [None] * num_layers
         self.summary: list[Tensor | None] = [None] * num_layers
+        self.recent: list[Tensor | None] = [None] * num_layers
         self.position: Tensor | None = None
         self.steps = 0
         self.folds: dict[nn.Module, FoldedRouter] = {}
@@ -56,7 +53,7 @@ class GlobalLocalCache:
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Beam search: row i continues what was row beam_idx[i]."""
-        for states in (self.history, self.summary):
+        for states in (self.history, self.summary, self.recent):
             states[:] = [s if s is None else s.index_select(0, beam_idx.to(s.device)) for s in states]
 
     def empty(self) -> "GlobalLocalCache":
@@ -71,6 +68,7 @@ class GlobalLocalCache:
         for states, own, new in (
             (self.history, [self.past(i) for i in layers], [other.past(i) for i in layers]),
             (self.summary, list(self.summary), other.summary),
+            (self.recent, list(self.recent), other.recent),
         ):
             states[:] = [b if a is None or b is None else torch.cat([a, b]) for a, b in zip(own, new, strict=True)]
         self.seen_tokens = max(self.seen_tokens, other.seen_tokens)
@@ -105,7 +103,9 @@ class RouterWeights(NamedTuple):
 class BlockWeights(NamedTuple):
     """A block's weights as a step reads them, where they are not the parameters themselves."""
 
-    input_weight: Tensor  # the summary's query, key and negative keep gates | value and output gate | the block's gate
+    # The summary's query, key and negative keep gates | value and output gate, or all that a delta summary has as it
+    # has it; then the block's gate.
+    input_weight: Tensor
     input_bias: Tensor
     attention: RouterWeights
     router: RouterWeights
@@ -125,9 +125,10 @@ def step(model: "GlobalLocalForCausalLM", ids: Tensor, cache: GlobalLocalCache) 
     assert position is not None
     assert cache.weights is not None
     x = base.embed_tokens(ids)
-    for block, weights, ring, state in zip(base.layers, cache.weights, cache.history, cache.summary, strict=True):
+    states = zip(cache.history, cache.summary, cache.recent, strict=True)
+    for block, weights, (ring, state, recent) in zip(base.layers, cache.weights, states, strict=True):
         assert ring is not None
-        x = _block(block, x, base.pool, weights, ring, state, position)
+        x = _block(block, x, base.pool, weights, ring, (state, recent), position)
     position.add_(1)
     return model.lm_head(base.norm(x)).unsqueeze(1)
 
@@ -138,17 +139,17 @@ def _block(
     pool: Tensor,
     weights: BlockWeights,
     ring: Tensor,
-    state: Tensor | None,
+    summary: tuple[Tensor | None, Tensor | None],
     position: Tensor,
 ) -> Tensor:
-    attention, first = block.attention, block.norm_first
+    attention, first, (state, recent) = block.attention, block.norm_first, summary
     before = block.attention_norm(x) if first else x
     projected = F.linear(before, weights.input_weight, weights.input_bias)
     local = _convolve(attention.local, before, weights, ring, position)
     if state is None:
         routed = _route(attention.router, before, pool, weights.attention)
     else:
-        answer = _summarise(attention.summary, projected, state)
+        answer = _summarise(attention.summary, projected, state, recent)
         routed = _route(attention.router, before + answer, pool, weights.attention).add_(answer)
     x = x + torch.lerp(routed, local, torch.sigmoid(projected[:, -1:]))
     x = x if first else block.attention_norm(x)
@@ -170,8 +171,10 @@ def _convolve(local: Any, x: Tensor, weights: BlockWeights, ring: Tensor, positi
     return local.projection(F.gelu(outputs).transpose(0, 1).flatten(1))
 
 
-def _summarise(summary: Any, projected: Tensor, state: Tensor) -> Tensor:
+def _summarise(summary: Any, projected: Tensor, state: Tensor, recent: Tensor | None) -> Tensor:
     """projected as in `BlockWeights` → the answer [B, h]; the state [B, d, H, p] is brought forward."""
+    if recent is not None:
+        return _correct(summary, projected, state, recent)
     _, key_size, hidden_size, _, heads = summary.parts
     small = at_least_float32(projected[:, : 2 * key_size + heads])
     query, key, forget = small.split([key_size, key_size, heads], dim=-1)
@@ -181,6 +184,19 @@ def _summarise(summary: Any, projected: Tensor, state: Tensor) -> Tensor:
     answer = (query.unsqueeze(1) @ state.flatten(2)).view(len(state), heads, -1)
     answer = F.rms_norm(answer, answer.shape[-1:], eps=summary.eps).flatten(1)
     return summary.output((answer * F.silu(gate)).to(projected.dtype))
+
+
+def _correct(summary: Any, projected: Tensor, state: Tensor, recent: Tensor) -> Tensor:
+    """`_summarise` of a delta summary: the state [B, H, d, p] and recent [B, taps − 1, c] are brought forward."""
+    mixed, gate, keep, write, _ = projected.split([*summary.parts, 1], dim=-1)
+    window = torch.cat([recent, mixed.unsqueeze(1)], dim=1)
+    recent.copy_(window[:, 1:])
+    query, key, value = summary.heads((window * summary.taps).sum(dim=1))
+    query, key = (x.repeat_interleave(summary.num_heads // x.shape[1], dim=1) for x in (query, key))  # [B, H, d]
+    keep, write = (torch.sigmoid(at_least_float32(x)).unsqueeze(-1) for x in (keep, write))
+    held = key.unsqueeze(-2) @ state.mul_(keep.unsqueeze(-1))
+    state.add_(key.unsqueeze(-1) * (write.unsqueeze(-1) * (value.unsqueeze(-2) - held)))
+    return summary.answer((query.unsqueeze(-2) @ state).squeeze(-2), gate)
 
 
 def _route(router: TensorRouter, x: Tensor, pool: Tensor, weights: RouterWeights) -> Tensor:
@@ -217,7 +233,9 @@ def _block_weights(block: Any, folds: dict[nn.Module, FoldedRouter]) -> BlockWei
     attention, local = block.attention, block.attention.local
     summary = attention.summary
     weight, bias = attention.gate.weight, attention.gate.bias
-    if summary is not None:
+    if hasattr(summary, "taps"):  # a delta summary
+        weight, bias = torch.cat([summary.input.weight, weight]), torch.cat([summary.input.bias, bias])
+    elif summary is not None:
         query, key, value, gate, keep = summary.input.weight.split(summary.parts)
         weight = torch.cat([query, key, -keep, value, gate, weight])
         query, key, value, gate, keep = summary.input.bias.split(summary.parts)
@@ -242,139 +260,3 @@ def _router_weights(router: TensorRouter, folds: dict[nn.Module, FoldedRouter]) 
         for tensor in (scores.hidden_weight, scores.hidden_bias, *(getattr(scores, name) for name in names))
     )
     return RouterWeights(router._folded(folds), hidden_weight, hidden_bias, tuple(key_biases))
-
-
-def captured(run: Callable[[], Tensor], device: torch.device) -> tuple[Callable[[], Any], Tensor]:
-    """`run` as a CUDA graph: what replays it, and the tensor that then holds its result."""
-    with torch.cuda.device(device):
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
-            for _ in range(3):  # libraries choose and allocate what they need
-                run()
-        torch.cuda.current_stream().wait_stream(side)
-        graph = torch.cuda.CUDAGraph()
-        # Other threads, NCCL's or a data loader's, may go on calling CUDA.
-        with torch.cuda.graph(graph, stream=torch.cuda.Stream(), capture_error_mode="thread_local"):
-            result = run()
-    return graph.replay, result
-
-
-# By kind of device: how a step becomes one that is replayed. Elsewhere it runs as it is.
-CAPTURES = {"cuda": captured}
-
-
-class StepGraphs:
-    """A model's steps as CUDA graphs, one for each power of two of rows."""
-
-    def __init__(self) -> None:
-        self.clear()
-
-    def clear(self) -> None:
-        """The weights are about to change, or have moved."""
-        self._graphs: dict[int, _StepGraph] = {}
-        self._parameters: list[tuple[Any, ...]] = []  # where the weights lie that the graphs read
-        self._failed = False
-
-    def __reduce__(self) -> tuple[type["StepGraphs"], tuple[()]]:
-        return StepGraphs, ()  # a copy of a model, or a pickled one, captures its own
-
-    def run(self, model: "GlobalLocalForCausalLM", ids: Tensor, cache: GlobalLocalCache) -> Tensor:
-        """`step`, by replaying it; as it is where nothing can be captured, or capturing has failed."""
-        if self._failed or ids.device.type not in CAPTURES:
-            return step(model, ids, cache)
-        rows = 1 << (len(ids) - 1).bit_length()
-        graph = self._graphs.get(rows)
-        if graph is None or graph.holder() is not cache:
-            graph = self._graph(model, rows, cache)
-        return step(model, ids, cache) if graph is None else graph.run(ids, cache)
-
-    @torch.inference_mode(False)
-    @torch.no_grad()
-    def _graph(self, model: "GlobalLocalForCausalLM", rows: int, cache: GlobalLocalCache) -> "_StepGraph | None":
-        """A graph of the weights where they lie now."""
-        parameters = [(t.data_ptr(), t.dtype, t.shape) for t in chain(model.parameters(), model.buffers())]
-        if parameters != self._parameters:
-            self.clear()
-            self._parameters = parameters
-        if rows not in self._graphs:
-            try:
-                self._graphs[rows] = _StepGraph(model, rows, cache)
-            except RuntimeError as error:
-                self._failed = True
-                logger.warning("decoding goes on without a CUDA graph: %s", str(error).partition("\n")[0])
-        return self._graphs.get(rows)
-
-
-class _StepGraph:
-    """One captured step. It reads and writes tensors of its own, which are lent to one cache at a time."""
-
-    def __init__(self, model: "GlobalLocalForCausalLM", rows: int, cache: GlobalLocalCache) -> None:
-        own = GlobalLocalCache(len(cache.history))
-        for target, source in ((own.history, cache.history), (own.summary, cache.summary)):
-            target[:] = [s if s is None else s.new_zeros(rows, *s.shape[1:]) for s in source]
-        own.position = torch.zeros_like(cache.position)  # type: ignore[arg-type]
-        own.weights = _map(torch.clone, cache.weights)
-        self.own = own
-        self.holder: Callable[[], GlobalLocalCache | None] = lambda: None
-        self._lent: list[Tensor | None] = []
-        self.ids = torch.zeros(rows, dtype=torch.int64, device=own.position.device)
-        capture = CAPTURES[own.position.device.type]
-        self._replay, self._logits = capture(partial(step, model, self.ids, own), own.position.device)
-
-    def run(self, ids: Tensor, cache: GlobalLocalCache) -> Tensor:
-        """ids [B] → logits [B, 1, V], a tensor of its own."""
-        self._lend(cache)
-        self.ids[: len(ids)].copy_(ids)
-        self._replay()
-        return self._logits[: len(ids)].clone()
-
-    def _lend(self, cache: GlobalLocalCache) -> None:
-        """The cache's tensors become rows of the graph's own; a cache that had these before gets copies."""
-        holder = self.holder()
-        if holder is not cache:
-            if holder is not None:
-                self._take_back(holder)
-            self.holder, self._lent = weakref.ref(cache), []
-            for own, new in zip(_tensors(self.own.weights), _tensors(cache.weights), strict=True):
-                own.copy_(new)
-        states = _states(cache)
-        if self._lent and all(a is b for a, b in zip(states, self._lent, strict=True)):
-            return
-        rows = next(len(s) for s in cache.history if s is not None)
-        lent = [s if s is None or s.dim() == 1 else s[:rows] for s in _states(self.own)]
-        for target, source, before in zip(lent, states, self._lent or [None] * len(lent), strict=True):
-            if target is not None and source is not None and source is not before:
-                target.copy_(source)
-        self._lent = lent
-        _put(cache, lent)
-
-    def _take_back(self, holder: GlobalLocalCache) -> None:
-        lent = {id(tensor) for tensor in self._lent}
-        _put(holder, [s if s is None or id(s) not in lent else s.clone() for s in _states(holder)])
-
-
-def _states(cache: GlobalLocalCache) -> list[Tensor | None]:
-    return [cache.position, *cache.history, *cache.summary]
-
-
-def _put(cache: GlobalLocalCache, states: list[Tensor | None]) -> None:
-    cache.position, layers = states[0], len(cache.history)
-    cache.history[:], cache.summary[:] = states[1 : 1 + layers], states[1 + layers :]
-
-
-def _tensors(value: Any) -> Iterator[Tensor]:
-    """All tensors of nested tuples and lists."""
-    if isinstance(value, Tensor):
-        yield value
-    elif value is not None:
-        for part in value:
-            yield from _tensors(part)
-
-
-def _map(function: Any, value: Any) -> Any:
-    """The same nested tuples and lists, of what `function` makes of their tensors."""
-    if value is None or isinstance(value, Tensor):
-        return value if value is None else function(value)
-    parts = [_map(function, part) for part in value]
-    return type(value)(*parts) if hasattr(value, "_fields") else type(value)(parts)

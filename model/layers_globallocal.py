@@ -4,9 +4,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .configuration_globallocal import GlobalLocalConfig
+from .configuration_globallocal import SUMMARY_TAPS, UNIT_EPS, GlobalLocalConfig
 from .decoding_globallocal import GlobalLocalCache
 from .ops_convolution_globallocal import causal_convolutions
+from .ops_delta_globallocal import gated_delta_rule
 from .ops_summary_globallocal import decayed_attention
 from .router_globallocal import TensorRouter, at_least_float32
 
@@ -70,13 +71,77 @@ class RunningSummary(nn.Module):
         return self.output(answer.to(x.dtype) * F.silu(gate))
 
 
+class DeltaSummary(nn.Module):
+    """What the prefix held, in constant memory, and corrected: a gated delta rule that each token asks.
+
+    A short causal convolution, a few taps per feature, and SiLU mix query, key and value with those of the positions
+    just before, so that a key can say what a value followed. Keys and queries then have length 1, and per head
+
+        kept[t] = a[t] · state[t − 1]
+        state[t] = kept[t] + b[t] · key[t] ⊗ (value[t] − key[t] · kept[t])
+
+    with keep gate a and write gate b = σ(...) of the token. The answer query[t] · state[t] is normalised, gated and
+    projected. After gated delta networks, arXiv:2412.06464.
+    """
+
+    def __init__(self, config: GlobalLocalConfig, layer: int) -> None:
+        super().__init__()
+        h, self.eps = config.hidden_size, config.layer_norm_eps
+        self.layer, self.num_heads, self.key_size = layer, config.summary_heads, config.summary_key_size
+        keys = config.summary_key_heads * config.summary_key_size
+        self.mixed_parts = [keys, keys, h]  # query, key, value
+        self.parts = [sum(self.mixed_parts), h, self.num_heads, self.num_heads]  # …, output, keep and write gates
+        self.input = nn.Linear(h, sum(self.parts))
+        self.taps = nn.Parameter(torch.empty(SUMMARY_TAPS, self.parts[0]))
+        self.output = nn.Linear(h, h)
+
+    def forward(self, x: Tensor, mask: Tensor | None, cache: GlobalLocalCache | None) -> Tensor:
+        """x [B, S, h], mask [B, S, 1] or None → [B, S, h]."""
+        mixed, gate, keep, write = self.input(x).split(self.parts, dim=-1)
+        write = torch.sigmoid(at_least_float32(write))
+        if mask is not None:
+            mixed, write = mixed * mask, write * mask  # in front of the sequence the state stays 0
+        recent = state = None
+        if cache is not None:
+            recent, state = cache.recent[self.layer], cache.summary[self.layer]
+        reach = SUMMARY_TAPS - 1
+        padded = F.pad(mixed, (0, 0, reach, 0)) if recent is None else torch.cat([recent, mixed], dim=1)
+        mixed = self.taps[-1] * mixed
+        for tap in range(reach):
+            mixed = torch.addcmul(mixed, self.taps[tap], padded[:, tap : tap + x.shape[1]])
+        log_keep = F.logsigmoid(at_least_float32(keep))
+        answer, state = gated_delta_rule(*self.heads(mixed), log_keep, write, state)
+        if cache is not None:
+            cache.recent[self.layer], cache.summary[self.layer] = padded[:, -reach:].clone(), state
+        return self.answer(answer, gate)
+
+    def heads(self, mixed: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Behind the short convolution, [..., c] → query and key [..., G, d], value [..., H, p], at least float32."""
+        query, key, value = at_least_float32(F.silu(mixed)).split(self.mixed_parts, dim=-1)
+        query, key = (_unit(x.unflatten(-1, (-1, self.key_size))) for x in (query, key))
+        return query, key, value.unflatten(-1, (self.num_heads, -1))
+
+    def answer(self, answer: Tensor, gate: Tensor) -> Tensor:
+        """What the states say, [..., H, p], and the output gate [..., h] → [..., h]."""
+        answer = F.rms_norm(answer, answer.shape[-1:], eps=self.eps).flatten(-2)
+        return self.output(answer.to(gate.dtype) * F.silu(gate))
+
+
+def _unit(x: Tensor) -> Tensor:
+    """Of length 1 along the last dimension; zeros stay zeros."""
+    return x * torch.rsqrt(x.square().sum(dim=-1, keepdim=True) + UNIT_EPS)
+
+
+SUMMARIES = {"average": RunningSummary, "delta": DeltaSummary}
+
+
 class GlobalLocalAttention(nn.Module):
     """Per token, a gate between the local branch (convolutions) and the global one (router, and summary)."""
 
     def __init__(self, config: GlobalLocalConfig, layer: int) -> None:
         super().__init__()
         self.local = CausalConvolution(config, layer)
-        self.summary = RunningSummary(config, layer) if config.router_context == "summary" else None
+        self.summary = SUMMARIES[config.summary_rule](config, layer) if config.router_context == "summary" else None
         self.router = TensorRouter(config)
         self.gate = nn.Linear(config.hidden_size, 1)
         self.dropout = nn.Dropout(config.dropout)

@@ -17,8 +17,9 @@ from transformers import GenerationMixin, PreTrainedModel
 from transformers import initialization as init
 
 from .configuration_globallocal import ROUTERS_PER_LAYER, GlobalLocalConfig, checkpointed_blocks
-from .decoding_globallocal import GlobalLocalCache, StepGraphs, has_plain_weights, step_weights
-from .layers_globallocal import CausalConvolution, FeedForward, GlobalLocalBlock, RunningSummary
+from .decoding_globallocal import GlobalLocalCache, has_plain_weights, step_weights
+from .graphs_globallocal import StepGraphs
+from .layers_globallocal import CausalConvolution, DeltaSummary, FeedForward, GlobalLocalBlock, RunningSummary
 from .library_globallocal import exporting
 from .ops_loss_globallocal import vocabulary_loss
 from .outputs_globallocal import GlobalLocalCausalLMOutput, GlobalLocalModelOutput
@@ -27,6 +28,7 @@ from .routing_globallocal import watched_routing
 
 # The seed scales each router's diversity loss by diversity_loss_scale, and their sum by this once more.
 DIVERSITY_LOSS_TOTAL_SCALE = 0.01
+TAPS_STD = 0.1  # of a short convolution
 
 
 def make_pool(seed: int, pool_size: int, pool_dim: int) -> Tensor:
@@ -88,10 +90,15 @@ class GlobalLocalPreTrainedModel(PreTrainedModel):
             init.copy_(module.pool, pool)
         if isinstance(module, CausalConvolution | FeedForward):  # their children were initialised before them
             init.normal_(module.projection.weight, std=residual * module.projection.in_features**-0.5)
-        if isinstance(module, RunningSummary):  # half-lives from one token to about seven hundred
-            rest = module.input.out_features - module.num_heads
+        if isinstance(module, RunningSummary | DeltaSummary):  # half-lives from one token to about seven hundred
+            behind = module.num_heads if isinstance(module, DeltaSummary) else 0  # the write gates: half of each value
+            rest = module.input.out_features - module.num_heads - behind
             keep = torch.linspace(0.0, 7.0, module.num_heads)
-            init.copy_(module.input.bias, torch.cat([torch.zeros(rest), keep]))
+            init.copy_(module.input.bias, torch.cat([torch.zeros(rest), keep, torch.zeros(behind)]))
+        if isinstance(module, DeltaSummary):
+            taps = TAPS_STD * torch.randn_like(module.taps)
+            taps[-1] += 1.0  # near to handing on each position as it is
+            init.copy_(module.taps, taps)
         if isinstance(module, CausalConvolution):
             init.normal_(module.branch_weight, std=module.branch_weight.shape[-1] ** -0.5)
             init.zeros_(module.branch_bias)

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .configuration_globallocal import GlobalLocalConfig
+from .configuration_globallocal import UNIT_EPS, GlobalLocalConfig
 
 Weights = dict[str, Tensor]
 
@@ -94,6 +94,33 @@ def running_summary(weights: Weights, config: GlobalLocalConfig, x: Tensor, mask
     return linear(part(weights, "output"), answer.flatten(2) * F.silu(gate))
 
 
+def delta_summary(weights: Weights, config: GlobalLocalConfig, x: Tensor, mask: Tensor) -> Tensor:
+    """output(RMSNorm(query[t] · state[t]) · SiLU(gate[t])), one position after another.
+
+    state[t] = kept + b[t] · key[t] ⊗ (value[t] − key[t] · kept), kept = a[t] · state[t − 1], [B, heads, d, p].
+    """
+    h, heads, eps = config.hidden_size, config.summary_heads, config.layer_norm_eps
+    keys = config.summary_key_heads * config.summary_key_size
+    mixed, gate, keep, write = linear(part(weights, "input"), x).split([2 * keys + h, h, heads, heads], dim=-1)
+    taps = weights["taps"]  # [K, c], the last one of the position itself
+    padded = F.pad(mixed * mask, (0, 0, len(taps) - 1, 0))
+    mixed = F.silu(torch.stack([taps[j] * padded[:, j : j + x.shape[1]] for j in range(len(taps))]).sum(dim=0))
+    query, key, value = mixed.split([keys, keys, h], dim=-1)
+    query, key = (y.unflatten(-1, (config.summary_key_heads, -1)) for y in (query, key))
+    query, key = (y / (y.square().sum(dim=-1, keepdim=True) + UNIT_EPS).sqrt() for y in (query, key))
+    query, key = (y.repeat_interleave(heads // config.summary_key_heads, dim=2) for y in (query, key))
+    value, keep, write = value.unflatten(-1, (heads, -1)), torch.sigmoid(keep), torch.sigmoid(write) * mask
+    state, answers = x.new_zeros(x.shape[0], heads, config.summary_key_size, h // heads), []
+    for t in range(x.shape[1]):
+        kept = keep[:, t, :, None, None] * state
+        wrong = value[:, t] - torch.einsum("bhd,bhdp->bhp", key[:, t], kept)
+        state = kept + torch.einsum("bhd,bhp->bhdp", key[:, t], write[:, t].unsqueeze(-1) * wrong)
+        answers.append(torch.einsum("bhd,bhdp->bhp", query[:, t], state))
+    answer = torch.stack(answers, dim=1)
+    answer = answer * torch.rsqrt(answer.square().mean(dim=-1, keepdim=True) + eps)
+    return linear(part(weights, "output"), answer.flatten(2) * F.silu(gate))
+
+
 def attention(
     weights: Weights, config: GlobalLocalConfig, layer: int, x: Tensor, pool: Tensor, mask: Tensor
 ) -> tuple[Tensor, Tensor]:
@@ -101,7 +128,8 @@ def attention(
     local = local_branch(part(weights, "local"), config, layer, x, mask)
     answer = torch.zeros_like(x)
     if config.router_context == "summary":
-        answer = running_summary(part(weights, "summary"), config, x, mask)
+        summary = delta_summary if config.summary_rule == "delta" else running_summary
+        answer = summary(part(weights, "summary"), config, x, mask)
     routed, diversity = router(part(weights, "router"), config, x + answer, pool, mask)
     routed = routed + answer
     gate = torch.sigmoid(linear(part(weights, "gate"), x))

@@ -13,7 +13,8 @@ from pydantic import BaseModel, ValidationError
 from yaml import YAMLError
 
 from data_prep.errors import UserError
-from model.configuration_globallocal import PRESETS, GlobalLocalConfig, setting_problems
+from model.configuration_globallocal import GlobalLocalConfig, setting_problems
+from model.presets_globallocal import PRESETS
 from pipeline.redact import redact
 from pipeline.settings.section import Section, Unknown, plain, short
 from pipeline.settings.sections import (

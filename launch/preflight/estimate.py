@@ -11,7 +11,8 @@ from rich.table import Table
 from data_prep.errors import UserError
 from launch.preflight.measured import Expected, expected
 from launch.preflight.memory import ModelSize, RankMemory, measure, rank_memory
-from model.configuration_globallocal import PRESETS, GlobalLocalConfig
+from model.configuration_globallocal import GlobalLocalConfig
+from model.presets_globallocal import PRESETS
 from pipeline.config import RunConfig, validate
 from pipeline.data.corpus import Corpus, open_corpus
 from pipeline.data.loader import BatchLayout

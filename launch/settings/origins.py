@@ -12,7 +12,8 @@ import yaml
 from omegaconf import OmegaConf
 
 from data_prep.errors import UserError
-from model.configuration_globallocal import PRESETS, GlobalLocalConfig
+from model.configuration_globallocal import GlobalLocalConfig
+from model.presets_globallocal import PRESETS
 from pipeline.config import RunConfig, flatten, load_config
 from pipeline.settings.shipped import find_run_file
 

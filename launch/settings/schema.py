@@ -8,7 +8,8 @@ from typing import Any
 from pydantic import TypeAdapter
 
 from launch.settings.origins import FROM_THE_DATASET
-from model.configuration_globallocal import PRESETS, GlobalLocalConfig
+from model.configuration_globallocal import GlobalLocalConfig
+from model.presets_globallocal import PRESETS
 from pipeline.config import RunConfig
 
 

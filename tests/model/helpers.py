@@ -53,9 +53,16 @@ def reference_weights(model: GlobalLocalForCausalLM) -> reference.Weights:
     }
 
 
-LAYOUTS = {
+LAYOUTS: dict[str, dict[str, Any]] = {
     "token": {"router_context": "token"},
     "summary": {"router_context": "summary"},
+    "delta": {"router_context": "summary", "summary_rule": "delta", "summary_key_size": 6},
+    "delta with keys per head": {
+        "router_context": "summary",
+        "summary_rule": "delta",
+        "summary_key_size": 5,
+        "summary_key_heads": 2,
+    },
     "post-norm": {"router_context": "summary", "norm_placement": "post"},
     "product keys": {"router_scores": "product_key", "pool_size": 20, "router_hidden_size": 10, "router_top_k": 5},
     "wide pool": {"pool_dim": 16},

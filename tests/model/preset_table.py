@@ -2,7 +2,8 @@
 
 import re
 
-from model.configuration_globallocal import PRESETS, GlobalLocalConfig
+from model.configuration_globallocal import GlobalLocalConfig
+from model.presets_globallocal import PRESETS
 from tests.conftest import ROOT
 
 PAGE = ROOT / "docs" / "model.md"

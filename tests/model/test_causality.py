@@ -7,8 +7,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from model.configuration_globallocal import PRESETS, GlobalLocalConfig
+from model.configuration_globallocal import GlobalLocalConfig
 from model.modeling_globallocal import GlobalLocalForCausalLM
+from model.presets_globallocal import PRESETS
 from tests.model.helpers import make_model, random_ids, scaled_preset
 
 

@@ -3,16 +3,18 @@
 import pytest
 import torch
 
-from model.configuration_globallocal import PRESETS, GlobalLocalConfig
+from model.configuration_globallocal import GlobalLocalConfig
 from model.modeling_globallocal import GlobalLocalForCausalLM
+from model.presets_globallocal import PRESETS
 from tests.model.helpers import tiny_config
 from tests.model.preset_table import PAGE, preset_table
 
 EXTRAS = {"router_scores": "product_key", "pool_size": 10_000, "router_context": "summary"}
+DELTA = {"router_context": "summary", "summary_rule": "delta"}
 
 
 @pytest.mark.parametrize("name", PRESETS)
-@pytest.mark.parametrize("options", [{"tie_word_embeddings": True}, {"tie_word_embeddings": False}, EXTRAS])
+@pytest.mark.parametrize("options", [{"tie_word_embeddings": True}, {"tie_word_embeddings": False}, EXTRAS, DELTA])
 def test_parameter_counts_are_the_real_ones(name, options):
     config = GlobalLocalConfig.from_preset(name, **options)
     with torch.device("meta"):
@@ -116,10 +118,14 @@ def test_all_problems_are_named_at_once():
 
 def test_all_pairs_that_contradict_are_named_at_once():
     with pytest.raises(ValueError, match="router_top_k is 9") as caught:
-        tiny_config(router_top_k=9, pool_size=4, summary_heads=5, eos_token_id=[3, 31], pad_token_id=-1)
+        tiny_config(
+            router_top_k=9, pool_size=4, summary_heads=5, summary_key_heads=2, eos_token_id=[3, 31], pad_token_id=-1
+        )
     assert str(caught.value).splitlines() == [
         "router_top_k is 9, but the pool has only 4 rows; lower router_top_k or raise pool_size",
         "summary_heads is 5; it must divide hidden_size, 12",
+        "summary_key_heads is 2; it must divide summary_heads, 5",
+        "summary_key_heads is 2; more than one needs summary_rule 'delta', and it is 'average'",
         "eos_token_id is 31; it must be from 0 to vocab_size - 1, 30",
         "pad_token_id is -1; it must be from 0 to vocab_size - 1, 30",
     ]

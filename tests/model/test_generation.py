@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from model import decoding_globallocal as decoding
+from model import graphs_globallocal as graphs
 from tests.model.helpers import LAYOUTS, make_model, random_ids, tiny_config
 
 CONFIG = {"eos_token_id": 30, "pad_token_id": 0, "bos_token_id": 1}
@@ -17,9 +18,9 @@ def prompt_ids(config, batch, length, seed=1):
     return random_ids(config, batch, length, seed).clamp_min(1)
 
 
-@pytest.fixture(scope="module", params=["token", "summary"])
+@pytest.fixture(scope="module", params=["token", "summary", "delta"])
 def model(request):
-    return make_model(tiny_config(router_context=request.param, **CONFIG), noise=0.3)
+    return make_model(tiny_config(**LAYOUTS[request.param], **CONFIG), noise=0.3)
 
 
 @pytest.mark.parametrize(
@@ -70,7 +71,7 @@ def test_any_split_of_a_sequence_gives_the_same_logits(model, pieces):
 
 def test_cache_does_not_grow(model):
     def cache_bytes(cache):
-        states = [t for t in (*cache.history, *cache.summary) if t is not None]
+        states = [t for t in (*cache.history, *cache.summary, *cache.recent) if t is not None]
         return sum(t.untyped_storage().nbytes() for t in states)
 
     first = model(prompt_ids(model.config, 1, 3), use_cache=True).cache
@@ -97,9 +98,10 @@ def test_steps_in_place_give_the_logits_of_the_whole_sequence(layout):
     ids = random_ids(model.config, 3, 40)
     logits, cache = decoded(model, ids, [5] + [1] * 20 + [3] + [1] * 12)
     assert (logits - model(ids, use_cache=False).logits).abs().max() < 1e-12
-    states = [cache.position, *cache.history, *cache.summary]
+    states = [cache.position, *cache.history, *cache.summary, *cache.recent]
     later = model(ids[:, :1], cache=cache).cache
-    assert all(a is b for a, b in zip(states, [later.position, *later.history, *later.summary], strict=True))
+    same = [later.position, *later.history, *later.summary, *later.recent]
+    assert all(a is b for a, b in zip(states, same, strict=True))
 
 
 @torch.no_grad()
@@ -153,7 +155,7 @@ def repeated(run, device):
 )
 def replaying(request, monkeypatch):
     """A device on which steps are replayed: from a CUDA graph, or on the CPU by running them anew."""
-    monkeypatch.setitem(decoding.CAPTURES, "cpu", repeated)
+    monkeypatch.setitem(graphs.CAPTURES, "cpu", repeated)
     return request.param
 
 
@@ -212,7 +214,7 @@ def test_decoding_goes_on_where_capturing_fails(model, monkeypatch, caplog):
         raise RuntimeError("operation not permitted when stream is capturing\nmore")
 
     model = copy.deepcopy(model)
-    monkeypatch.setitem(decoding.CAPTURES, "cpu", refuses)
+    monkeypatch.setitem(graphs.CAPTURES, "cpu", refuses)
     ids = random_ids(model.config, 2, 9)
     logits, _ = decoded(model, ids, [4, 1, 1, 1, 1, 1])
     assert (logits - model(ids, use_cache=False).logits).abs().max() < 1e-12

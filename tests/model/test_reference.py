@@ -6,7 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from model import ops_loss_globallocal, ops_router_globallocal, ops_summary_globallocal, reference
-from tests.model.helpers import make_model, random_ids, reference_weights, tiny_config
+from model.ops_delta_globallocal import gated_delta_rule
+from tests.model.helpers import LAYOUTS, make_model, random_ids, reference_weights, tiny_config
 
 
 def largest_difference(model, ids, labels):
@@ -26,6 +27,9 @@ def largest_difference(model, ids, labels):
     return abs(output.loss.item() - expected.item()), logits, gradients
 
 
+CONTEXTS = ["token", "summary", "delta", "delta with keys per head"]
+
+
 @settings(max_examples=40, deadline=None)
 @given(
     batch=st.integers(1, 3),
@@ -38,7 +42,7 @@ def largest_difference(model, ids, labels):
     norm_placement=st.sampled_from(["pre", "post"]),
     tied=st.booleans(),
     scores=st.sampled_from(["dense", "product_key"]),
-    context=st.sampled_from(["token", "summary"]),
+    context=st.sampled_from(CONTEXTS),
     seed=st.integers(0, 99),
 )
 def test_double_precision_agrees(
@@ -49,7 +53,7 @@ def test_double_precision_agrees(
         conv_dilations=dilations,
         router_top_k=top_k,
         router_scores=scores,
-        router_context=context,
+        **LAYOUTS[context],
         router_hidden_size=8,
         pool_size=pool_size,
         pool_dim=pool_dim,
@@ -148,6 +152,47 @@ def test_the_recurrence_is_that_of_a_loop_over_any_number_of_chunks(length, seed
         assert (gradient - goal).abs().max() < 1e-11
 
 
+def delta_rule_of_a_loop(query, key, value, log_keep, write, state):
+    query, key = (x.repeat_interleave(value.shape[2] // x.shape[2], dim=2) for x in (query, key))
+    answers = []
+    for t in range(query.shape[1]):
+        state = state * log_keep[:, t].exp()[..., None, None]
+        wrong = value[:, t] - torch.einsum("bhd,bhdp->bhp", key[:, t], state)
+        state = state + torch.einsum("bhd,bhp->bhdp", key[:, t], write[:, t].unsqueeze(-1) * wrong)
+        answers.append(torch.einsum("bhd,bhdp->bhp", query[:, t], state))
+    return torch.stack(answers, dim=1), state
+
+
+@settings(max_examples=20, deadline=None)
+@given(length=st.integers(1, 200), groups=st.sampled_from([1, 2, 4]), seed=st.integers(0, 99))
+def test_the_delta_rule_is_that_of_a_loop_over_any_number_of_chunks(length, groups, seed):
+    """From a state that is there already, and with gradients through answers and last state."""
+    generator = torch.Generator().manual_seed(seed)
+    shapes = [(2, length, groups, 6), (2, length, groups, 6), (2, length, 4, 5), (2, length, 4), (2, length, 4)]
+    query, key, value, log_keep, write = (torch.randn(x, generator=generator, dtype=torch.float64) for x in shapes)
+    key = torch.nn.functional.normalize(key, dim=-1)
+    state = torch.randn(2, 4, 6, 5, generator=generator, dtype=torch.float64)
+    parts = [query, key, value, torch.nn.functional.logsigmoid(log_keep), write.sigmoid(), state]
+    parts = [part.requires_grad_() for part in parts]
+    expected, results = delta_rule_of_a_loop(*parts), gated_delta_rule(*parts)
+    weights = [torch.randn(x.shape, generator=generator, dtype=torch.float64) for x in expected]
+    goals, gradients = (torch.autograd.grad(x, parts, weights) for x in (expected, results))
+    for result, goal in zip((*results, *gradients), (*expected, *goals), strict=True):
+        assert (result - goal).abs().max() < 1e-10
+
+
+def test_the_delta_rule_keeps_one_value_under_each_key():
+    """Written whole, a value stands in place of what its key held; other keys keep theirs."""
+    keys = torch.eye(4, dtype=torch.float64)[[0, 1, 0, 2, 0]].view(1, 5, 1, 4)
+    values = torch.arange(10, dtype=torch.float64).view(1, 5, 1, 2)
+    whole = torch.ones(1, 5, 1, dtype=torch.float64)
+    answers, state = gated_delta_rule(keys, keys, values, 0 * whole, whole, None)
+    assert torch.equal(answers, values)
+    assert torch.equal(
+        state[0, 0], torch.stack([values[0, 4, 0], values[0, 1, 0], values[0, 3, 0], 0 * values[0, 0, 0]])
+    )
+
+
 @settings(max_examples=30, deadline=None)
 @given(rows=st.integers(1, 5), columns=st.integers(1, 300), k=st.integers(1, 8), seed=st.integers(0, 99))
 def test_the_largest_columns_are_found(rows, columns, k, seed):
@@ -159,9 +204,9 @@ def test_the_largest_columns_are_found(rows, columns, k, seed):
     assert torch.equal(indices, expected.indices)
 
 
-@pytest.mark.parametrize("context", ["token", "summary"])
+@pytest.mark.parametrize("context", CONTEXTS)
 def test_padding_counts_in_no_loss(context):
-    config = tiny_config(diversity_loss_scale=50.0, router_context=context)
+    config = tiny_config(diversity_loss_scale=50.0, **LAYOUTS[context])
     model = make_model(config)
     ids = random_ids(config, 2, 7)
     padded = torch.nn.functional.pad(ids, (4, 0), value=3)

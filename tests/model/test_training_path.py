@@ -9,7 +9,7 @@ import torch.nn.functional as F
 
 from model.modeling_globallocal import GlobalLocalForCausalLM
 from model.router_globallocal import TensorRouter
-from tests.model.helpers import make_model, random_ids, tiny_config
+from tests.model.helpers import LAYOUTS, make_model, random_ids, tiny_config
 
 
 def loss_and_gradients(model, ids, labels, seed=7):
@@ -20,9 +20,10 @@ def loss_and_gradients(model, ids, labels, seed=7):
     return output, [p.grad.clone() for p in model.parameters()]
 
 
+@pytest.mark.parametrize("layout", ["token", "delta"])
 @pytest.mark.parametrize("policy", ["full", "every-2", "every-3", "selective"])
-def test_activation_checkpointing_changes_nothing(policy):
-    settings = {"num_hidden_layers": 4, "dropout": 0.3, "diversity_loss_scale": 50.0}
+def test_activation_checkpointing_changes_nothing(policy, layout):
+    settings = {"num_hidden_layers": 4, "dropout": 0.3, "diversity_loss_scale": 50.0} | LAYOUTS[layout]
     plain = make_model(tiny_config(**settings)).train()
     recomputing = GlobalLocalForCausalLM(tiny_config(activation_checkpointing=policy, **settings)).double()
     recomputing.load_state_dict(plain.state_dict())
@@ -153,10 +154,10 @@ def test_bitwise_the_same_from_run_to_run(threads):
         torch.set_num_threads(before)
 
 
-@pytest.mark.parametrize("options", [{}, {"router_scores": "product_key", "pool_size": 20, "router_hidden_size": 8}])
-def test_every_module_needs_its_own_parameters_only(options):
+@pytest.mark.parametrize("layout", ["summary", "delta", "product keys"])
+def test_every_module_needs_its_own_parameters_only(layout):
     """ZeRO-3 hands out a module's direct parameters around its forward; everything else is empty."""
-    model = make_model(tiny_config(tie_word_embeddings=False, router_context="summary", **options))
+    model = make_model(tiny_config(tie_word_embeddings=False, **LAYOUTS[layout]))
     ids = random_ids(model.config, 2, 9)
     expected = model(ids, shift_labels=ids).loss.item()
     whole = {name: parameter.data for name, parameter in model.named_parameters()}
@@ -201,10 +202,10 @@ def test_router_statistics_show_the_state_of_the_routers():
     assert not any(t.requires_grad for t in healthy.values())
 
 
-@pytest.mark.parametrize("context", ["token", "summary"])
+@pytest.mark.parametrize("layout", ["token", "summary", "delta"])
 @pytest.mark.parametrize("pool_dim", [8, 40])  # narrower and wider than the model
-def test_compiles_without_graph_breaks(context, pool_dim):
-    settings = {"num_hidden_layers": 1, "router_context": context, "pool_dim": pool_dim}
+def test_compiles_without_graph_breaks(layout, pool_dim):
+    settings = LAYOUTS[layout] | {"num_hidden_layers": 1, "pool_dim": pool_dim}
     model = make_model(tiny_config(**settings), dtype=torch.float32).train()
     ids = random_ids(model.config, 2, 9)
     expected, expected_gradients = loss_and_gradients(model, ids, ids)
