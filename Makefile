@@ -26,7 +26,7 @@ quickstart: $(READY) ## the whole job on real text: tokenizer, shards, training,
 	@$(BIN)/python -m launch.quickstart
 
 test: $(READY) ## all tests (arguments: ARGS="-k resume")
-	$(BIN)/python -m pytest --numprocesses 2 --no-loadscope-reorder $(ARGS)
+	@$(BIN)/python -m tests.alone $(BIN)/python -m pytest --numprocesses 2 --no-loadscope-reorder $(ARGS)
 
 cluster: $(READY) ## tests over three hosts and on Slurm: network namespaces, sshd, pdsh, slurmd; as root
 	@sh tests/cluster/install.sh

@@ -56,7 +56,7 @@ def build(config: RunConfig, world: World, stop: StopRequest, clock: Clock) -> T
     """Every part of a run, from its settings. `clock.move` stands where all ranks have come equally far."""
     context = check_settings(config, world, clock)
     clock.move()
-    machinery = build_engine(context)
+    machinery = build_engine(context, stop)
     clock.move()
     transformers.set_seed(config.run.seed + world.rank)  # dropout differs between ranks
     resumed = resume(context, machinery.engine)
@@ -89,7 +89,7 @@ def check_corpus(context: RunContext, clock: Clock) -> None:
     world.raise_together(problems)
 
 
-def build_engine(context: RunContext) -> Machinery:
+def build_engine(context: RunContext, stop: StopRequest) -> Machinery:
     """The model with fresh weights, in DeepSpeed's engine; before it is built, what the run is and needs is said."""
     config, world = context.config, context.world
     transformers.set_seed(config.run.seed)
@@ -100,7 +100,7 @@ def build_engine(context: RunContext) -> Machinery:
     groups = describe_groups(parameter_groups(model, config.optimizer.weight_decay))
     for line in introduce(context, groups):
         log.info(line)
-    engine = initialize(model, config, context.deepspeed)
+    engine = initialize(model, config, context.deepspeed, stop)
     if context.compiled:
         compile_blocks(engine, context.layout.micro_batch_size, config.data.sequence_length)
     deferring = DeferringCheckpointEngine(HostBuffers() if config.checkpoint.background else None)

@@ -47,12 +47,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
     options = parser.parse_intermixed_args(arguments)
     stop = EARLY or StopRequest()
-    try:
-        world = start(stop)
-    except Stopped:
-        print(f"{stop.reason}: stopped before the first step; nothing to save", flush=True)
-        sys.stderr.flush()
-        os._exit(PREEMPTED)  # a thread may be in a compiler's hands
+    world = start()
     try:
         with world.together():
             config = load_config(options.config, options.overrides)
@@ -60,6 +55,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 config.run_folder.mkdir(parents=True, exist_ok=True)
                 open_log(config.run_folder, world.rank)
         return run(config, world, stop)
+    except Stopped:
+        print(f"{stop.reason}: stopped before the first step; nothing to save", flush=True)
+        sys.stderr.flush()
+        os._exit(PREEMPTED)  # a thread may be in a compiler's hands
     except UserError as error:
         if world.is_main or not isinstance(error, SharedUserError):
             for problem in error.problems:

@@ -138,12 +138,14 @@ def operators() -> Iterator[Finding]:
     elif missing:
         yield Finding(
             "operators",
-            "problem",
-            f"{' and '.join(missing)} not found; DeepSpeed compiles its operators with them",
+            "warning",
+            f"{' and '.join(missing)} not found; DeepSpeed compiles with them what offloading the optimizer needs",
             "pip install ninja; apt install g++",
         )
     else:
-        yield Finding("operators", "ok", f"ninja and g++ compile them at their first use; they are kept in {cache}")
+        yield Finding(
+            "operators", "ok", f"ninja and g++ compile what offloading needs at its first use; it is kept in {cache}"
+        )
 
 
 def cuda_toolkit() -> Iterator[Finding]:

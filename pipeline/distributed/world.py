@@ -3,25 +3,19 @@
 import gc
 import os
 import socket
-import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from pathlib import Path
 from typing import Any
 
 import deepspeed
-import psutil
 import torch
 import torch.distributed as dist
+from deepspeed import ops
 from deepspeed.accelerator import get_accelerator
-from torch.utils.cpp_extension import _get_build_directory
 
 from data_prep.errors import UserError
-from pipeline.distributed import shared_memory
-from pipeline.distributed.stop import Stopped, StopRequest
-from pipeline.files import locked
 
 
 class SharedUserError(UserError):
@@ -101,12 +95,8 @@ class World:
         self.raise_together(problems)
 
 
-def start(stop: StopRequest | None = None) -> World:
-    """Join the process group. Without a launcher's environment this is a world of one.
-
-    Raises:
-        Stopped: asked to stop while operators were compiled.
-    """
+def start() -> World:
+    """Join the process group. Without a launcher's environment this is a world of one."""
     if "WORLD_SIZE" not in os.environ:
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
@@ -116,13 +106,10 @@ def start(stop: StopRequest | None = None) -> World:
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
     name = accelerator.device_name()
     if name == "cpu":
-        load_operator("ShareMemCommBuilder", stop)
-        if local_rank == 0:
-            shared_memory.sweep()
+        # Collectives for inference, which training never calls: the first start would compile them for a minute, and
+        # every rank would leave 69 MB in /dev/shm.
+        ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False)
-    if name == "cpu":
-        dist.barrier()  # all have mapped all
-        shared_memory.remove_own(dist.get_rank())
     if name != "cpu":
         accelerator.set_device(local_rank)
     return World(
@@ -138,49 +125,6 @@ def outlast(timeout_seconds: float) -> None:
     """Let no collective operation give up earlier: it could only say that somebody is missing, not who."""
     for group in dist.distributed_c10d._world.pg_map:
         dist.distributed_c10d._set_pg_timeout(timedelta(seconds=timeout_seconds), group)
-
-
-def load_operator(builder_name: str, stop: StopRequest | None = None) -> None:
-    """Compile or load one of DeepSpeed's operators, one process of a node at a time.
-
-    A process that is killed while it compiles leaves torch's lock file behind, and every later start would wait for
-    it for ever. Our own lock dies with its holder; whoever holds it knows that a lock file standing there is stale.
-
-    Raises:
-        Stopped: asked to stop before it was done; compiling takes longer than many a grace.
-    """
-    builder = get_accelerator().create_op_builder(builder_name)
-    if builder is None or not builder.is_compatible(verbose=False):
-        return
-    folder = Path(_get_build_directory(builder.name, verbose=False))
-
-    def load() -> None:
-        with locked(folder / ".globallocal.lock"):
-            (folder / "lock").unlink(missing_ok=True)
-            if stop is None or not stop.received:
-                builder.load(verbose=False)
-
-    if stop is None:
-        load()
-        return
-    failed: list[BaseException] = []
-
-    def load_and_tell() -> None:
-        try:
-            load()
-        except BaseException as error:
-            failed.append(error)
-
-    worker = threading.Thread(target=load_and_tell, name="compiler", daemon=True)
-    worker.start()
-    while worker.is_alive() and not stop.received:
-        worker.join(timeout=0.2)
-    if stop.received:
-        for child in psutil.Process().children(recursive=True):  # ninja and the compiler
-            child.kill()
-        raise Stopped
-    if failed:
-        raise failed[0]
 
 
 def shutdown() -> None:

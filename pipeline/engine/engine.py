@@ -12,7 +12,8 @@ from torch import nn
 from data_prep.errors import UserError
 from pipeline.config import RunConfig
 from pipeline.data.loader import BatchLayout
-from pipeline.distributed.world import World, load_operator
+from pipeline.distributed.stop import StopRequest
+from pipeline.distributed.world import World
 from pipeline.engine.deepspeed_json import autos, device, faults, fill_autos, lacks, operators, read_deepspeed_json
 from pipeline.engine.internals import (
     Engine,
@@ -20,6 +21,7 @@ from pipeline.engine.internals import (
     let_the_loss_scale_fall,
     look_at_all_gradients_at_once,
 )
+from pipeline.engine.operators import load_operator
 from pipeline.engine.optim import build_optimizer, parameter_groups
 from pipeline.engine.schema import OWNED, knob_problems
 from pipeline.settings.section import short
@@ -190,12 +192,18 @@ def zero_stage(settings: dict[str, Any]) -> int:
     return int(settings.get("zero_optimization", {}).get("stage", 0))
 
 
-def initialize(model: nn.Module, config: RunConfig, settings: dict[str, Any]) -> Engine:
-    """The DeepSpeed engine around `model`, with AdamW over its decay and no-decay groups."""
+def initialize(
+    model: nn.Module, config: RunConfig, settings: dict[str, Any], stop: StopRequest | None = None
+) -> Engine:
+    """The DeepSpeed engine around `model`, with AdamW over its decay and no-decay groups.
+
+    Raises:
+        Stopped: asked to stop while an operator was compiled.
+    """
     deepspeed_logger.setLevel("WARNING")
     zero = settings.get("zero_optimization", {})
     for operator in operators(zero):
-        load_operator(operator)  # compiled under our lock, which a killed process does not leave behind
+        load_operator(operator, stop)  # compiled under our lock, which a killed process does not leave behind
     offload = device(zero, "offload_optimizer")
     groups = parameter_groups(model, config.optimizer.weight_decay)
     optimizer = build_optimizer(groups, config.optimizer, offload != "none")

@@ -5,6 +5,7 @@ All ranks are forked from one process that has imported everything; each case is
 
 import json
 import os
+import shutil
 import signal
 import sys
 import time
@@ -15,6 +16,7 @@ from typing import Any
 from launch.hosts.node import free_port
 from tests.pipeline.moments import Moment, happening
 from tests.pipeline.ranks import Run, tiny_overrides
+from tests.pipeline.tracking_fixtures import empty_store
 
 RANKS = 2
 AT_ONCE = 4
@@ -24,7 +26,8 @@ LIMIT_SECONDS = 400.0
 def write_plan(cases: dict[str, Moment], folder: Path, dataset: Path, settings: list[str]) -> None:
     plan = {}
     for name, moment in cases.items():
-        own = f"tracking.uri=sqlite:///{folder}/{name}.db"  # SQLite stores do not like to be made twice at once
+        own = f"tracking.uri=sqlite:///{folder}/{name}.db"
+        shutil.copy(empty_store(), folder / f"{name}.db")
         overrides = tiny_overrides(Run(name, [*settings, own]), folder, dataset)
         plan[name] = {"moment": asdict(moment), "overrides": overrides}
     (folder / "hangs.json").write_text(json.dumps(plan))

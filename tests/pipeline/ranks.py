@@ -16,9 +16,10 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from tests.conftest import ROOT
+from tests.forks import Fork, start
 from tests.pipeline.moments import Moment, happening
 from tests.pipeline.poison import Poison, poisoned
+from tests.pipeline.tracking_fixtures import empty_store
 
 TINY = [
     "model.hidden_size=32",
@@ -78,11 +79,13 @@ def environment(folder: Path) -> dict[str, str]:
     return {**os.environ, **extra, "PATH": path}
 
 
-def start_ranks(arguments: list[str], folder: Path, processes: int = 2) -> list[subprocess.Popen[bytes]]:
+def start_ranks(arguments: list[str], folder: Path, processes: int = 2) -> list[Fork]:
     """`python ARGUMENTS` on every rank, the output of rank N in `folder/rank-N.out`."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
+    if not (folder / "mlflow.db").exists():
+        shutil.copy(empty_store(), folder / "mlflow.db")  # to make its tables takes seconds
     started = []
     for rank in range(processes):
         ranked = {
@@ -92,20 +95,11 @@ def start_ranks(arguments: list[str], folder: Path, processes: int = 2) -> list[
             "MASTER_ADDR": "127.0.0.1",
             "MASTER_PORT": str(port),
         }
-        with open(folder / f"rank-{rank}.out", "wb") as output:
-            started.append(
-                subprocess.Popen(
-                    [sys.executable, *arguments],
-                    cwd=ROOT,
-                    env=environment(folder) | ranked,
-                    stdout=output,
-                    stderr=subprocess.STDOUT,
-                )
-            )
+        started.append(start(arguments, environment(folder) | ranked, folder / f"rank-{rank}.out"))
     return started
 
 
-def wait(processes: list[subprocess.Popen[bytes]], folder: Path, timeout_seconds: float = 900) -> list[int]:
+def wait(processes: list[Fork], folder: Path, timeout_seconds: float = 900) -> list[int]:
     """Exit codes; a rank that another one left waiting is killed once one has failed."""
     try:
         return [process.wait(timeout_seconds if not index else 60) for index, process in enumerate(processes)]
@@ -120,7 +114,7 @@ def outputs(folder: Path) -> str:
     return "\n".join(f"--- {item.name}\n{item.read_text()}" for item in sorted(folder.glob("rank-*.out")))
 
 
-def start_plan(runs: list[Run], folder: Path, dataset: Path, processes: int = 2) -> list[subprocess.Popen[bytes]]:
+def start_plan(runs: list[Run], folder: Path, dataset: Path, processes: int = 2) -> list[Fork]:
     """The ranks that train every run of the plan, in order."""
     plan = [
         {
@@ -149,13 +143,13 @@ def run_ranks(runs: list[Run], folder: Path, dataset: Path, processes: int = 2) 
 def main(folder: Path) -> None:
     from data_prep.errors import UserError
     from pipeline.config import load_config
+    from pipeline.distributed import world as ranks
     from pipeline.distributed.stop import StopRequest
-    from pipeline.distributed.world import shutdown, start
     from pipeline.health.decisions import write_decisions
     from pipeline.health.state import RollBack
     from pipeline.train import open_log, run
 
-    world, results = start(), []
+    world, results = ranks.start(), []
     for item in json.loads((folder / "plan.json").read_text()):
         result: dict[str, Any] = {"name": item["name"], "code": None, "problems": []}
         try:
@@ -182,7 +176,7 @@ def main(folder: Path) -> None:
         results.append(result)
     if world.is_main:
         (folder / "results.json").write_text(json.dumps(results))
-    shutdown()
+    ranks.shutdown()
 
 
 if __name__ == "__main__":

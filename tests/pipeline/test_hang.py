@@ -3,8 +3,6 @@
 import json
 import platform
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -12,7 +10,7 @@ import pytest
 from pipeline.distributed.watchdog import Beat, explain, suspects
 from pipeline.exit_codes import HANG
 from pipeline.metrics.step_times import StepSeconds, find_straggler, times_per_step
-from tests.conftest import ROOT
+from tests.forks import start
 from tests.pipeline.comparing import said
 from tests.pipeline.hangs import write_plan
 from tests.pipeline.moments import Moment
@@ -35,16 +33,8 @@ def hung(tmp_path_factory: pytest.TempPathFactory, small_dataset: Path) -> tuple
     folder = tmp_path_factory.mktemp("hung")
     settings = ["training.hang_timeout_seconds=12"]
     write_plan(ASLEEP | STOPPED, folder, small_dataset, settings)
-    with open(folder / "output", "wb") as output:
-        subprocess.run(
-            [sys.executable, "-m", "tests.pipeline.hangs", str(folder)],
-            cwd=ROOT,
-            env=environment(folder),
-            stdout=output,
-            stderr=subprocess.STDOUT,
-            timeout=1800,
-            check=True,
-        )
+    program = start(["-m", "tests.pipeline.hangs", str(folder)], environment(folder), folder / "output")
+    assert program.wait(1800) == 0, (folder / "output").read_text()
     return folder, json.loads((folder / "results.json").read_text())
 
 

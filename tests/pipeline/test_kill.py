@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
+from torch.utils.cpp_extension import _get_build_directory
 
 from launch.hosts import node
 from launch.jobs.session import TRAIN_PROGRAM
@@ -137,16 +138,24 @@ def test_two_jobs_cannot_write_into_one_run(unbroken: Path, small_dataset: Path,
     assert "another job is writing there (host " in outputs(tmp_path / "second")
 
 
-def test_a_compilation_killed_earlier_does_not_stop_later_starts(
-    unbroken: Path, tmp_path: Path, small_dataset: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_compilation_killed_earlier_does_not_stop_later_starts(tmp_path: Path) -> None:
     """torch waits for ever for the lock file of a compiler that is gone."""
-    from torch.utils.cpp_extension import _get_build_directory
-
-    built = Path(_get_build_directory("deepspeed_shm_comm", False))
+    load = [sys.executable, "-c", "from pipeline.engine.operators import load_operator as l; l('CPUAdamBuilder')"]
+    subprocess.run(load, cwd=ROOT, env=environment(tmp_path), check=True)
+    built = Path(_get_build_directory("cpu_adam", False))
     shutil.copytree(built, tmp_path / "extensions" / built.name)
     (tmp_path / "extensions" / built.name / "lock").touch()
+    own = {"TORCH_EXTENSIONS_DIR": str(tmp_path / "extensions")}
+    subprocess.run(load, cwd=ROOT, env=environment(tmp_path) | own, check=True, timeout=120)
+
+
+def test_a_start_on_cpus_compiles_nothing_and_leaves_no_shared_memory(
+    tmp_path: Path, small_dataset: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path / "extensions"))
+    before = set(Path("/dev/shm").glob("deepspeed*"))
     words = [*arguments("run", tmp_path, small_dataset), "training.max_steps=1", "optimizer.warmup_steps=1"]
     codes = wait(start_ranks(words, tmp_path), tmp_path)
     assert codes == [0, 0], outputs(tmp_path)
+    assert not (tmp_path / "extensions").exists()
+    assert set(Path("/dev/shm").glob("deepspeed*")) <= before

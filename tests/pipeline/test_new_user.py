@@ -173,6 +173,7 @@ def test_a_stop_while_operators_compile_is_a_preemption(tmp_path: Path, small_da
         "launch/runs/quickstart.yaml",
         f"run.output_dir={tmp_path}/run",
         f"data.dataset={small_dataset}",
+        "deepspeed.config=zero3_offload",
     ]
     extensions = tmp_path / "extensions"  # nothing is compiled yet
     program = subprocess.Popen(
@@ -191,5 +192,6 @@ def test_a_stop_while_operators_compile_is_a_preemption(tmp_path: Path, small_da
     program.send_signal(signal.SIGTERM)
     said = program.communicate(timeout=60)[0]
     assert program.returncode == 75, said
+    assert "compiling DeepSpeed's cpu_adam, once per machine: a minute or more; kept in" in said
     assert "SIGTERM: stopped before the first step; nothing to save" in said
     assert not [item for item in compilers if item.is_running() and item.status() != psutil.STATUS_ZOMBIE]
