@@ -52,14 +52,25 @@ def build_optimizer(groups: list[dict[str, Any]], settings: OptimizerSection, of
 
 
 def learning_rate(step: int, max_steps: int, settings: OptimizerSection) -> float:
-    """Learning rate of optimizer step `step` (the first is 0): linear warm-up, then a half cosine
-    (arXiv:1608.03983, without restarts) down to `min_learning_rate_ratio` at the last step."""
+    """Learning rate of optimizer step `step` (the first is 0): linear warm-up, then what `settings.schedule` says.
+
+    cosine: a half cosine (arXiv:1608.03983, without restarts). linear: a straight line. wsd, warm-up, steady, decay
+    (arXiv:2404.06395): the peak, and over the last `decay_steps` a fall by the square root of their share
+    (arXiv:2405.18392). All end at `min_learning_rate_ratio` with the last step.
+    """
     if step < settings.warmup_steps:
         return settings.learning_rate * (step + 1) / settings.warmup_steps
-    span = max(1, max_steps - 1 - settings.warmup_steps)
-    progress = min(1.0, (step - settings.warmup_steps) / span)
     low = settings.min_learning_rate_ratio
-    return settings.learning_rate * (low + (1 - low) * 0.5 * (1 + math.cos(math.pi * progress)))
+    return settings.learning_rate * (low + (1 - low) * _above_the_floor(step, max_steps, settings))
+
+
+def _above_the_floor(step: int, max_steps: int, settings: OptimizerSection) -> float:
+    """From 1 at the peak to 0 at the last step."""
+    if settings.schedule == "wsd":
+        decayed = step + 1 - (max_steps - (settings.decay_steps or 0))
+        return 1.0 if decayed <= 0 else 1 - math.sqrt(min(1.0, decayed / (settings.decay_steps or 1)))
+    progress = min(1.0, (step - settings.warmup_steps) / max(1, max_steps - 1 - settings.warmup_steps))
+    return 1 - progress if settings.schedule == "linear" else 0.5 * (1 + math.cos(math.pi * progress))
 
 
 def set_learning_rate(optimizer: Any, value: float) -> None:

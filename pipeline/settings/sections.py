@@ -6,7 +6,7 @@ import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, field_validator
 
@@ -105,7 +105,7 @@ class DataSection(Section):
 
 
 class OptimizerSection(Section):
-    """AdamW (arXiv:1711.05101) under linear warm-up and cosine decay (arXiv:1608.03983)."""
+    """AdamW (arXiv:1711.05101) under linear warm-up, and a schedule behind it."""
 
     learning_rate: float = Field(5e-4, gt=0, le=10)
     """The peak, reached after `warmup_steps`."""
@@ -116,6 +116,11 @@ class OptimizerSection(Section):
     max_gradient_norm: float = Field(1.0, gt=0, le=1e9)
     """Gradients are scaled down to this global norm."""
     warmup_steps: int = Field(0, ge=0, le=MOST)
+    schedule: Literal["cosine", "linear", "wsd"] = "cosine"
+    """Behind the warm-up: a half cosine, a straight line, or `wsd` (warm-up, steady, decay), which holds the peak up to
+    the last `decay_steps`: from any checkpoint of the steady part a run goes on to any `training.max_steps`."""
+    decay_steps: int | None = Field(None, ge=1, le=MOST)
+    """Of `wsd`: how many steps at the end the learning rate falls; a tenth to a fifth of the run is usual."""
     min_learning_rate_ratio: float = Field(0.1, ge=0, le=1)
     """The learning rate of the last step over the peak."""
 
@@ -125,6 +130,15 @@ class OptimizerSection(Section):
         if not all(0 <= beta < 1 for beta in betas):
             raise ValueError("each must be at least 0 and below 1, such as [0.9, 0.95]")
         return betas
+
+    @model_validator(mode="after")
+    def a_decay_that_is_meant(self) -> Self:
+        if (self.schedule == "wsd") != (self.decay_steps is not None):
+            raise ValueError(
+                f"schedule = {self.schedule} and decay_steps = {self.decay_steps} do not go together: wsd needs "
+                "decay_steps, such as a tenth of training.max_steps, and other schedules take none"
+            )
+        return self
 
 
 class TrainingSection(Section):

@@ -1,5 +1,7 @@
 """The learning rate is a function of the step; groups part matrices from the rest."""
 
+from typing import Any
+
 import pytest
 import torch
 from hypothesis import given
@@ -10,29 +12,64 @@ from model.modeling_globallocal import GlobalLocalForCausalLM
 from pipeline.engine.optim import ALIGNED_ELEMENTS, build_optimizer, describe_groups, learning_rate, parameter_groups
 from pipeline.settings.sections import OptimizerSection
 
+SCHEDULES = ("cosine", "linear", "wsd")
+
+
+def section(schedule: str, decay: int = 10, **settings: Any) -> OptimizerSection:
+    tail = {"decay_steps": decay} if schedule == "wsd" else {}
+    return OptimizerSection(learning_rate=1e-3, schedule=schedule, **tail, **settings)
+
 
 @given(
+    schedule=st.sampled_from(SCHEDULES),
     max_steps=st.integers(1, 10_000),
     warmup=st.integers(0, 500),
+    decay=st.integers(1, 500),
     ratio=st.floats(0, 1, allow_subnormal=False),
     step=st.integers(0, 20_000),
 )
-def test_learning_rate_stays_between_its_bounds(max_steps: int, warmup: int, ratio: float, step: int) -> None:
-    settings = OptimizerSection(learning_rate=1e-3, warmup_steps=warmup, min_learning_rate_ratio=ratio)
+def test_learning_rate_stays_between_its_bounds(
+    schedule: str, max_steps: int, warmup: int, decay: int, ratio: float, step: int
+) -> None:
+    settings = section(schedule, decay, warmup_steps=warmup, min_learning_rate_ratio=ratio)
     rate = learning_rate(step, max_steps, settings)
     assert 0 < rate <= 1e-3 * (1 + 1e-12) or ratio == 0 <= rate
     if step >= warmup:
         assert rate >= 1e-3 * ratio * (1 - 1e-12)
 
 
-def test_learning_rate_rises_to_its_peak_and_falls_to_its_floor() -> None:
-    settings = OptimizerSection(learning_rate=1e-3, warmup_steps=10, min_learning_rate_ratio=0.1)
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_learning_rate_rises_to_its_peak_and_falls_to_its_floor(schedule: str) -> None:
+    settings = section(schedule, warmup_steps=10, min_learning_rate_ratio=0.1)
     rates = [learning_rate(step, 100, settings) for step in range(100)]
     assert rates[0] == pytest.approx(1e-4)
     assert rates[9] == rates[10] == pytest.approx(1e-3)
     assert rates[:10] == sorted(rates[:10])
     assert rates[10:] == sorted(rates[10:], reverse=True)
     assert rates[99] == pytest.approx(1e-4)
+
+
+def test_half_way_down() -> None:
+    half = {
+        schedule: learning_rate(50, 101, section(schedule, 100, min_learning_rate_ratio=0)) for schedule in SCHEDULES
+    }
+    assert half == pytest.approx({"cosine": 5e-4, "linear": 5e-4, "wsd": 1e-3 * (1 - 0.5**0.5)})
+
+
+@given(short=st.integers(60, 1000), longer=st.integers(0, 1000), decay=st.integers(1, 50))
+def test_a_longer_run_of_wsd_begins_as_the_shorter_one_so_that_any_steady_checkpoint_can_decay(
+    short: int, longer: int, decay: int
+) -> None:
+    settings = section("wsd", decay, warmup_steps=10)
+    for step in range(short - decay):
+        assert learning_rate(step, short, settings) == learning_rate(step, short + longer, settings)
+    assert learning_rate(short - decay, short, settings) < 1e-3
+
+
+@pytest.mark.parametrize("settings", [{"schedule": "wsd"}, {"decay_steps": 10}])
+def test_a_decay_without_its_length_or_its_schedule_is_refused(settings: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match="do not go together: wsd needs decay_steps, such as a tenth of"):
+        OptimizerSection(**settings)
 
 
 def test_what_has_an_odd_size_moves_nothing_from_its_alignment() -> None:
