@@ -134,9 +134,19 @@ def _profile_in_length(config: RunConfig) -> str | None:
     return f"training: {problem}" if problem else None
 
 
-def _warmup_in_length(config: RunConfig) -> str | None:
+def _decay_of_wsd(config: RunConfig) -> str | None:
+    optimizer = config.optimizer
+    if (optimizer.schedule == "wsd") == (optimizer.decay_steps is not None):
+        return None
+    return (
+        f"optimizer.schedule = {optimizer.schedule} and optimizer.decay_steps = {optimizer.decay_steps} do not go "
+        "together: wsd needs decay_steps, such as a tenth of the run's steps, and other schedules take null"
+    )
+
+
+def _schedule_in_length(config: RunConfig) -> str | None:
     steps = config.training.max_steps
-    return None if steps is None else warmup_problem(config.optimizer.warmup_steps, steps)
+    return None if steps is None else schedule_problem(config.optimizer, steps)
 
 
 def _small_decay(config: RunConfig) -> str | None:
@@ -151,16 +161,22 @@ def _small_decay(config: RunConfig) -> str | None:
 
 CHECKS: tuple[Callable[[RunConfig], str | None], ...] = (
     *(_best_needs_a_split, _prompts_need_a_split, _roll_back_needs_spikes, _micro_in_global),
-    *(_one_length, _profile_in_length, _warmup_in_length, _small_decay),
+    *(_one_length, _profile_in_length, _decay_of_wsd, _schedule_in_length, _small_decay),
 )
 
 
-def warmup_problem(warmup_steps: int, steps: int) -> str | None:
-    if warmup_steps <= steps:
+def schedule_problem(optimizer: OptimizerSection, steps: int) -> str | None:
+    warmup, decay = optimizer.warmup_steps, optimizer.decay_steps or 0
+    if warmup + decay <= steps:
         return None
+    if not decay:
+        return (
+            f"optimizer.warmup_steps ({warmup:,}) is more than the run's {steps:,} steps: the peak would never be "
+            "reached; lower it, or train for longer"
+        )
     return (
-        f"optimizer.warmup_steps ({warmup_steps:,}) is more than the run's {steps:,} steps: the peak would never be "
-        "reached; lower it, or train for longer"
+        f"optimizer.warmup_steps ({warmup:,}) and optimizer.decay_steps ({decay:,}) are together more than the run's "
+        f"{steps:,} steps; lower one, or train for longer"
     )
 
 

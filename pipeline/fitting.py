@@ -16,7 +16,7 @@ from data_prep.errors import UserError
 from model.configuration_globallocal import GlobalLocalConfig
 from pipeline.checkpoints.folder import nearest_checkpoints
 from pipeline.checkpoints.space import checkpoint_bytes, retained, start_problems
-from pipeline.config import RunConfig, warmup_problem
+from pipeline.config import RunConfig, schedule_problem
 from pipeline.context import RunContext
 from pipeline.data.corpus import Corpus, open_corpus
 from pipeline.data.loader import BatchLayout
@@ -224,7 +224,7 @@ def _compiled(
 
 
 def _steps(config: RunConfig, source: Source | None) -> int:
-    """Steps of the run. Raises UserError where the warm-up, or what is to be profiled, does not fit into them."""
+    """Steps of the run. Raises UserError where its schedule, or what is to be profiled, does not fit into them."""
     training = config.training
     steps = (
         training.max_steps if training.max_steps is not None or source is None else training.steps(source.num_samples)
@@ -232,8 +232,8 @@ def _steps(config: RunConfig, source: Source | None) -> int:
     if steps is None:
         raise Unknown(SAMPLES)
     profile = training.profile_problem(steps)
-    warmup = warmup_problem(config.optimizer.warmup_steps, steps)
-    problems = [line for line in (warmup, f"training: {profile}" if profile else None) if line]
+    schedule = schedule_problem(config.optimizer, steps)
+    problems = [line for line in (schedule, f"training: {profile}" if profile else None) if line]
     if problems:
         raise UserError(problems)
     return steps

@@ -143,9 +143,7 @@ def operators() -> Iterator[Finding]:
             "pip install ninja; apt install g++",
         )
     else:
-        yield Finding(
-            "operators", "ok", f"ninja and g++ compile what offloading needs at its first use; it is kept in {cache}"
-        )
+        yield Finding("operators", "ok", f"ninja and g++ compile what offloading needs, at its first use, into {cache}")
 
 
 def cuda_toolkit() -> Iterator[Finding]:

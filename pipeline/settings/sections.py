@@ -6,7 +6,7 @@ import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, field_validator
 
@@ -130,15 +130,6 @@ class OptimizerSection(Section):
         if not all(0 <= beta < 1 for beta in betas):
             raise ValueError("each must be at least 0 and below 1, such as [0.9, 0.95]")
         return betas
-
-    @model_validator(mode="after")
-    def a_decay_that_is_meant(self) -> Self:
-        if (self.schedule == "wsd") != (self.decay_steps is not None):
-            raise ValueError(
-                f"schedule = {self.schedule} and decay_steps = {self.decay_steps} do not go together: wsd needs "
-                "decay_steps, such as a tenth of training.max_steps, and other schedules take none"
-            )
-        return self
 
 
 class TrainingSection(Section):

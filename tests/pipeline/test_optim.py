@@ -7,8 +7,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from data_prep.errors import UserError
 from model.configuration_globallocal import GlobalLocalConfig
 from model.modeling_globallocal import GlobalLocalForCausalLM
+from pipeline.config import load_config
 from pipeline.engine.optim import ALIGNED_ELEMENTS, build_optimizer, describe_groups, learning_rate, parameter_groups
 from pipeline.settings.sections import OptimizerSection
 
@@ -66,12 +68,6 @@ def test_a_longer_run_of_wsd_begins_as_the_shorter_one_so_that_any_steady_checkp
     assert learning_rate(short - decay, short, settings) < 1e-3
 
 
-@pytest.mark.parametrize("settings", [{"schedule": "wsd"}, {"decay_steps": 10}])
-def test_a_decay_without_its_length_or_its_schedule_is_refused(settings: dict[str, Any]) -> None:
-    with pytest.raises(ValueError, match="do not go together: wsd needs decay_steps, such as a tenth of"):
-        OptimizerSection(**settings)
-
-
 def test_what_has_an_odd_size_moves_nothing_from_its_alignment() -> None:
     model = GlobalLocalForCausalLM(GlobalLocalConfig.from_preset("quickstart", num_hidden_layers=1, vocab_size=64))
     for group in parameter_groups(model, 0.1):
@@ -105,3 +101,22 @@ def test_no_decay_tensors_without_a_gradient_signal_do_not_shrink() -> None:
     optimizer.step()
     assert torch.equal(model.bias, torch.ones(3))
     assert torch.allclose(model.weight, before * (1 - 0.1 * 0.5))
+
+
+@pytest.mark.parametrize(
+    ("settings", "problem"),
+    [
+        (
+            ["schedule=wsd", "decay_steps=90", "warmup_steps=20"],
+            "optimizer.warmup_steps (20) and optimizer.decay_steps (90) are together more than the run's 100 steps; ",
+        ),
+        (["schedule=wsd"], "optimizer.schedule = wsd and optimizer.decay_steps = None do not go together: wsd needs "),
+        (["decay_steps=10"], "optimizer.schedule = cosine and optimizer.decay_steps = 10 do not go together: "),
+    ],
+)
+def test_a_decay_that_does_not_fit_is_one_line(settings: list[str], problem: str) -> None:
+    overrides = ["training.max_steps=100", *(f"optimizer.{setting}" for setting in settings)]
+    with pytest.raises(UserError) as caught:
+        load_config("launch/runs/quickstart.yaml", overrides)
+    (line,) = caught.value.problems
+    assert problem in line
