@@ -200,10 +200,12 @@ def test_fp16_where_deepspeed_does_not_train_in_it_is_one_line(tmp_path: Path) -
     check_machine(config, merged(tmp_path, {}, "fp32"), 2, cuda=False)
 
 
-def test_a_rank_imports_mlflow_only_where_it_tracks() -> None:
-    """DeepSpeed's autotuner would bring it along, a third of all that a rank imports; it is there for who wants it."""
+def test_a_rank_imports_mlflow_and_the_compiler_only_where_it_uses_them() -> None:
+    """DeepSpeed would bring both along, over a third of all that a rank imports; they are there for who wants them."""
     program = (
-        "import pipeline.train, sys; assert 'deepspeed' in sys.modules and 'mlflow' not in sys.modules; "
-        "import mlflow; assert mlflow.__version__"
+        "import pipeline.train, sys; from deepspeed.runtime.zero.utils import is_zero_supported_optimizer as ask; "
+        "import torch; ask(torch.optim.AdamW([torch.nn.Parameter(torch.ones(1))])); "
+        "assert not {'mlflow', 'torch._inductor.compile_fx'} & set(sys.modules); "
+        "import mlflow; assert mlflow.__version__; torch.compile(lambda x: x); assert 'torch._inductor' in sys.modules"
     )
     subprocess.run([sys.executable, "-c", program], check=True, cwd=ROOT)
