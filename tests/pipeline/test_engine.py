@@ -203,8 +203,9 @@ def test_fp16_where_deepspeed_does_not_train_in_it_is_one_line(tmp_path: Path) -
 def test_a_rank_imports_mlflow_and_the_compiler_only_where_it_uses_them() -> None:
     """DeepSpeed would bring both along, over a third of all that a rank imports; they are there for who wants them."""
     program = (
-        "import pipeline.train, sys; from deepspeed.runtime.zero.utils import is_zero_supported_optimizer as ask; "
-        "import torch; ask(torch.optim.AdamW([torch.nn.Parameter(torch.ones(1))])); "
+        "import pipeline.train, sys, torch; from pipeline.distributed.world import start; start(); "
+        "from deepspeed.runtime.zero.utils import is_zero_supported_optimizer as ask; "
+        "ask(torch.optim.AdamW([torch.nn.Parameter(torch.ones(1))])); "
         "assert not {'mlflow', 'torch._inductor.compile_fx'} & set(sys.modules); "
         "import mlflow; assert mlflow.__version__; torch.compile(lambda x: x); assert 'torch._inductor' in sys.modules"
     )
