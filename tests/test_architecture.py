@@ -47,7 +47,7 @@ ROOMS: dict[str, dict[str, set[str]]] = {
             *("config", "context", "data", "distributed", "engine", "evaluation", "files", "health", "random_state"),
             *("redact", "settings"),
         },
-        "export": {"checkpoints", "config", "data"},
+        "export": {"checkpoints", "config", "data", "evaluation", "generation", "metrics", "redact"},
         "fitting": {
             *("checkpoints", "config", "context", "data", "distributed", "engine", "export", "settings"),
         },

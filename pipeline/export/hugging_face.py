@@ -5,13 +5,20 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 from data_prep.errors import UserError
 from data_prep.store import sync_folder
-from pipeline.export.load import Loaded, load_model
+from pipeline.checkpoints.fingerprint import probe_ids
+from pipeline.checkpoints.folder import CheckpointState, list_checkpoints, read_state, verify
+from pipeline.export.card import CardFacts, model_card
+from pipeline.export.load import find_checkpoint, rebuild
+from pipeline.export.weights import Weights, differing_weights, write_weights
+from pipeline.generation.sampling import Sampling
 
 PROBE_TEXT = "GlobalLocal reads a text,\n\n  keeps its spaces, and ½ of the rest: naïve, 東京, 🙂."
 
@@ -19,36 +26,61 @@ PROBE_TEXT = "GlobalLocal reads a text,\n\n  keeps its spaces, and ½ of the res
 RELOAD = """
 import json, sys, torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
-folder, text = sys.argv[1:]
-model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, dtype=torch.float32).eval()
+folder, text, probe = sys.argv[1:]
+model, loading = AutoModelForCausalLM.from_pretrained(
+    folder, trust_remote_code=True, dtype=torch.float32, output_loading_info=True
+)
 tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
-ids = tokenizer(text, add_special_tokens=False).input_ids
 with torch.no_grad():
-    logits = model(input_ids=torch.tensor([ids])).logits.float()
-torch.save({"ids": ids, "text": tokenizer.decode(ids), "logits": logits}, folder + "/.reload.pt")
+    logits = model.eval()(input_ids=torch.tensor(json.loads(probe))).logits[0, -1]
+print(json.dumps({
+    "wrong": {kind: sorted(map(str, names)) for kind, names in loading.items() if names},
+    "text": tokenizer.decode(tokenizer(text, add_special_tokens=False).input_ids),
+    "logits": logits.tolist(),
+}))
 """
 
 
-def export(path: Path, output: Path, dtype: torch.dtype = torch.float32) -> Loaded:
-    """Write `output`, reload it in a fresh process, compare logits and a tokenizer round trip, then publish.
+@dataclass(frozen=True)
+class Form:
+    """What is made of the weights.
+
+    Attributes:
+        max_shard_bytes: of one file of weights, where no single tensor is larger.
+        average: the mean of the weights of so many of the run's newest checkpoints.
+        repository: USER/NAME on the hub, where the folder will go.
+    """
+
+    dtype: torch.dtype = torch.float32
+    max_shard_bytes: int = 5 * 10**9
+    average: int = 1
+    repository: str | None = None
+
+
+def export(path: Path, output: Path, form: Form = Form()) -> CheckpointState:
+    """Write `output`, compare it with the checkpoint, reload it in a fresh process, and only then publish it.
+
+    This process holds the tensors of one file of weights at a time, the fresh one the model.
 
     Args:
         path: a run folder or a checkpoint.
-        dtype: of the weights written.
+
+    Returns:
+        The state of the newest checkpoint in it.
 
     Raises:
         UserError: `output` exists, `path` is no checkpoint, or the reloaded model is not the same.
     """
     if output.exists():
         raise UserError(f"{output}: exists; remove it, or choose another --output")
-    loaded = load_model(path)
-    if loaded.state is None:
+    if (path / "config.json").is_file():
         raise UserError(f"{path}: is an exported model already")
+    folders = newest_checkpoints(path, form.average) if form.average > 1 else [find_checkpoint(path)]
     building = output.with_name(f".exporting-{output.name}")
     shutil.rmtree(building, ignore_errors=True)
     try:
-        write(loaded, building, dtype)
-        verify_reload(loaded, building, dtype)
+        building.mkdir(parents=True)
+        states = write(folders, building, form)
         sync_folder(building)
         os.rename(building, output)
         sync_folder(output.parent)
@@ -56,92 +88,117 @@ def export(path: Path, output: Path, dtype: torch.dtype = torch.float32) -> Load
         raise UserError(f"{error.filename or building}: {error.strerror or error}") from None
     finally:
         shutil.rmtree(building, ignore_errors=True)
-    return loaded
+    return states[0]
 
 
-def write(loaded: Loaded, folder: Path, dtype: torch.dtype) -> None:
-    """Weights, configuration, modeling files, tokenizer, generation defaults, model card."""
-    model = loaded.model.to(dtype)
-    model.register_for_auto_class("AutoModelForCausalLM")
-    model.config.register_for_auto_class()
-    model.generation_config.do_sample = True
-    model.save_pretrained(folder)
-    for item in loaded.tokenizer_folder.iterdir():
-        shutil.copy2(item, folder / item.name)
-    (folder / "README.md").write_text(model_card(loaded))
+def newest_checkpoints(run: Path, count: int) -> list[Path]:
+    """The newest checkpoints of a run that verify, the newest first. Raises UserError where there are fewer."""
+    if not (run / "checkpoints").is_dir():
+        raise UserError(f"--average {count}: is of a run's newest checkpoints, and {run} is no run folder")
+    problems: list[str] = []
+    found: list[Path] = []
+    for folder in list_checkpoints(run / "checkpoints"):
+        faults = verify(folder)
+        problems += faults
+        found += [] if faults else [folder]
+        if len(found) == count:
+            return found
+    raise UserError([*problems, f"--average {count}: {run} holds {len(found)} checkpoints that verify"])
 
 
-def verify_reload(loaded: Loaded, folder: Path, dtype: torch.dtype) -> None:
-    """Raises UserError where a fresh process loads other logits or another tokenizer than the ones at hand."""
-    environment = {
-        **os.environ,
-        "HF_HUB_OFFLINE": "1",
-        "HF_MODULES_CACHE": str(folder.resolve() / ".modules"),
-    }
+def write(folders: Sequence[Path], output: Path, form: Form) -> list[CheckpointState]:
+    """Weights, configuration, modeling files, tokenizer, generation defaults, model card; all of it compared."""
+    from transformers.dynamic_module_utils import custom_object_save
+
+    from model.modeling_globallocal import GlobalLocalForCausalLM
+
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")  # reading needs no device, and DeepSpeed none to warn about
+    from pipeline.checkpoints.reshard import ParameterReader
+
+    states = [read_state(folder) for folder in folders]
+    config, tokenizer_folder = rebuild(states[0], folders[0])
+    with torch.device("meta"):
+        model = GlobalLocalForCausalLM(config)
+    weights = Weights.of(model, [ParameterReader(*pair) for pair in zip(folders, states, strict=True)])
+    write_weights(weights, output, form.dtype, form.max_shard_bytes)
+    config.dtype, config.architectures = str(form.dtype).removeprefix("torch."), [type(model).__name__]
+    custom_object_save(model, output, config=config)  # type: ignore[arg-type]  # which takes it, and asks for a dict
+    config.save_pretrained(output)
+    special = {name: getattr(config, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    Sampling().generation_config(**special).save_pretrained(output)
+    copy_tokenizer(tokenizer_folder, output, config.max_position_embeddings)
+    facts = CardFacts(states, folders, config, str(config.dtype), form.repository)
+    (output / "README.md").write_text(model_card(facts))
+    if wrong := differing_weights(weights, output, form.dtype):
+        raise UserError(f"{output}: its weights are not the checkpoint's: {', '.join(wrong[:5])}; is the disk sound?")
+    recorded = Recorded.of(states[0], form.dtype) if len(states) == 1 else None
+    verify_reload(output, config.vocab_size, recorded)
+    return states
+
+
+def copy_tokenizer(tokenizer_folder: Path, output: Path, max_length: int) -> None:
+    """As it is, but that it names the longest sequence of training, which frameworks cut texts at."""
+    for item in tokenizer_folder.iterdir():
+        if not (output / item.name).exists():
+            shutil.copyfile(item, output / item.name)
+    file = output / "tokenizer_config.json"
+    settings = json.loads(file.read_text()) | {"model_max_length": max_length}
+    file.write_text(json.dumps(settings, indent=2, ensure_ascii=False) + "\n")
+
+
+@dataclass(frozen=True)
+class Recorded:
+    """What the model said of the probe when the checkpoint was saved.
+
+    Attributes:
+        values: its first logits behind the last token.
+        bound: their largest distance from what is exported. Another device or precision rounds otherwise, and a router
+            may then choose another row: so much is left open. The weights are compared bit by bit.
+    """
+
+    values: torch.Tensor
+    bound: float
+
+    @classmethod
+    def of(cls, state: CheckpointState, dtype: torch.dtype) -> "Recorded":
+        values = torch.tensor(state.logit_fingerprint.values)
+        exact = dtype == torch.float32 and state.precision == "fp32"
+        return cls(values, (0.01 if exact else 0.25) * max(1.0, values.abs().max().item()))
+
+
+def verify_reload(folder: Path, vocab_size: int, recorded: Recorded | None) -> None:
+    """Raises UserError where a fresh process cannot load all of it, or loads another model or tokenizer.
+
+    Args:
+        recorded: None for a mean of several checkpoints, which nothing was recorded of.
+    """
+    modules = folder / ".modules"
+    probe = json.dumps(probe_ids(vocab_size).tolist())
     run = subprocess.run(
-        [sys.executable, "-I", "-c", RELOAD, str(folder.resolve()), PROBE_TEXT],
-        env=environment,
+        [sys.executable, "-I", "-c", RELOAD, str(folder.resolve()), PROBE_TEXT, probe],
+        env={**os.environ, "HF_HUB_OFFLINE": "1", "HF_MODULES_CACHE": str(modules.resolve())},
         cwd="/",
+        stdin=subprocess.DEVNULL,
         capture_output=True,
         text=True,
     )
-    shutil.rmtree(folder / ".modules", ignore_errors=True)
+    shutil.rmtree(modules, ignore_errors=True)
     if run.returncode:
         lines = run.stderr.strip().splitlines()
         raise UserError(f"{folder}: transformers cannot load the export: {lines[-1] if lines else run.returncode}")
-    reloaded = torch.load(folder / ".reload.pt", weights_only=True)
-    (folder / ".reload.pt").unlink()
-    with torch.no_grad():
-        logits = loaded.model.float()(input_ids=torch.tensor([reloaded["ids"]])).logits
-    distance = (logits - reloaded["logits"]).abs().max().item()
-    bound = 1e-4 if dtype == torch.float32 else 5e-2
-    problems = []
-    if not distance <= bound:
-        problems.append(f"{folder}: reloaded logits differ by {distance:.2g}, the bound is {bound:g}")
+    reloaded = json.loads(run.stdout.splitlines()[-1])
+    problems = [f"{folder}: {kind}: {', '.join(names[:5])}" for kind, names in reloaded["wrong"].items()]
     if reloaded["text"] != PROBE_TEXT:
         problems.append(f"{folder}: the tokenizer reads {PROBE_TEXT!r} back as {reloaded['text']!r}")
+    logits = torch.tensor(reloaded["logits"])
+    if not torch.isfinite(logits).all():
+        problems.append(f"{folder}: the reloaded model's logits are not finite; choose another checkpoint")
+    elif recorded:
+        distance = (logits[: len(recorded.values)] - recorded.values).abs().max().item()
+        if distance > recorded.bound:
+            problems.append(
+                f"{folder}: reloaded logits differ from those of training by {distance:.2g}, the bound is "
+                f"{recorded.bound:.2g}"
+            )
     if problems:
         raise UserError(problems)
-
-
-def model_card(loaded: Loaded) -> str:
-    """The figures that were measured, and how to load the model."""
-    state = loaded.state
-    assert state is not None
-    parameters = sum(parameter.numel() for parameter in loaded.model.parameters())
-    rows = {
-        "parameters": f"{parameters:,}",
-        "optimizer steps": f"{state.step:,}",
-        "training tokens": f"{state.consumed_tokens:,}",
-        "precision": state.precision,
-        "dataset_id": f"`{state.dataset_id}`",
-        "tokenizer sha256": f"`{state.tokenizer_sha256}`",
-        "MLflow run": f"`{state.mlflow_run_id}`",
-    }
-    if state.evaluation:
-        measured = state.evaluation.flat()
-        rows |= {f"held-out {name.replace('_', ' ')}": f"{value:,.4g}" for name, value in measured.items()}
-    table = "\n".join(f"| {name} | {value} |" for name, value in rows.items())
-    settings = json.dumps(state.config["model"])
-    return f"""---
-library_name: transformers
-pipeline_tag: text-generation
----
-# {state.config["run"]["name"]}
-
-A GlobalLocal causal language model: dilated causal convolutions, gated with a router over a static tensor pool.
-Model settings: `{settings}`.
-
-| | |
-|---|---|
-{table}
-
-```python
-from transformers import AutoModelForCausalLM, AutoTokenizer
-
-model = AutoModelForCausalLM.from_pretrained("FOLDER", trust_remote_code=True)
-tokenizer = AutoTokenizer.from_pretrained("FOLDER", trust_remote_code=True)
-ids = tokenizer("The history of", add_special_tokens=False, return_tensors="pt").input_ids
-print(tokenizer.decode(model.generate(input_ids=ids, max_new_tokens=48)[0]))
-```
-"""

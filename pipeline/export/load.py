@@ -63,21 +63,30 @@ def load_model(path: Path) -> Loaded:
         for tensor in (*model.parameters(), *model.buffers()):
             tensor.data = tensor.data.clone()
         return Loaded(model.eval(), load_tokenizer(path), path, None, None)
-    folder = path
-    if not (path / STATE).is_file():
-        if not (path / "checkpoints").is_dir():
-            raise UserError(f"{path}: neither a run folder, nor a checkpoint, nor an exported model")
-        folder = newest_verified_alone(path / "checkpoints")
-    elif problems := verify(path):
-        raise UserError(problems)
+    folder = find_checkpoint(path)
     state = read_state(folder)
-    model_config, tokenizer_folder = _rebuild(state, folder)
+    model_config, tokenizer_folder = rebuild(state, folder)
     model = GlobalLocalForCausalLM(model_config)
     os.environ.setdefault("DS_ACCELERATOR", "cpu")  # reading needs no device, and DeepSpeed none to warn about
     from pipeline.checkpoints.reshard import ParameterReader, fill
 
     fill(model, ParameterReader(folder, state))
     return Loaded(model.eval(), load_tokenizer(tokenizer_folder), tokenizer_folder, folder, state)
+
+
+def find_checkpoint(path: Path) -> Path:
+    """`path` itself, verified, or the newest checkpoint of a run folder that verifies.
+
+    Raises:
+        UserError: `path` is neither, or is damaged.
+    """
+    if (path / STATE).is_file():
+        if problems := verify(path):
+            raise UserError(problems)
+        return path
+    if not (path / "checkpoints").is_dir():
+        raise UserError(f"{path}: neither a run folder, nor a checkpoint, nor an exported model")
+    return newest_verified_alone(path / "checkpoints")
 
 
 def load_tokenizer(folder: Path) -> Any:
@@ -127,7 +136,8 @@ def read_model_config(folder: Path) -> "GlobalLocalConfig":
         raise UserError(f"{folder / 'config.json'}: {said}; export the model again") from None
 
 
-def _rebuild(state: CheckpointState, folder: Path) -> tuple[Any, Path]:
+def rebuild(state: CheckpointState, folder: Path) -> "tuple[GlobalLocalConfig, Path]":
+    """The model's configuration, and the folder of its tokenizer, for a checkpoint in `folder`."""
     if kept := _kept_model(state, folder):
         return kept
     from pipeline.config import validate

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from transformers import LogitsProcessorList
+    from transformers import GenerationConfig, LogitsProcessorList
 
 
 @dataclass(frozen=True)
@@ -47,6 +47,20 @@ class Sampling:
         if self.top_p < 1.0:
             found.append(hf.TopPLogitsWarper(self.top_p))
         return found
+
+    def generation_config(self, **special_ids: Any) -> GenerationConfig:
+        """The same for `generate` of transformers, with the model's `eos_token_id` and its like."""
+        from transformers import GenerationConfig
+
+        return GenerationConfig(
+            max_new_tokens=self.max_new_tokens,
+            do_sample=self.temperature > 0.0,
+            temperature=self.temperature,
+            top_k=self.top_k,
+            top_p=self.top_p,
+            repetition_penalty=self.repetition_penalty,
+            **special_ids,
+        )
 
 
 def prompt_ids(tokenizer: Any, prompt: str) -> list[int]:

@@ -1,10 +1,12 @@
 """A server on the loopback interface that answers as the Hugging Face hub does, and as badly as it may.
 
-It serves one dataset repository from memory. `faults` says what goes wrong, and how often.
+It serves one repository from memory, a dataset's or a model's, and takes commits. `faults` says what goes wrong, and
+how often.
 """
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import json
 import re
@@ -23,6 +25,7 @@ class Faults:
     cut_body: int = 0  # the connection closes in the middle of the body
     slow: int = 0  # half a second before the answer
     broken: bool = False
+    forbidden: bool = False  # commits; the answer tells the token that was sent
     lock: threading.Lock = field(default_factory=threading.Lock)
 
     def take(self, name: str) -> bool:
@@ -34,10 +37,11 @@ class Faults:
 
 
 class HubServer:
-    """Serves `files` of the dataset `repository` at `revision`; a context manager."""
+    """Serves `files` of `repository` at `revision`; a context manager. `kind`: datasets or models."""
 
-    def __init__(self, repository: str, revision: str, files: dict[str, bytes]) -> None:
-        self.repository, self.revision, self.files = repository, revision, files
+    def __init__(self, repository: str, revision: str, files: dict[str, bytes], kind: str = "datasets") -> None:
+        self.repository, self.revision, self.files, self.kind = repository, revision, files, kind
+        self.created: list[dict[str, Any]] = []  # what repositories were asked for
         self.faults = Faults()
         self.moved: dict[str, str] = {}  # old ids
         self.requests: list[str] = []
@@ -103,9 +107,12 @@ class _Handler(BaseHTTPRequestHandler):
             if re.match(rf"/(api/)?datasets/{old}(/|$)", path):
                 self._send(307, b"", {"Location": hub.url + self.path.replace(f"datasets/{old}", f"datasets/{new}", 1)})
                 return
-        api = f"/api/datasets/{hub.repository}"
-        if match := re.fullmatch(f"/datasets/{hub.repository}/resolve/[^/]+/(.*)", path):
+        api = f"/api/{hub.kind}/{hub.repository}"
+        prefix = "/datasets" if hub.kind == "datasets" else ""
+        if match := re.fullmatch(f"{prefix}/{hub.repository}/resolve/[^/]+/(.*)", path):
             self._file(match[1])
+        elif self.command == "POST" and self._write(path, api, sent):
+            pass
         elif match := re.fullmatch(f"{api}/tree/[^/]+/?(.*)", path):
             self._json(self._entries(match[1]))
         elif re.fullmatch(f"{api}/paths-info/.*", path):
@@ -116,6 +123,29 @@ class _Handler(BaseHTTPRequestHandler):
             self._json({"id": hub.repository, "sha": hub.revision, "siblings": siblings, "private": False})
         else:
             self._send(404, b"", {"X-Error-Code": "RepoNotFound"})
+
+    def _write(self, path: str, api: str, sent: bytes) -> bool:
+        """A repository made, or a commit with all content in it: what `upload_folder` asks for."""
+        hub = self.server_hub
+        if path == "/api/repos/create":
+            hub.created.append(json.loads(sent))
+            self._json({"url": f"{hub.url}/{hub.repository}"})
+        elif path == "/api/validate-yaml":
+            self._json({"errors": [], "warnings": []})
+        elif path.startswith(f"{api}/preupload/"):
+            asked = json.loads(sent)["files"]
+            self._json({"files": [{"path": f["path"], "uploadMode": "regular", "shouldIgnore": False} for f in asked]})
+        elif path.startswith(f"{api}/commit/") and hub.faults.forbidden:
+            said = f"{self.headers['Authorization']} may not write here"
+            self._send(403, json.dumps({"error": said}).encode(), {"X-Error-Message": said})
+        elif path.startswith(f"{api}/commit/"):
+            for line in map(json.loads, sent.splitlines()):
+                if line["key"] == "file":
+                    hub.files[line["value"]["path"]] = base64.b64decode(line["value"]["content"])
+            self._json({"commitUrl": f"{hub.url}/{hub.repository}/commit/1", "commitOid": hub.revision})
+        else:
+            return False
+        return True
 
     def _info(self, name: str) -> list[dict[str, Any]]:
         files = self.server_hub.files

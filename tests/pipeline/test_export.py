@@ -54,7 +54,7 @@ def test_the_folder_is_complete(exported: Path) -> None:
     assert "AutoModelForCausalLM" in json.loads((exported / "config.json").read_text())["auto_map"]
     card = (exported / "README.md").read_text()
     assert "| optimizer steps | 6 |" in card
-    assert "| held-out loss | 6." in card
+    assert "| loss in nats | 6." in card
 
 
 def test_an_export_is_a_model_of_its_run_and_registered_loads_back(
