@@ -31,6 +31,8 @@ SHORTER = (
     (r"(globallocal train .*?)training\.max_steps=\d+", r"\1training.max_steps=30"),
     (r"^(globallocal train +--config launch/runs/quickstart\.yaml)$", r"\1 training.max_steps=75"),
 )
+PART_CHARACTERS = 4000
+"""Of an article, one file: so many files that a hundredth of them is some."""
 FINE = {"globallocal doctor": (0, 1), "globallocal config diff": (0, 1)}
 """Exit codes of commands that say with 1 that they found something; of the others 0 alone is fine."""
 
@@ -74,10 +76,12 @@ def texts(folder: Path) -> Path:
     counts = ReadCounts()
     documents = [item for task in SampleArticles().tasks("train") for item in task.documents(counts)]
     for number, document in enumerate(documents):
-        (folder / "texts" / f"{number:03d}.txt").write_text(document.text)
-    for path in sorted((folder / "texts").glob("00?.txt")):
+        for part, begin in enumerate(range(0, len(document.text), PART_CHARACTERS)):
+            text = document.text[begin : begin + PART_CHARACTERS]
+            (folder / "texts" / f"{number:03d}-{part:02d}.txt").write_text(text)
+    for path in sorted((folder / "texts").glob("00?-*.txt")):
         shutil.copy(path, folder / "books")
-    shutil.copy(folder / "texts" / "010.txt", folder / "held-out.txt")
+    shutil.copy(folder / "texts" / "010-00.txt", folder / "held-out.txt")
     (folder / "prompts.txt").write_text("The history of\nIn the year\n")
     return folder
 
