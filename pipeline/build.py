@@ -1,7 +1,7 @@
 """Settings → the built parts of a run. All that can be wrong is found here, before step 0."""
 
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import transformers
@@ -13,6 +13,7 @@ from pipeline.checkpoints.resume import Resumed, resume
 from pipeline.checkpoints.saver import Saver
 from pipeline.checkpoints.snapshot import HostBuffers
 from pipeline.checkpoints.space import checkpoint_bytes, retained, start_problems
+from pipeline.checkpoints.state import Origin
 from pipeline.checkpoints.write import DeferringCheckpointEngine
 from pipeline.config import RunConfig
 from pipeline.context import RunContext
@@ -25,6 +26,7 @@ from pipeline.engine.engine import initialize, resolve_precision
 from pipeline.engine.internals import Engine
 from pipeline.engine.optim import describe_groups, parameter_groups
 from pipeline.evaluation.evaluator import Evaluator
+from pipeline.export.initial import begin_with, initial_weights, origin_of
 from pipeline.export.load import keep_model, load_tokenizer
 from pipeline.fitting import fit
 from pipeline.health.guard import Guard
@@ -45,11 +47,13 @@ class Machinery:
     Attributes:
         deferring: the engine's `checkpoint_engine`.
         expected_bytes: of one checkpoint.
+        origin: the export whose weights it holds; None: they are random, or a checkpoint's to come.
     """
 
     engine: Engine
     deferring: DeferringCheckpointEngine
     expected_bytes: int
+    origin: Origin | None
 
 
 def build(config: RunConfig, world: World, stop: StopRequest, clock: Clock) -> Trainer:
@@ -60,6 +64,8 @@ def build(config: RunConfig, world: World, stop: StopRequest, clock: Clock) -> T
     clock.move()
     transformers.set_seed(config.run.seed + world.rank)  # dropout differs between ranks
     resumed = resume(context, machinery.engine)
+    if resumed.folder is None:
+        resumed = replace(resumed, state=replace(resumed.state, begun_from=machinery.origin))
     clock.move()
     clock.seconds.update(resumed.state.seconds)
     tracker = start_tracker(context, resumed)
@@ -90,11 +96,12 @@ def check_corpus(context: RunContext, clock: Clock) -> None:
 
 
 def build_engine(context: RunContext, stop: StopRequest) -> Machinery:
-    """The model with fresh weights, in DeepSpeed's engine; before it is built, what the run is and needs is said."""
+    """The model as it begins, in DeepSpeed's engine; before it is built, what the run is and needs is said."""
     config, world = context.config, context.world
     transformers.set_seed(config.run.seed)
     model = GlobalLocalForCausalLM(context.model)
     torch.nn.Module.to(model, world.device)  # transformers' own `to` is typed too narrowly
+    origin = begin(model, context)
     expected_bytes = check_space(context, model)
     keep_beside_the_run(context)
     groups = describe_groups(parameter_groups(model, config.optimizer.weight_decay))
@@ -105,7 +112,20 @@ def build_engine(context: RunContext, stop: StopRequest) -> Machinery:
         compile_blocks(engine, context.layout.micro_batch_size, config.data.sequence_length)
     deferring = DeferringCheckpointEngine(HostBuffers() if config.checkpoint.background else None)
     engine.checkpoint_engine = deferring
-    return Machinery(engine, deferring, expected_bytes)
+    return Machinery(engine, deferring, expected_bytes, origin)
+
+
+def begin(model: nn.Module, context: RunContext) -> Origin | None:
+    """The weights of `training.init_from` into the model, on every rank; nothing where this start goes on."""
+    config, world = context.config, context.world
+    folder = world.broadcast(initial_weights(config) if world.is_main else None)
+    if folder is None:
+        return None
+    with world.together():
+        begin_with(model, folder)
+    origin: Origin = world.broadcast(origin_of(folder) if world.is_main else None)
+    log.info(f"the weights begin as those of {folder}")
+    return origin
 
 
 def check_space(context: RunContext, model: nn.Module) -> int:

@@ -31,6 +31,7 @@ from pipeline.engine.engine import (
     has_bf16,
     zero_stage,
 )
+from pipeline.export.initial import check_initial, initial_weights
 from pipeline.export.load import build_model_config
 from pipeline.settings.section import Unknown, short
 
@@ -169,6 +170,7 @@ def fit(
         look.part("the disk", lambda: _check_disk(config, model, settings, steps, str(resolved), ranks))
     if ranks is not None:
         look.part("checkpoint.resume", lambda: _check_resume(config))
+        look.part("training.init_from", lambda: _check_initial(config, have(model, MODEL), have(corpus, DATASET)))
     look.end()
     return Fitted(corpus, source, model, layout, steps, settings or {}, bool(compiled))
 
@@ -243,6 +245,11 @@ def _check_resume(config: RunConfig) -> None:
     resume = config.checkpoint.resume
     if resume not in ("auto", "none") and not Path(resume).is_dir():
         raise UserError(f"checkpoint.resume: {resume}: no such folder; {nearest_checkpoints(Path(resume))}")
+
+
+def _check_initial(config: RunConfig, model: GlobalLocalConfig, corpus: Corpus) -> None:
+    if folder := initial_weights(config):
+        check_initial(folder, model, corpus.tokenizer.sha256)
 
 
 def _check_disk(

@@ -34,7 +34,7 @@ def start_tracker(context: RunContext, resumed: Resumed) -> NullTracker:
         return NullTracker()
     # Another run's checkpoint is where this one begins; its MLflow run stays its own.
     own = resumed.folder is None or resumed.folder.parent.absolute() == config.checkpoints.absolute()
-    facts = describe_run(context, resumed.state.step, _parent(resumed, own))
+    facts = describe_run(context, resumed.state.step, _parent(resumed, own) | _origin(resumed))
     return open_tracker(config.tracking, config.run_folder, facts, resumed.mlflow_run_id if own else None, log.info)
 
 
@@ -43,6 +43,14 @@ def _parent(resumed: Resumed, own: bool) -> dict[str, str]:
         return {}
     parent = {"mlflow.parentRunId": resumed.mlflow_run_id} if resumed.mlflow_run_id else {}
     return {"globallocal.begins_from": str(resumed.folder), **parent}
+
+
+def _origin(resumed: Resumed) -> dict[str, str]:
+    """Of a run that began with an exported model's weights."""
+    origin = resumed.state.begun_from
+    if origin is None:
+        return {}
+    return {"globallocal.init_from": origin.folder, "globallocal.init_from_sha256": " ".join(origin.sha256.values())}
 
 
 def describe_run(context: RunContext, step: int, tags: dict[str, str]) -> RunFacts:

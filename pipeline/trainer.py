@@ -10,7 +10,7 @@ from pipeline.checkpoints.describe import describe
 from pipeline.checkpoints.fingerprint import logit_fingerprint
 from pipeline.checkpoints.resume import Resumed, newest, resume
 from pipeline.checkpoints.saver import Saved, Saver
-from pipeline.checkpoints.state import TrainState
+from pipeline.checkpoints.state import Origin, TrainState
 from pipeline.context import RunContext
 from pipeline.data.loader import BatchLoader, data_step
 from pipeline.distributed.clock import Clock
@@ -38,6 +38,7 @@ class Trainer:
         resumed: where this start goes on.
         guard: what becomes of each step.
         step: optimizer steps taken.
+        begun_from: the exported model whose weights the run began with.
         saved_step: the step of the newest checkpoint that stands; None while there is none.
         batches: this rank's micro-batches from the current position on, int64 [micro_batch_size, S+1].
     """
@@ -55,6 +56,7 @@ class Trainer:
     clock: Clock
     step: int = field(init=False)
     saved_step: int | None = field(init=False)
+    begun_from: Origin | None = field(init=False)
     batches: BatchLoader = field(init=False)
 
     def __post_init__(self, resumed: Resumed) -> None:
@@ -169,6 +171,7 @@ class Trainer:
             pending_evaluation=self.evaluator.pending,
             health=self.guard.state,
             seconds=dict(self.clock.seconds),
+            begun_from=self.begun_from,
         )
 
     def go_on_from(self, resumed: Resumed) -> None:
@@ -177,6 +180,7 @@ class Trainer:
         own = resumed.folder is not None and resumed.folder.parent == context.config.checkpoints
         self.step, self.saved_step = state.step, state.step if own else None
         self.guard.state = state.health
+        self.begun_from = state.begun_from
         self.evaluator.latest = state.evaluation
         self.evaluator.pending = state.pending_evaluation and self.evaluator.wanted
         self.meters.go_on_from(state.step, state.loss_sums)

@@ -44,6 +44,7 @@ def describe(
         health=state.health,
         job=os.environ.get(JOB_VARIABLE, ""),
         versions=versions(),
+        begun_from=state.begun_from,
     )
 
 

@@ -20,7 +20,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, PlainSerializer, Va
 from data_prep.errors import UserError
 from data_prep.store import sync_folder
 from pipeline.checkpoints.fingerprint import Fingerprint
-from pipeline.checkpoints.state import TrainState
+from pipeline.checkpoints.state import Origin, TrainState
 from pipeline.evaluation.figures import Evaluation
 from pipeline.files import LOCK_FILE, HeldError, hold
 from pipeline.health.state import HealthState
@@ -84,6 +84,8 @@ class CheckpointState(BaseModel):
     """Which job wrote it, however often that was started again (`JOB_VARIABLE`); empty without a launcher of ours."""
     health: HealthState = HealthState()
     versions: dict[str, str]
+    begun_from: Origin | None = None
+    """`training.init_from` of the run's first start, and what it held."""
 
     @property
     def train_state(self) -> TrainState:
@@ -95,6 +97,7 @@ class CheckpointState(BaseModel):
             pending_evaluation=self.pending_evaluation,
             health=self.health,
             seconds=self.seconds,
+            begun_from=self.begun_from,
         )
 
 

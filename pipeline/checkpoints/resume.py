@@ -231,7 +231,7 @@ def compare(state: checkpoint.CheckpointState, context: RunContext) -> tuple[lis
         line = f"{key} {then.get(key)} → {now.get(key)}"
         if key.startswith(FIXED):
             problems.append(f"{line}: a resumed run may not change it; set it back, or choose another run.name")
-        elif not key.startswith("checkpoint.resume"):
+        elif not key.startswith(("checkpoint.resume", "training.init_from")):
             changes.append(line)
     return problems, changes
 

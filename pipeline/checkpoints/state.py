@@ -2,8 +2,20 @@
 
 from dataclasses import dataclass, field
 
+from pydantic import BaseModel, ConfigDict
+
 from pipeline.evaluation.figures import Evaluation
 from pipeline.health.state import HealthState
+
+
+class Origin(BaseModel):
+    """The exported model whose weights a run began with."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    folder: str
+    sha256: dict[str, str]
+    """Of each file of weights."""
 
 
 @dataclass(frozen=True)
@@ -17,6 +29,7 @@ class TrainState:
         pending_evaluation: this step's evaluation was due and is not done: a stop came before its end.
         health: what the run remembers of bad numbers, and which global batches it leaves out.
         seconds: by phase, over all starts (`Clock.seconds`).
+        begun_from: None where the weights began at random.
     """
 
     step: int = 0
@@ -25,3 +38,4 @@ class TrainState:
     pending_evaluation: bool = False
     health: HealthState = field(default_factory=HealthState)
     seconds: dict[str, float] = field(default_factory=dict)
+    begun_from: Origin | None = None

@@ -156,7 +156,7 @@ def training_rows(facts: CardFacts) -> dict[str, str]:
         "global batch": f"{training.global_batch_size:,} samples of {run.data.sequence_length:,} tokens",
         "optimizer": f"AdamW, peak learning rate {optimizer.learning_rate:g}, betas {optimizer.betas[0]:g} and "
         f"{optimizer.betas[1]:g}, weight decay {optimizer.weight_decay:g} (matrices only)",
-        "schedule": f"linear warm-up over {optimizer.warmup_steps:,} steps, then cosine decay to "
+        "schedule": f"linear warm-up over {optimizer.warmup_steps:,} steps, then {optimizer.schedule} down to "
         f"{optimizer.min_learning_rate_ratio:g} of the peak",
         "gradient norm": f"at most {optimizer.max_gradient_norm:g}",
         "precision": f"{state.precision}; weights and moments in fp32",
@@ -216,6 +216,8 @@ def lineage_rows(facts: CardFacts) -> dict[str, str]:
         "dataset_id": f"`{state.dataset_id}`",
         "tokenizer sha256": f"`{state.tokenizer_sha256}`",
     }
+    if state.begun_from:
+        rows["began with"] = f"the weights in `{state.begun_from.folder}`"
     if state.mlflow_run_id:
         rows["MLflow run"] = f"`{state.mlflow_run_id}`"
     return rows

@@ -137,6 +137,9 @@ class TrainingSection(Section):
     """Optimizer steps. Set this or `max_epochs`."""
     max_epochs: float | None = Field(None, gt=0, le=1e6)
     """Passes over the train split, rounded up to whole steps (the last batch may reach into the next epoch)."""
+    init_from: Path | None = None
+    """An exported model whose weights a new run begins with, instead of random ones: other data, another sequence
+    length, the same vocabulary and architecture. A run that goes on from a checkpoint does not look at it."""
     global_batch_size: int = Field(16, ge=1, le=2**22)
     """Samples an optimizer step, over all ranks."""
     micro_batch_size: int = Field(4, ge=1, le=2**22)
