@@ -1,7 +1,7 @@
 """`make bench`: run every bench_*.py here, each in a process of its own, and write docs/benchmarks.md.
 
-Arguments: names of benchmarks (`reading`); without, all but `quality`, which takes hours, and `gpu`. The sections of
-the others stay as they were.
+Arguments: names of benchmarks (`reading`); without, all but `quality`, which takes hours, `recall` and `gpu`. The
+sections of the others stay as they were.
 """
 
 import datetime
@@ -23,7 +23,7 @@ HEAD = """# Benchmarks
 Written by `make bench`. Each figure compares things measured side by side in one run; absolute speeds are those of the
 machine named above each table, and only the ratios travel.
 """
-ONLY_WHEN_NAMED = {"quality", "gpu"}  # an hour; a GPU
+ONLY_WHEN_NAMED = {"quality", "recall", "gpu"}  # hours; half of one; a GPU
 PACKAGES = ("torch", "transformers", "sentencepiece", "webdataset", "numpy")
 
 
