@@ -8,10 +8,10 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 export TORCH_EXTENSIONS_DIR ?= $(CURDIR)/.cache/torch_extensions
 
 .DEFAULT_GOAL := help
-.PHONY: help setup quickstart test cluster lint format docs bench gpu torture clean
+.PHONY: help setup quickstart test cluster lint format docs release-check bench gpu torture clean
 
 help: ## list the targets
-	@awk -F':.*## ' '/^[a-z]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 setup: $(READY) ## make .venv and install requirements.lock
 
@@ -43,6 +43,9 @@ format: $(READY) ## let ruff mend what it can
 
 docs: $(READY) ## the documentation as a site, in build/site: links checked, nothing from another host
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+
+release-check: $(READY) ## wheel and sdist in clean environments; README and docs walked as typed (ARGS="--beside": no downloads)
+	$(BIN)/python -m tests.deploy.release_check $(ARGS)
 
 bench: $(READY) ## measure, and write docs/benchmarks.md (arguments: ARGS="reading")
 	$(BIN)/python -m tests.benchmarks $(ARGS)

@@ -13,8 +13,18 @@ import yaml
 from launch.cli import app
 from pipeline.config import known_keys
 from tests.conftest import ROOT, missing
+from tests.deploy.pages import PAGES, WALK, shown
 
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_command_is_run_by_a_test_or_says_why_not(page: Path) -> None:
+    """Without a mark it is run by `make release-check`, as typed."""
+    for block in shown(page):
+        if not block.mark:
+            assert page.stem in (*WALK, "README"), block
+            assert all(command.startswith("globallocal ") for command in block.commands), block
+        else:
+            assert block.mark in ("dry-run", "output") or len(block.mark.removeprefix("not run: ")) > 10, block
 
 
 def words_of_the_program() -> str:

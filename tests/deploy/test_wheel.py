@@ -1,51 +1,18 @@
 """The wheel alone, in a clean environment and an empty folder: what it needs is in it and found by name."""
 
-import os
-import shutil
-import subprocess
-import sys
-import sysconfig
 from pathlib import Path
 
 import pytest
 
-from tests.conftest import ROOT
+from tests.deploy.packages import build_wheel, environment_beside_this, run
 from tests.pipeline.ranks import TINY
-
-FOLDERS = ("data_prep", "model", "pipeline", "launch", "ds_configs")
-FILES = ("pyproject.toml", "README.md", "LICENSE")
 
 
 @pytest.fixture(scope="module")
 def python(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A Python with the wheel installed. Other packages are those of this environment, the editable project not."""
+    """A Python with the wheel installed."""
     folder = tmp_path_factory.mktemp("wheel")
-    source = folder / "source"
-    for name in FOLDERS:
-        shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
-    for name in FILES:
-        shutil.copy(ROOT / name, source / name)
-    pip = [sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check"]
-    run(*pip, "wheel", "--no-deps", "--no-build-isolation", "--wheel-dir", folder, source)
-    (wheel,) = folder.glob("globallocal-*.whl")
-    clean = folder / "clean"
-    run(sys.executable, "-m", "venv", "--without-pip", clean)
-    (packages,) = clean.glob("lib/python*/site-packages")
-    (packages / "others.pth").write_text(sysconfig.get_path("purelib") + "\n")  # its own .pth files are not read there
-    run(*pip, "--python", clean / "bin" / "python", "install", "--no-deps", wheel)
-    launcher = Path(sys.executable).with_name("deepspeed").read_text().split("\n", 1)[1]
-    (clean / "bin" / "deepspeed").write_text(f"#!{clean}/bin/python\n{launcher}")
-    (clean / "bin" / "deepspeed").chmod(0o755)
-    return clean / "bin" / "python"
-
-
-def run(*command: object, cwd: Path | None = None, codes: tuple[int, ...] = (0,)) -> str:
-    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-    done = subprocess.run(
-        list(map(str, command)), cwd=cwd, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
-    )
-    assert done.returncode in codes, done.stdout
-    return done.stdout
+    return environment_beside_this(folder / "clean", build_wheel(folder))
 
 
 def test_the_installed_files_are_those_that_run(python: Path, tmp_path: Path) -> None:
@@ -61,6 +28,8 @@ def test_the_installed_files_are_those_that_run(python: Path, tmp_path: Path) ->
     assert "parameters" in run(globallocal, "estimate", "--preset", "small", cwd=tmp_path)
     said = run(globallocal, "estimate", "--config", "quickstrat", cwd=tmp_path, codes=(2,))
     assert "quickstrat: no such file; there are: launch/runs/quickstart.yaml" in said
+    (schema,) = python.parents[1].glob("lib/python*/site-packages/launch/runs/schema.json")
+    assert schema.read_text() == run(globallocal, "config", "schema", cwd=tmp_path)
 
 
 def test_doctor_and_train_find_a_shipped_run_by_its_name(python: Path, tmp_path: Path, small_dataset: Path) -> None:
