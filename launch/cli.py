@@ -5,6 +5,7 @@ function that needs them, so that `--help` answers at once.
 """
 
 import os
+import re
 import sys
 from collections.abc import Sequence
 from typing import Annotated, Any
@@ -73,7 +74,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             error.show()  # the help
             return int(error.exit_code)
         where = error.ctx.command_path.replace("python -m launch", "globallocal") if error.ctx else "globallocal"
-        return _refuse([f"{' '.join(error.format_message().split())[:500]}; {where} --help lists what is valid"])
+        said = " ".join(error.format_message().split())[:500]
+        return _refuse([f"{said}; {_meant(said, words) or f'{where} --help lists what is valid'}"])
     except BrokenPipeError:  # the reader has seen enough: `globallocal … | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
@@ -85,6 +87,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if code == INTERRUPTED:
         print(next_time(words), file=sys.stderr, flush=True)
     return code if isinstance(code, int) else 0
+
+
+def _meant(said: str, words: Sequence[str]) -> str | None:
+    """What a person who typed a setting as an option, or a run file without `--config`, wanted to type."""
+    setting = next((word for word in words if re.fullmatch(r"--[a-z]+\.\w+(=.*)?", word)), None)
+    if setting and setting.partition("=")[0] in said:
+        return f"a setting has no dashes: {setting.removeprefix('--').partition('=')[0]}=VALUE"
+    if "'--config'" in said and len(words) > 1 and not words[1].startswith("-") and "=" not in words[1]:
+        return f"did you mean globallocal {words[0]} --config {words[1]}?"
+    return None
 
 
 def _refuse(problems: Sequence[str], exit_code: int = 2, word: str = "error") -> int:

@@ -214,6 +214,8 @@ def read_config(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> 
     Raises:
         UserError: the file cannot be read.
     """
+    if Path(path).is_dir() and not find_run_file(Path(path)).is_file():
+        raise UserError(f"{path}: a folder, not a run file; the settings of a run are in its config.yaml")
     try:
         file = OmegaConf.load(find_run_file(Path(path)))
         if not OmegaConf.is_dict(file):

@@ -51,6 +51,10 @@ def test_module_is_the_same_command() -> None:
         (["estimate"], "error: give --config RUN.yaml or --preset NAME"),
         (["estimate", "--preset", "huge"], "error: --preset huge: no such preset; known: quickstart, seed"),
         (["doctor", "training.max_steps=1"], "error: training.max_steps=1: overrides need --config"),
+        (["trian"], "error: No such command 'trian'. Did you mean 'train'?"),
+        (["train", "quickstart", "run.seed=1"], "; did you mean globallocal train --config quickstart?"),
+        (["train", "--config", "quickstart", "--run.seed=1"], "; a setting has no dashes: run.seed=VALUE"),
+        (["train", "--config", "docs"], "error: docs: a folder, not a run file; the settings of a run are in its"),
         (["launch", "--config", "launch/runs/quickstart.yaml"], "error: give one of --local N, --hostfile FILE"),
     ],
 )
