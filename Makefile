@@ -8,7 +8,7 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 export TORCH_EXTENSIONS_DIR ?= $(CURDIR)/.cache/torch_extensions
 
 .DEFAULT_GOAL := help
-.PHONY: help setup quickstart test cluster lint format docs release-check bench gpu torture clean
+.PHONY: help setup quickstart test cluster harness lint format docs release-check bench gpu torture clean
 
 help: ## list the targets
 	@awk -F':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -31,6 +31,15 @@ test: $(READY) ## all tests (arguments: ARGS="-k resume")
 cluster: $(READY) ## tests over three hosts and on Slurm: network namespaces, sshd, pdsh, slurmd; as root
 	@sh tests/cluster/install.sh
 	$(BIN)/python -m pytest -m cluster tests/cluster $(ARGS)
+
+# Over .venv and apart from it: with accelerate at hand transformers loads models in another way, and imports it always.
+HARNESS := .cache/harness
+PACKAGES := -c 'import sysconfig; print(sysconfig.get_path("purelib"))'
+harness: $(READY) ## the test of `evaluate --tasks`, with lm-evaluation-harness in an environment of its own
+	$(PYTHON) -m venv $(HARNESS)
+	@$(BIN)/python $(PACKAGES) > "$$($(HARNESS)/bin/python $(PACKAGES))/over.pth"
+	$(HARNESS)/bin/pip install --quiet --retries 10 --constraint requirements.lock lm_eval==0.4.13 accelerate==1.15.0
+	$(HARNESS)/bin/python -m pytest -m harness tests/launch/test_evaluate.py $(ARGS)
 
 lint: $(READY) ## ruff and mypy
 	$(BIN)/ruff check .

@@ -17,6 +17,7 @@ from launch.about import version
 from launch.commands import checkpoints as checkpoint_commands
 from launch.commands import config as config_commands
 from launch.commands import data as data_commands
+from launch.commands import evaluate as evaluate_commands
 from launch.commands import generate as generate_commands
 from launch.commands import look as look_commands
 from launch.commands import model as model_commands
@@ -52,7 +53,7 @@ def options(
 
 for commands in (
     *(data_commands, run_commands, config_commands, look_commands, checkpoint_commands),
-    *(model_commands, generate_commands, serve_commands),
+    *(evaluate_commands, model_commands, generate_commands, serve_commands),
 ):
     commands.register(app)
 

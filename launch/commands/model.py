@@ -1,4 +1,4 @@
-"""`globallocal evaluate | export`: what is made of a trained model."""
+"""`globallocal export`: what is made of a trained model."""
 
 from __future__ import annotations
 
@@ -13,8 +13,6 @@ from data_prep.errors import UserError
 
 if TYPE_CHECKING:
     from pipeline.checkpoints.folder import CheckpointState
-    from pipeline.evaluation.figures import HeldOut
-    from pipeline.evaluation.held_out import HeldOutText
     from pipeline.tracking.models import Publication
 
 ModelPath = Annotated[
@@ -32,81 +30,7 @@ class Dtype(StrEnum):
 
 
 def register(app: typer.Typer) -> None:
-    app.command()(evaluate)
     app.command()(export)
-
-
-def evaluate(
-    path: ModelPath,
-    dataset: Annotated[
-        str | None, typer.Option(help="Folder or URL of a prepared dataset; what was trained on when absent.")
-    ] = None,
-    split: Annotated[str, typer.Option(help="Which of its splits.")] = "valid",
-    sequence_length: Annotated[
-        int | None, typer.Option(min=1, max=2**31 - 1, help="Tokens per sample; that of training when absent.")
-    ] = None,
-    batch_size: Annotated[int, typer.Option(min=1, max=65536, help="Samples at once.")] = 8,
-    max_samples: Annotated[int | None, typer.Option(min=1, help="Only the first so many samples.")] = None,
-) -> None:
-    """Measure held-out loss, token and word perplexity and bits per byte.
-
-    Examples:
-
-        globallocal evaluate runs/quickstart
-
-        globallocal evaluate runs/quickstart/export --dataset data/quickstart --split test
-    """
-    from data_prep.manifest import hash_file
-    from pipeline.config import validate
-    from pipeline.data.corpus import open_corpus
-    from pipeline.evaluation.held_out import HeldOutText, held_out
-    from pipeline.export.load import best_device, load_model
-    from pipeline.settings.sections import DataSection
-
-    loaded = load_model(path)
-    if dataset is not None:
-        data = DataSection(dataset=dataset)
-    elif loaded.state is not None:
-        data = validate(loaded.state.config, "the checkpoint's state.json").data
-    else:
-        raise UserError(f"{path}: an exported model does not name its dataset; give --dataset")
-    corpus = open_corpus(data)
-    own_model = loaded.tokenizer_folder / "tokenizer.model"
-    own = hash_file(own_model) if own_model.is_file() else "unknown"
-    if corpus.tokenizer.sha256 != own:
-        raise UserError(
-            f"{dataset}: its tokenizer is {corpus.tokenizer.sha256[:16]}…, the model's is {own[:16]}…; "
-            "evaluate on a dataset of the model's tokenizer"
-        )
-    length = sequence_length or loaded.model.config.max_position_embeddings
-    tokens = max((part.dataset.split(split).tokens for part in corpus.parts), default=0)
-    if sequence_length and length >= tokens > 1:
-        raise UserError(
-            f"--sequence-length {length:,} is longer than split {split}, {tokens:,} tokens; give {tokens - 1:,} or less"
-        )
-    batch_size = min(batch_size, max_samples or batch_size, -(-tokens // length))  # no padding beyond the split
-    device = best_device()
-    text = HeldOutText(corpus, split, length, batch_size, max_samples)
-    show_result(held_out(loaded.model.to(device), text, device), text)
-
-
-def show_result(result: HeldOut, text: HeldOutText) -> None:
-    """Prints an evaluation: what was read, the loss and the perplexities."""
-    for part in text.corpus.parts:
-        info = part.dataset.manifest.splits[text.split]
-        typer.echo(
-            f"{part.location}, split {text.split}: {info.words + info.lines:,} words and line ends, "
-            f"{info.source_bytes:,} bytes in the split"
-        )
-        if part.name in result.by_dataset:
-            own = result.by_dataset[part.name].loss
-            typer.echo(f"  its own loss {own:.4f}, a share of {float(part.share):.4g}")
-    total = result.total
-    typer.echo(f"{total.tokens:,.0f} target tokens, sequence length {text.sequence_length}")
-    typer.echo(f"loss              {total.loss:.4f} nats per token")
-    typer.echo(f"token perplexity  {total.token_perplexity:.2f}")
-    typer.echo(f"word perplexity   {total.word_perplexity:.2f}")
-    typer.echo(f"bits per byte     {total.bits_per_byte:.4f}")
 
 
 def export(

@@ -228,6 +228,12 @@ def batch_hash(source: Source, layout: BatchLayout, batch: int) -> str:
     return digest.hexdigest()
 
 
+def evaluation_windows(tokens: int, sequence_length: int, stride: int) -> int:
+    """How many windows of S tokens, each `stride` behind the one before, hold every target of T tokens."""
+    targets = max(0, tokens - 1)
+    return min(targets, 1) + max(0, -(-(targets - sequence_length) // stride))
+
+
 def evaluation_batches(
     stream: TokenStream,
     sequence_length: int,
@@ -235,6 +241,7 @@ def evaluation_batches(
     rank: int,
     world_size: int,
     max_samples: int | None = None,
+    stride: int | None = None,
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """The split in its own order, every target once over all ranks, the same number of batches on each rank.
 
@@ -243,22 +250,26 @@ def evaluation_batches(
 
     Args:
         max_samples: only the first so many samples.
+        stride: tokens from the start of one sample to that of the next, 1 to S; S, blocks side by side, when absent.
+            Where samples overlap, a target counts in the first that holds it: there it has S - stride tokens or
+            more before it.
 
     Yields:
         tokens int64 [B, S + 1], zero where padded, and valid bool [B, S]: which targets tokens[:, 1:] count.
     """
+    stride = stride or sequence_length
     targets = max(0, stream.tokens - 1)
-    num_samples = -(-targets // sequence_length)
+    num_samples = evaluation_windows(stream.tokens, sequence_length, stride)
     if max_samples is not None:
         num_samples = min(num_samples, max_samples)
-    stride = batch_size * world_size
-    for start_of_stride in range(0, num_samples, stride):
-        first = start_of_stride + rank * batch_size
+    together = batch_size * world_size
+    for start_of_all in range(0, num_samples, together):
+        first = start_of_all + rank * batch_size
         tokens = np.zeros((batch_size, sequence_length + 1), np.int64)
         valid = np.zeros((batch_size, sequence_length), bool)
         for row, sample in enumerate(range(first, min(first + batch_size, num_samples))):
-            start = sample * sequence_length
+            start = sample * stride
             count = min(sequence_length, targets - start)
             tokens[row, : count + 1] = stream.read(start, count + 1)
-            valid[row, :count] = True
+            valid[row, sequence_length - stride if sample else 0 : count] = True
         yield tokens, valid

@@ -31,6 +31,8 @@ class HeldOutText:
     Attributes:
         batch_size: samples per rank at once.
         max_samples: of each dataset, only the first so many; None is all.
+        stride: tokens from one sample to the next; fewer than `sequence_length` give each target more text before
+            it, as `evaluation_batches` says; None is blocks side by side.
     """
 
     corpus: Corpus
@@ -38,12 +40,15 @@ class HeldOutText:
     sequence_length: int
     batch_size: int
     max_samples: int | None
+    stride: int | None = None
 
     def batches(self, part: Part) -> Iterator[Batch]:
         """This rank's batches of one dataset, as `evaluation_batches` gives them."""
         rank, ranks = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
         with closing(TokenStream(part.dataset, self.split)) as stream:
-            yield from evaluation_batches(stream, self.sequence_length, self.batch_size, rank, ranks, self.max_samples)
+            yield from evaluation_batches(
+                stream, self.sequence_length, self.batch_size, rank, ranks, self.max_samples, self.stride
+            )
 
 
 def held_out(

@@ -34,7 +34,7 @@ class Journal:
 
     def metrics(self, values: Mapping[str, float], step: int) -> None:
         """One line: `{"step", "tokens", "time_unix_seconds", "metrics": {name: value}}`."""
-        self._file.append(self._place(step) | {"metrics": _jsonable(values)})
+        self._file.append(self._place(step) | {"metrics": jsonable(values)})
 
     def event(self, name: str, step: int | None, facts: Mapping[str, Any]) -> None:
         """One line: `{"event", "step", "tokens", "time_unix_seconds", …}`, secrets redacted.
@@ -42,7 +42,7 @@ class Journal:
         Args:
             step: None where it is not known, as when an error ends the run.
         """
-        self._file.append({"event": name} | self._place(step) | _jsonable(redact(dict(facts))))
+        self._file.append({"event": name} | self._place(step) | jsonable(redact(dict(facts))))
 
     def _place(self, step: int | None) -> dict[str, Any]:
         tokens = None if step is None else step * self._tokens_per_step
@@ -71,12 +71,12 @@ def read_journal(run_folder: Path) -> Iterator[dict[str, Any]]:
                 yield entry
 
 
-def _jsonable(value: Any) -> Any:
-    """JSON knows neither inf nor NaN: they stand there as strings."""
+def jsonable(value: Any) -> Any:
+    """What JSON can hold of `value`. It knows neither inf nor NaN: they stand there as strings."""
     if isinstance(value, float) and not math.isfinite(value):
         return str(value)
     if isinstance(value, Mapping):
-        return {str(name): _jsonable(item) for name, item in value.items()}
+        return {str(name): jsonable(item) for name, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_jsonable(item) for item in value]
+        return [jsonable(item) for item in value]
     return value if isinstance(value, str | int | float | bool | None) else str(value)

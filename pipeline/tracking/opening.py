@@ -13,16 +13,16 @@ Rank 0 holds a `Tracker`, the other ranks a `NullTracker`.
 import contextlib
 import os
 import uuid
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import IO, TYPE_CHECKING
+from typing import IO, TYPE_CHECKING, Any
 
 from data_prep.errors import UserError
-from pipeline.files import HeldError, hold
+from pipeline.files import HeldError, hold, is_held
 from pipeline.redact import failure_message, redact_text
 from pipeline.tracking.facts import RunFacts, Sizes
 from pipeline.tracking.history import History
-from pipeline.tracking.journal import Journal
+from pipeline.tracking.journal import Journal, jsonable
 from pipeline.tracking.mlflow_run import MlflowRun, needs_a_person
 from pipeline.tracking.provenance import provenance_tags
 from pipeline.tracking.shipping import ARTIFACTS, Delivery, Say, Shipper
@@ -110,8 +110,73 @@ def settle_run(
     return tracker._settle(status, deadline_seconds, reason)
 
 
+def check_recordable(run_folder: Path) -> Delivery:
+    """What MLflow has of a run, for `record_afterwards`.
+
+    Raises:
+        UserError: it has none; a process writes it now.
+    """
+    folder = run_folder / "tracking"
+    delivery = Delivery.load(folder / "delivery.json")
+    if delivery is None or not delivery.run_id or not (folder / "spool.jsonl").exists():
+        raise UserError(f"{run_folder}: MLflow knows no run of it; train with tracking.enabled=true, or do not record")
+    if is_held(folder / "lock"):
+        raise UserError(f"{run_folder}: is being trained, and its MLflow run written; wait for its end")
+    return delivery
+
+
+def record_afterwards(
+    run_folder: Path,
+    step: int,
+    values: Mapping[str, float],
+    table: tuple[str, Sequence[Mapping[str, Any]], Sequence[str]],
+    say: Say = print,
+    deadline_seconds: float = 60.0,
+) -> bool:
+    """Adds figures to the MLflow run of a training that has ended; its status stays, and what training recorded.
+
+    Args:
+        step: of the checkpoint that was measured; an earlier one than the last recorded is as good.
+        values: metrics, of names that training does not use; those that are not finite are left out.
+        table: path, rows and key of the artifact that holds all of them, as of `Tracker.log_table`.
+
+    Returns:
+        Whether everything arrived. What did not stays in the spool.
+
+    Raises:
+        UserError: as `check_recordable`; the store's password is missing.
+    """
+    delivery = check_recordable(run_folder)
+    uri = delivery.store if "***" not in delivery.store else tracking_uri(None)
+    if redact_text(uri) != delivery.store:
+        raise UserError(f"{delivery.store}: its password is not known here; set MLFLOW_TRACKING_URI as for training")
+    number = delivery.experiment.removeprefix("id ")
+    experiment = Experiment(number) if number == delivery.experiment else Experiment(id=number)
+    tracker = _open_at((uri, experiment), run_folder, run_folder.name, None, _careful(say))
+    tracker._record_afterwards(step, values)
+    path, rows, key = table
+    tracker.log_table(path, jsonable(rows), key)
+    arrived = tracker._finish(deadline_seconds)
+    if arrived:
+        say(f"tracking: recorded as evaluated/… at step {step:,}, and in the artifact {path}")
+    return arrived
+
+
 def _open(
     config: "TrackingSection", run_folder: Path, run_name: str, run_id: str | None, say: Say, sizes: Sizes | None = None
+) -> Tracker:
+    """As `_open_at`, where the settings and the environment say."""
+    place = tracking_uri(config.uri), experiment_of(config)
+    return _open_at(place, run_folder, run_name, run_id, say, sizes)
+
+
+def _open_at(
+    place: tuple[str, Experiment],
+    run_folder: Path,
+    run_name: str,
+    run_id: str | None,
+    say: Say,
+    sizes: Sizes | None = None,
 ) -> Tracker:
     """Lock, spool, thread; waits for the thread's first try at the store."""
     folder = run_folder / "tracking"
@@ -130,7 +195,7 @@ def _open(
         header = {"kind": "run", "run_key": uuid.uuid4().hex, "name": run_name, "time": now_ms()}
         spool.append(header)
         history.apply(header)
-    uri, experiment = tracking_uri(config.uri), experiment_of(config)
+    uri, experiment = place
     delivery = _delivery(folder, redact_text(uri), experiment, run_id, say)
     run = MlflowRun(uri, experiment, history.run_key, history.run_name, run_folder)
     shipper = Shipper(spool, run, delivery, say)

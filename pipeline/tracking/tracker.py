@@ -205,6 +205,14 @@ class Tracker(LocalTracker):
             return self.close(status, deadline_seconds)
         return self._finish(deadline_seconds)
 
+    def _record_afterwards(self, step: int, values: Mapping[str, float]) -> None:
+        """Metrics of a step long past: neither journal nor axes, and earlier steps are no replays."""
+        latest = self._history.latest
+        points = {clean_name(name): float(value) for name, value in values.items() if math.isfinite(value)}
+        new = {name: value for name, value in points.items() if latest.get(name) != (step, value)}
+        if new:
+            self._append({"kind": "metrics", "time": now_ms(), "step": step, "values": new})
+
     def _finish(self, deadline_seconds: float) -> bool:
         self._closed = True
         arrived = self._shipper.finish(deadline_seconds)

@@ -261,11 +261,11 @@ def test_state_and_mlflow_know_datasets_and_weights(
 
 
 def test_evaluate_doctor_and_estimate_take_mixtures_and_urls(runs: dict[str, Any], trained: Path, url: str) -> None:
-    told = globallocal("evaluate", trained / "mixture", "--max-samples", 5).stdout
-    assert f"{url}, split valid" in told
-    assert "its own loss" in told
-    kept = losses_of(trained, "mixture", "loss/valid")[6]
-    assert f"loss              {kept:.4f} nats per token" in told
+    told = json.loads(globallocal("evaluate", trained / "mixture", "--max-samples", 5, "--json", "-").stdout)
+    assert url in [item["location"] for item in told["datasets"]]
+    for name, found in (("", told["mixed"]), *((f"/{item['name']}", item) for item in told["datasets"])):
+        assert found["loss"] == pytest.approx(losses_of(trained, "mixture", f"loss/valid{name}")[6], abs=1e-4)
+    assert [item["share"] for item in told["datasets"]] == [0.75, 0.25]
     config = load_config(trained / "mixture" / "config.yaml")
     found = {finding.check: finding for finding in doctor.data(config, open_corpus(config.data))}
     assert {finding.level for finding in found.values()} <= {"ok", "warning"}

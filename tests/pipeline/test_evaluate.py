@@ -1,6 +1,8 @@
 """Held-out losses: a fixed sum becomes perplexities, each over its denominator."""
 
 import math
+from itertools import pairwise
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -8,8 +10,12 @@ import numpy as np
 import pytest
 import torch
 
+from pipeline.data.loader import evaluation_batches, evaluation_windows
+from pipeline.data.token_stream import TokenStream
+from pipeline.evaluation.by_position import HISTORIES, histories, loss_by_position
 from pipeline.evaluation.figures import Evaluation, Figures, HeldOut, perplexities
 from pipeline.evaluation.held_out import summed_loss
+from tests.pipeline.dataset_fixture import cut, write_dataset
 
 
 def test_each_figure_has_its_denominator() -> None:
@@ -48,3 +54,94 @@ def test_an_evaluation_is_read_as_it_was_written_and_numbers_that_are_not_finite
     assert whole.held_out.metrics()["loss/valid/books"] == 6.0
     assert Evaluation.read(whole.flat()) == whole
     assert math.isnan(Evaluation.read(whole.flat() | {"word_perplexity": None}).held_out.total.word_perplexity)
+
+
+@pytest.mark.parametrize("tokens", [2, 7, 8, 9, 10, 31, 40])
+@pytest.mark.parametrize("stride", [1, 3, 7, 8])
+def test_windows_count_every_target_once_with_as_much_before_it_as_they_promise(
+    tmp_path: Path, tokens: int, stride: int
+) -> None:
+    """Whatever the ranks: targets are numbered through, and each row says which stream it is a part of."""
+    numbered = np.arange(1, tokens + 1, dtype="<u2")
+    stream = TokenStream(write_dataset(tmp_path, {"valid": cut(numbered, 16, 2)}), "valid")
+    seen: list[int] = []
+    rows = 0
+    for rank in (0, 1):
+        for batch, counted in evaluation_batches(stream, 8, 2, rank, 2, stride=stride):
+            for row, chosen in zip(batch, counted, strict=True):
+                rows += bool(chosen.any())
+                for place in np.flatnonzero(chosen):
+                    target = row[place + 1]
+                    before = row[: place + 1]
+                    assert before.tolist() == list(range(target - len(before), target))
+                    assert len(before) > min(8 - stride, target - 2)
+                    seen.append(target)
+    assert sorted(seen) == list(range(2, tokens + 1))
+    assert rows == evaluation_windows(tokens, 8, stride)
+
+
+class Bigrams(torch.nn.Module):
+    """Logits from the token before alone, and from the position."""
+
+    def __init__(self, vocabulary: int) -> None:
+        super().__init__()
+        self.config = SimpleNamespace(vocab_size=vocabulary)
+        self.table = torch.randn(vocabulary, vocabulary, generator=torch.Generator().manual_seed(0))
+
+    def forward(self, input_ids: torch.Tensor, use_cache: bool) -> Any:
+        return SimpleNamespace(logits=self.table[input_ids] * (1 + torch.arange(input_ids.shape[1])[:, None]))
+
+
+def plain_losses(model: Bigrams, row: list[int]) -> list[float]:
+    found = []
+    for place, (token, target) in enumerate(pairwise(row)):
+        scores = [float(score) * (1 + place) for score in model.table[token]]
+        found.append(math.log(sum(math.exp(score) for score in scores)) - scores[target])
+    return found
+
+
+def plain_history(row: list[int], place: int) -> str:
+    """Of the target that stands behind `place`."""
+    before, target = row[: place + 1], row[place + 1]
+    if any(before[i : i + 2] == [row[place], target] for i in range(len(before) - 1)):
+        return "bigram repeated"
+    return "token repeated" if target in before else "token new"
+
+
+def test_losses_by_position_and_by_what_stood_before_are_those_of_a_plain_computation(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    vocabulary, length = 9, 21
+    monkeypatch.setattr("pipeline.evaluation.by_position.LOGITS_BYTES", 2 * 4 * vocabulary * length)  # 2 rows at once
+    model = Bigrams(vocabulary)
+    random = np.random.default_rng(0)
+    batches = [(random.integers(0, vocabulary, (5, length + 1)), random.random((5, length)) < 0.8) for _ in range(3)]
+    found = loss_by_position(model, batches, torch.device("cpu"))
+
+    by_position: dict[int, list[float]] = {place: [] for place in range(length)}
+    by_history: dict[str, list[float]] = {name: [] for name in HISTORIES}
+    for tokens, counted in batches:
+        for row, chosen in zip(tokens.tolist(), counted.tolist(), strict=True):
+            for place, loss in enumerate(plain_losses(model, row)):
+                if chosen[place]:
+                    by_position[place].append(loss)
+                    by_history[plain_history(row, place)].append(loss)
+    assert [group.name for group in found.positions()] == ["0", "1", "2-3", "4-7", "8-15", "16-20"]
+    for group in found.positions():
+        first, _, last = group.name.partition("-")
+        losses = [loss for place in range(int(first), int(last or first) + 1) for loss in by_position[place]]
+        assert (group.loss, group.targets) == (pytest.approx(np.mean(losses), rel=1e-6), len(losses))
+    for group in found.histories():
+        losses = by_history[group.name]
+        assert losses, "each is in this text"
+        assert (group.loss, group.targets) == (pytest.approx(np.mean(losses), rel=1e-6), len(losses))
+
+
+def test_a_bigram_that_overlaps_itself_has_come_before() -> None:
+    assert [HISTORIES[kind] for kind in histories(np.array([[5, 5, 5, 6, 5, 6]]))[0]] == [
+        "token repeated",  # 5 behind 5: the two 5s are the first such pair
+        "bigram repeated",
+        "token new",
+        "token repeated",
+        "bigram repeated",
+    ]

@@ -138,11 +138,18 @@ def test_what_is_no_model_is_said(tmp_path: Path) -> None:
 def test_evaluate_and_generate_read_run_and_export_alike(
     exported: Path, runs: dict[str, Any], trained: Path, small_dataset: Path
 ) -> None:
-    of_run = globallocal("evaluate", trained / "unbroken-3", "--max-samples", 8).stdout
-    of_export = globallocal("evaluate", exported, "--dataset", small_dataset, "--max-samples", 8).stdout
-    assert of_run == of_export
-    assert "word perplexity" in of_run
-    assert "bytes in the split" in of_run
+    words = ["--max-samples", 8, "--json", "-"]
+    of_run = json.loads(globallocal("evaluate", trained / "unbroken-3", *words, "--record").stdout)
+    of_export = json.loads(globallocal("evaluate", exported, "--dataset", small_dataset, *words).stdout)
+    assert (of_run["step"], of_export["step"]) == (6, None)
+    assert of_run["datasets"] == of_export["datasets"]
+    client = mlflow.MlflowClient(f"sqlite:///{trained}/mlflow.db")
+    state = json.loads((trained / "unbroken-3" / "checkpoints" / "step-00000006" / "state.json").read_text())
+    run, name = client.get_run(state["mlflow_run_id"]), of_run["datasets"][0]["name"]
+    recorded = run.data.metrics[f"evaluated/{name}/valid/blocks-32-first-8/loss"]
+    assert recorded == pytest.approx(of_run["datasets"][0]["loss"])
+    assert run.data.metrics["loss/valid"] == pytest.approx(state["evaluation"]["loss"])
+    assert run.info.status == "FINISHED"
     one, two = (globallocal("generate", exported, "--prompt", "The", "--max-new-tokens", 5).stdout for _ in range(2))
     assert one == two
     assert one.startswith("The")
