@@ -29,7 +29,7 @@ from tests.deploy.pages import walked
 
 SHORTER = (
     (r"(globallocal train .*?)training\.max_steps=\d+", r"\1training.max_steps=30"),
-    (r"^(globallocal train +--config launch/runs/quickstart\.yaml)$", r"\1 training.max_steps=75"),
+    (r"^(globallocal train +--config launch/runs/quickstart\.yaml)$", r"\1 training.max_steps=40"),
 )
 PART_CHARACTERS = 4000
 """Of an article, one file: so many files that a hundredth of them is some."""
