@@ -31,7 +31,7 @@ rate.
 
 | | what it is |
 |---|---|
-| GlobalLocal | two layers, the preset `quickstart` in small, with a pool of 256 rows and `summary_rule: delta` |
+| GlobalLocal | two layers, `quickstart` in small: a pool of 256 rows, `summary_rule: delta`, no bias in the head |
 | …, averaging | the same with `summary_rule: average`, without short convolutions and delta rule |
 | …, no summary | the same with `router_context: token`: its convolutions see 21 tokens, and nothing reaches further |
 | GPT | the Llama of `transformers`, four layers, as in [quality.md](quality.md), begun as the others; attends to all |
@@ -97,7 +97,8 @@ def failures(plan: Plan, results: dict[tuple[str, str], list[dict[str, Any]]]) -
         for task in plan.tasks:
             if (task, contender) in results:
                 lines.append(f"- **{CONTENDERS[contender].title}**, {verdict(plan, task, contender, results)}")
-    return "\n".join([lines[0], "", *lines[1:]])
+    caveat = "A failure at one rate and one seed (the tables say how many) is a failure so far."
+    return "\n".join([lines[0], "", caveat, "", *lines[1:]])
 
 
 def verdict(plan: Plan, name: str, contender: str, results: dict[tuple[str, str], list[dict[str, Any]]]) -> str:
@@ -114,7 +115,9 @@ def verdict(plan: Plan, name: str, contender: str, results: dict[tuple[str, str]
         if (name, other) in results and mean(results[name, other], failed) >= REACHED
     ]
     seen = "" if failed in task.trained else ", more than it was trained on,"
-    others = f" {', '.join(able)}." if able else " No other model here reaches 0.9 there either."
+    asked = any((name, other) in results for other in plan.contenders if not CONTENDERS[other].ours)
+    others = " No other model that was asked reaches 0.9 there." if asked else " No other kind of model was asked."
+    others = f" {', '.join(able)}." if able else others
     share = f"{mean(found, failed):.2f} of its answers are right, where a guess among what was shown is in"
     return f"{title}: at {failed} {task.size_name}{seen} {share} {task.guess(failed):.2f}.{others}"
 

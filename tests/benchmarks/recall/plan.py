@@ -36,7 +36,8 @@ class Plan:
         def order(run: Run) -> tuple[float, int]:
             result = run.result()
             assert result
-            return -sum(result["accuracy"][str(size)] for size in TASKS[task].trained), result["steps"]
+            _, trained = result["curve"][-1]
+            return -sum(trained.values()), result["steps"]
 
         return min((run for run in self.sweep(task, contender) if run.result()), key=order, default=None)
 

@@ -1,5 +1,6 @@
 """The comparison in small: it trains, goes on where it was, and writes its page from what is there."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -7,7 +8,8 @@ import torch
 
 from tests.benchmarks.bench_recall import main
 from tests.benchmarks.recall.contenders import CONTENDERS, Contender
-from tests.benchmarks.recall.tasks import VOCAB_SIZE
+from tests.benchmarks.recall.plan import Plan
+from tests.benchmarks.recall.tasks import TASKS, VOCAB_SIZE
 from tests.benchmarks.recall.training import Run, train
 
 
@@ -43,3 +45,29 @@ def test_small_form_and_its_page(tmp_path: Path) -> None:
     assert "| GlobalLocal | 0." in page
     assert "at 4 pairs" in page  # after two steps nothing is recalled
     assert (tmp_path / "recall.svg").stat().st_size > 1000
+
+
+def test_the_best_rate_of_every_task_is_the_one_with_most_right_answers(tmp_path: Path) -> None:
+    plan = Plan(folder=tmp_path)
+    for name, task in TASKS.items():
+        for run, share in zip(plan.sweep(name, "gpt"), (0.5, 0.9, 0.9), strict=True):
+            curve = [
+                [50, {str(size): 0.95 for size in task.trained}],
+                [100, {str(size): share for size in task.trained}],
+            ]
+            asked = {str(size): share for size in task.asked}
+            result = {
+                "curve": curve,
+                "accuracy": asked,
+                "steps": 100 * (1 + (share < 0.9)),
+                "parameters": 1,
+                "seconds": 1,
+            }
+            run.path.write_text(json.dumps(result | ({"steps": 50} if run.learning_rate == 0.008 else {})))
+        best = plan.best(name, "gpt")
+        assert best
+        assert best.learning_rate == 0.008  # as good as 0.004, in fewer steps
+    main(["--folder", str(tmp_path), "--page", str(tmp_path)])
+    page = (tmp_path / "recall.md").read_text()
+    assert page.count("| GPT | 0.90 |") == len(TASKS)
+    assert "Not run yet" not in page
