@@ -59,6 +59,7 @@ class GlobalLocalConfig(PreTrainedConfig):
         diversity_loss_scale: factor of each router's loss; the sum over routers is scaled by a further 0.01.
         norm_placement: "pre" (norm in front of each sublayer) or "post" (norm after the residual sum).
         tie_word_embeddings: one matrix for the embedding and the head.
+        head_bias: a number per token id in the head. Without it the embedding's rows carry how frequent a word is.
         initializer_range: standard deviation of the embedding (and of an untied head) at initialisation; 0 stands
             for 0.5 / √hidden_size, so that logits begin with deviation 0.5 at every width.
         activation_checkpointing: "none", "full", "every-N" (each N-th block), "selective" (matrix products are
@@ -95,6 +96,7 @@ class GlobalLocalConfig(PreTrainedConfig):
     norm_placement: str = "pre"
     layer_norm_eps: float | int = 1e-5
     tie_word_embeddings: bool = True
+    head_bias: bool = True
     initializer_range: float | int = 0.0
     activation_checkpointing: str = "none"
     use_cache: bool = True
@@ -215,7 +217,7 @@ class GlobalLocalConfig(PreTrainedConfig):
             "gates": layers * (h + 1),
             "feed_forward": layers * (2 * h * ffn + ffn + h),
             "norms": (3 * layers + 1) * 2 * h,
-            "head": self.vocab_size + (0 if self.tie_word_embeddings else self.vocab_size * h),
+            "head": self.vocab_size * (self.head_bias + (0 if self.tie_word_embeddings else h)),
         }
 
     def flops_per_token(self, sequence_length: int) -> float:

@@ -82,7 +82,8 @@ class GlobalLocalPreTrainedModel(PreTrainedModel):
             is_head = isinstance(module, LanguageModelHead)
             std = self.config.initializer_range if is_head else module.in_features**-0.5
             init.normal_(module.weight, std=std)
-            init.zeros_(module.bias)
+            if module.bias is not None:
+                init.zeros_(module.bias)
         elif isinstance(module, TensorRouter | RouterScores):
             self._init_router(module, residual)
         elif isinstance(module, GlobalLocalModel):
@@ -231,7 +232,7 @@ class GlobalLocalForCausalLM(GlobalLocalPreTrainedModel, GenerationMixin):
     def __init__(self, config: GlobalLocalConfig) -> None:
         super().__init__(config)
         self.model = GlobalLocalModel(config)
-        self.lm_head = LanguageModelHead(config.hidden_size, config.vocab_size)
+        self.lm_head = LanguageModelHead(config.hidden_size, config.vocab_size, config.head_bias)
         self._step_graphs = StepGraphs()
         self.post_init()
 

@@ -67,7 +67,7 @@ def gated_delta_rule(
     until_end = (key * (passed[..., -1:] - passed).exp().unsqueeze(-1)).transpose(-1, -2)
     kept = share[..., -1:, :]  # of the state, by a whole chunk: [B, n, H, 1, 1]
     if state is None:
-        state = value.new_zeros(len(value), heads, key.shape[-1], value.shape[-1])
+        state = value.new_zeros(value.shape[0], heads, key.shape[-1], value.shape[-1])
     before, update, state = _chain((added, held, kept, until_end), state)
     answer = (query * share) @ before + scores @ update
     return answer.transpose(2, 3).flatten(1, 2)[:, :length], state

@@ -77,14 +77,15 @@ class _VocabularyLoss(Function):
         return *scaled, None
 
 
-def vocabulary_loss(hidden: Tensor, weight: Tensor, bias: Tensor, targets: Tensor) -> Tensor:
+def vocabulary_loss(hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor) -> Tensor:
     """Mean cross entropy of `hidden @ weight.T + bias` against `targets`, in blocks of tokens.
 
     The [T, V] logits never exist; the loss and its reductions are float32 (float64 for float64 inputs).
 
     Args:
-        hidden: [T, h]. weight: [V, h]. bias: [V].
+        hidden: [T, h]. weight: [V, h]. bias: [V], or None for zeros.
         targets: int64 [T]; negative values (−100) do not count. Without any valid target the loss is 0.
     """
+    bias = weight.new_zeros(weight.shape[0]) if bias is None else bias
     valid_tokens = (targets >= 0).sum().clamp_min(1)
     return _VocabularyLoss.apply(hidden, weight, bias, targets) / valid_tokens

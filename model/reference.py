@@ -20,8 +20,8 @@ def part(weights: Weights, name: str) -> Weights:
 
 
 def linear(weights: Weights, x: Tensor) -> Tensor:
-    """x Wᵀ + b."""
-    return x @ weights["weight"].T + weights["bias"]
+    """x Wᵀ + b; without a bias, x Wᵀ."""
+    return x @ weights["weight"].T + weights.get("bias", 0)
 
 
 def layer_norm(weights: Weights, x: Tensor, eps: float) -> Tensor:

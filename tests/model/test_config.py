@@ -10,7 +10,7 @@ from tests.model.helpers import tiny_config
 from tests.model.preset_table import PAGE, preset_table
 
 EXTRAS = {"router_scores": "product_key", "pool_size": 10_000, "router_context": "summary"}
-DELTA = {"router_context": "summary", "summary_rule": "delta"}
+DELTA = {"router_context": "summary", "summary_rule": "delta", "head_bias": False}
 
 
 @pytest.mark.parametrize("name", PRESETS)

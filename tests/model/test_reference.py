@@ -41,12 +41,25 @@ CONTEXTS = ["token", "summary", "delta", "delta with keys per head"]
     pool_dim=st.sampled_from([8, 40]),  # narrower and wider than the model
     norm_placement=st.sampled_from(["pre", "post"]),
     tied=st.booleans(),
+    head_bias=st.booleans(),
     scores=st.sampled_from(["dense", "product_key"]),
     context=st.sampled_from(CONTEXTS),
     seed=st.integers(0, 99),
 )
 def test_double_precision_agrees(
-    batch, length, kernel_size, dilations, top_k, pool_size, pool_dim, norm_placement, tied, scores, context, seed
+    batch,
+    length,
+    kernel_size,
+    dilations,
+    top_k,
+    pool_size,
+    pool_dim,
+    norm_placement,
+    tied,
+    head_bias,
+    scores,
+    context,
+    seed,
 ):
     config = tiny_config(
         conv_kernel_size=kernel_size,
@@ -59,6 +72,7 @@ def test_double_precision_agrees(
         pool_dim=pool_dim,
         norm_placement=norm_placement,
         tie_word_embeddings=tied,
+        head_bias=head_bias,
         diversity_loss_scale=50.0,  # large enough to be seen in the gradients
     )
     model = make_model(config, seed)
