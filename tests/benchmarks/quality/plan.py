@@ -39,7 +39,7 @@ class Size:
 
 
 def globallocal(hidden_size: int, num_layers: int, dilations: list[list[int]]) -> dict[str, Any]:
-    """The preset `quickstart` at another width and depth."""
+    """The preset `quickstart` at another width and depth, with the delta rule and without a bias in the head."""
     return {
         "hidden_size": hidden_size,
         "num_hidden_layers": num_layers,
@@ -49,6 +49,8 @@ def globallocal(hidden_size: int, num_layers: int, dilations: list[list[int]]) -
         "conv_dilations": dilations,
         "router_context": "summary",
         "summary_heads": 4,
+        "summary_rule": "delta",
+        "head_bias": False,
     }
 
 
@@ -72,7 +74,8 @@ SIZES: dict[str, Size] = {
     # All the training text once; blocks of the preset `small`.
     "C": Size(
         "C",
-        globallocal(512, 4, _WIDENING) | {"pool_size": 4096, "pool_dim": 256, "summary_heads": 8},
+        globallocal(512, 4, _WIDENING) | {"pool_size": 4096, "pool_dim": 256, "summary_heads": 8}
+        | {"summary_rule": "average", "head_bias": True},
         gpt(512, 7, 64), 1024, 16, 680, (5e-4, 1e-3, 2e-3), on_gpu=True,
     ),
 }  # fmt: skip
@@ -82,6 +85,11 @@ SIZES["C4"] = replace(SIZES["C"], name="C4", steps=4 * SIZES["C"].steps, learnin
 # What is changed of a size's GlobalLocal, one thing a row.
 ABLATIONS: dict[str, dict[str, tuple[dict[str, Any], str]]] = {
     "A": {
+        "a running average in place of the delta rule, a bias in the head": (
+            {"summary_rule": "average", "head_bias": True}, ""
+        ),
+        "a bias in the head": ({"head_bias": True}, ""),
+        "keys and queries for each head, half as wide": ({"summary_key_heads": 4, "summary_key_size": 32}, ""),
         "no running summary: the router reads its token alone": ({"router_context": "token"}, ""),
         "seed layout: norm behind, dilations 1, 2, 4, no summary": (
             {"norm_placement": "post", "conv_dilations": [1, 2, 4], "router_context": "token"}, ""
