@@ -2,7 +2,8 @@
 
 The island has processes, /tmp and /dev/shm of its own, so that nothing else on the machine is met or taken for the
 command's. What still runs or lies in /dev/shm ten seconds after the command is named, and ends it with code 1; what it
-wrote into /tmp is thrown away. Namespaces want root and util-linux; without them the command just runs.
+wrote into /tmp is thrown away (where the project does not lie there itself). Namespaces want root and util-linux;
+without them the command just runs.
 """
 
 import os
@@ -34,8 +35,9 @@ def main(command: list[str]) -> int:
 
 def island(temporary: Path, command: list[str]) -> int:
     """The first process of the namespaces: it inherits whoever loses his parent."""
-    temporary.chmod(0o1777)
-    subprocess.run(["mount", "--bind", str(temporary), "/tmp"], check=True)
+    if not any(Path(place).is_relative_to("/tmp") for place in (Path.cwd(), sys.prefix, Path.home())):
+        temporary.chmod(0o1777)
+        subprocess.run(["mount", "--bind", str(temporary), "/tmp"], check=True)
     subprocess.run(["mount", "-t", "tmpfs", "-o", "mode=1777", "tmpfs", "/dev/shm"], check=True)
     code = end_of(subprocess.Popen(command).pid)
     left: list[str] = []
