@@ -203,7 +203,7 @@ def load_config(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> 
     """Read a run file (its path, or the name of one that the project ships) and apply `section.key=value` overrides.
 
     Raises:
-        UserError: the file cannot be read, or settings are wrong: every problem, one a line.
+        UserError: the file cannot be read, or settings are wrong: every problem, one per line.
     """
     return read_config(path, overrides).whole()
 

@@ -28,7 +28,7 @@ def test_every_command_is_run_by_a_test_or_says_why_not(page: Path) -> None:
 
 
 def words_of_the_program() -> str:
-    """Every text in the code, one a line; what is filled in is left out."""
+    """Every text in the code, one per line; what is filled in is left out."""
     found = []
     for folder in ("data_prep", "model", "pipeline", "launch"):
         for path in sorted((ROOT / folder).rglob("*.py")):

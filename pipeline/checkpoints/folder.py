@@ -194,7 +194,7 @@ def nearest_checkpoints(folder: Path) -> str:
 
 
 def verify_sizes(folder: Path) -> list[str]:
-    """Problems of a checkpoint that show without reading its files, one a line."""
+    """Problems of a checkpoint that show without reading its files, one per line."""
     files, problems = read_listing(folder)
     return problems + [line for name in files for line in _verify_size(folder / name, files[name])]
 
@@ -202,7 +202,7 @@ def verify_sizes(folder: Path) -> list[str]:
 def verify(
     folder: Path, only: Iterable[str] | None = None, progress: Callable[[int], None] = lambda count: None
 ) -> list[str]:
-    """Problems of a checkpoint, one a line; none means that every byte is what was written.
+    """Problems of a checkpoint, one per line; none means that every byte is what was written.
 
     Args:
         only: names of files to hash, for sharing the work; all when absent.

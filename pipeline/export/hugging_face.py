@@ -74,7 +74,7 @@ def export(path: Path, output: Path, form: Form = Form()) -> CheckpointState:
     if output.exists():
         raise UserError(f"{output}: exists; remove it, or choose another --output")
     if (path / "config.json").is_file():
-        raise UserError(f"{path}: is an exported model already")
+        raise UserError(f"{path}: is an exported model already; give a run or a checkpoint")
     folders = newest_checkpoints(path, form.average) if form.average > 1 else [find_checkpoint(path)]
     building = output.with_name(f".exporting-{output.name}")
     shutil.rmtree(building, ignore_errors=True)
@@ -94,7 +94,7 @@ def export(path: Path, output: Path, form: Form = Form()) -> CheckpointState:
 def newest_checkpoints(run: Path, count: int) -> list[Path]:
     """The newest checkpoints of a run that verify, the newest first. Raises UserError where there are fewer."""
     if not (run / "checkpoints").is_dir():
-        raise UserError(f"--average {count}: is of a run's newest checkpoints, and {run} is no run folder")
+        raise UserError(f"--average {count}: is of a run's newest checkpoints, and {run} is no run folder; give one")
     problems: list[str] = []
     found: list[Path] = []
     for folder in list_checkpoints(run / "checkpoints"):
@@ -103,7 +103,8 @@ def newest_checkpoints(run: Path, count: int) -> list[Path]:
         found += [] if faults else [folder]
         if len(found) == count:
             return found
-    raise UserError([*problems, f"--average {count}: {run} holds {len(found)} checkpoints that verify"])
+    few = f"--average {count}: {run} holds {len(found)} checkpoints that verify; ask for fewer, or keep more"
+    raise UserError([*problems, few])
 
 
 def write(folders: Sequence[Path], output: Path, form: Form) -> list[CheckpointState]:

@@ -16,7 +16,7 @@ REACHED = 0.9
 HEAD = """# What the model can recall
 
 Written by `make bench ARGS="recall"`, from runs in `.cache/recall` (what is missing is trained first: in all some
-hundred runs of half a minute, one a core).
+hundred runs of half a minute, one per core).
 
 A language model must bring back what stood before. Four tests of nothing else, on random tokens, so that no knowledge
 helps: the answer stands in the sequence, or nowhere. Every model learns each test from the beginning, at sizes that are
