@@ -9,6 +9,7 @@ import sys
 import pytest
 import torch
 from safetensors import safe_open
+from transformers.utils import is_accelerate_available
 
 from model.configuration_globallocal import GlobalLocalConfig
 from model.modeling_globallocal import GlobalLocalForCausalLM, make_pool
@@ -62,6 +63,20 @@ def test_what_frameworks_ask_of_attention_is_taken_or_refused_in_one_line(tmp_pa
     with pytest.raises(ValueError, match="'flash_attention_2': GlobalLocal has no attention to replace") as refused:
         GlobalLocalForCausalLM.from_pretrained(tmp_path, attn_implementation="flash_attention_2")
     assert "\n" not in str(refused.value)
+
+
+def test_other_usual_arguments_are_taken_or_name_what_they_need(tmp_path):
+    make_model(tiny_config(), dtype=torch.float32).save_pretrained(tmp_path)
+    ids = random_ids(tiny_config(), 1, 5)
+    for asked, given in (("auto", torch.float32), ("bfloat16", torch.bfloat16), (torch.float16, torch.float16)):
+        assert GlobalLocalForCausalLM.from_pretrained(tmp_path, dtype=asked)(ids).logits.dtype == given
+    for place in ("cpu", "auto"):
+        if is_accelerate_available():
+            assert GlobalLocalForCausalLM.from_pretrained(tmp_path, device_map=place)(ids).logits.isfinite().all()
+            continue
+        with pytest.raises(ValueError, match="requires `accelerate`") as refused:
+            GlobalLocalForCausalLM.from_pretrained(tmp_path, device_map=place)
+        assert "\n" not in str(refused.value)
 
 
 def test_every_tensor_is_stored_once(tmp_path):

@@ -20,11 +20,14 @@ from tests.conftest import globallocal
 
 STRANGER = """
 import sys, torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 assert not any(name.split(".")[0] in ("model", "pipeline", "data_prep", "launch") for name in sys.modules)
+plain = PreTrainedTokenizerFast.from_pretrained(sys.argv[1])
+assert "transformers_modules" not in sys.modules  # none of the folder's code ran, and nobody was asked
 model = AutoModelForCausalLM.from_pretrained(sys.argv[1], trust_remote_code=True).eval()
 tokenizer = AutoTokenizer.from_pretrained(sys.argv[1], trust_remote_code=True)
 ids = tokenizer("The history of", add_special_tokens=False, return_tensors="pt").input_ids
+assert plain("The history of", add_special_tokens=False).input_ids == ids[0].tolist()
 print(model(input_ids=ids).logits.sum().item())
 print(tokenizer.decode(model.generate(input_ids=ids, max_new_tokens=5, do_sample=False)[0]))
 """
@@ -105,6 +108,7 @@ def test_a_stranger_loads_it_without_this_project(exported: Path, tmp_path: Path
         text=True,
     )
     assert run.returncode == 0, run.stderr
+    assert [line for line in run.stderr.splitlines() if "Loading weights" not in line] == []  # no warning
     total, text = run.stdout.split("\n", 1)
     loaded = load_model(exported)
     ids = loaded.tokenizer("The history of", add_special_tokens=False, return_tensors="pt").input_ids
