@@ -73,7 +73,7 @@ def kind(item: dict[str, Any], schema: dict[str, Any]) -> str:
     words = {"integer": "whole number", "number": "number", "string": "text", "boolean": "true, false", "null": "null"}
     bounds = [
         f"{sign} {item[name]:,}"
-        for name, sign in (("exclusiveMinimum", ">"), ("minimum", "≥"), ("maximum", "≤"))
+        for name, sign in (("exclusiveMinimum", ">"), ("minimum", "≥"), ("exclusiveMaximum", "<"), ("maximum", "≤"))
         if name in item
     ]
     return " ".join([words.get(item.get("type", ""), "any"), ", ".join(bounds)]).strip()

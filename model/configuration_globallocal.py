@@ -325,20 +325,20 @@ def _kind_wanted(name: str, value: Any) -> str | None:
 
 def _range_wanted(name: str, value: Any) -> str | None:
     """The bound that `value`, of the right kind, does not keep."""
-    if name in _RANGES:
-        low, high = _RANGES[name]
-        if low <= value <= high or (value == 0 and name in _DERIVED):  # NaN is in no range
+    if name in RANGES:
+        low, high = RANGES[name]
+        if low <= value <= high or (value == 0 and name in DERIVED):  # NaN is in no range
             return None
         bound = f"at least {low}" if value < low else f"at most {high}" if value > high else f"from {low} to {high}"
-        return f"it must be {bound}" + (f", or 0 for {_DERIVED[name]}" if name in _DERIVED else "")
+        return f"it must be {bound}" + (f", or 0 for {DERIVED[name]}" if name in DERIVED else "")
     if name == "dropout":
         return None if 0.0 <= value < 1.0 else "it must be at least 0 and below 1"
-    if name in _CHOICES:
-        return None if value in _CHOICES[name] else f"it must be {' or '.join(map(repr, _CHOICES[name]))}"
+    if name in CHOICES:
+        return None if value in CHOICES[name] else f"it must be {' or '.join(map(repr, CHOICES[name]))}"
     if name == "conv_dilations":
         layers = value if value and isinstance(value[0], list) else [value]
-        whole = all(layer and all(type(item) is int and 1 <= item <= _LARGEST for item in layer) for layer in layers)
-        return None if whole else f"every layer needs one dilation or more, each from 1 to {_LARGEST}"
+        whole = all(layer and all(type(item) is int and 1 <= item <= LARGEST for item in layer) for layer in layers)
+        return None if whole else f"every layer needs one dilation or more, each from 1 to {LARGEST}"
     if name == "activation_checkpointing" and checkpointed_blocks(value, 1) is None:
         return "it must be 'none', 'full', 'selective', 'deepspeed' or 'every-N' with N at least 1"
     return None
@@ -353,14 +353,14 @@ _SHORT = reprlib.Repr()
 _SHORT.maxstring = _SHORT.maxother = 60
 _SHORT.maxlist = 20
 
-_LARGEST = 2**31 - 1
+LARGEST = 2**31 - 1
 _SIZES = (
     "vocab_size", "hidden_size", "intermediate_size", "max_position_embeddings", "pool_size", "pool_dim",
     "conv_kernel_size", "router_top_k", "router_hidden_size", "summary_heads", "summary_key_size",
     "summary_key_heads",
 )  # fmt: skip
-_RANGES: dict[str, tuple[float, float]] = {
-    **dict.fromkeys(_SIZES, (1, _LARGEST)),
+RANGES: dict[str, tuple[float, float]] = {
+    **dict.fromkeys(_SIZES, (1, LARGEST)),
     "num_hidden_layers": (1, 10_000),
     "pool_seed": (0, 2**63 - 1),
     "router_temperature": (0.1, 5),
@@ -369,7 +369,7 @@ _RANGES: dict[str, tuple[float, float]] = {
     "initializer_range": (1e-6, 10),
 }
 """Lowest and highest value of each number; what a model may cost is for the machine to say."""
-_DERIVED = {
+DERIVED = {
     "intermediate_size": "4 · hidden_size",
     "pool_dim": "4 · hidden_size",
     "router_hidden_size": "min(1024, pool_size)",
@@ -377,7 +377,7 @@ _DERIVED = {
     "initializer_range": "0.5 / √hidden_size",
 }
 """What 0 stands for."""
-_CHOICES = {
+CHOICES = {
     "router_scores": ("dense", "product_key"),
     "router_context": ("token", "summary"),
     "summary_rule": ("average", "delta"),

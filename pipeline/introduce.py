@@ -31,11 +31,7 @@ def _facts(context: RunContext, groups: Sequence[str]) -> Iterator[tuple[str, st
         yield "", "  ".join(f"{share:<25}" for share in shares[begin : begin + PARTS_PER_LINE]).rstrip()
     for line in groups:
         yield "", line
-    yield (
-        "batch",
-        f"{layout.global_batch_size} samples of {length:,} tokens = {layout.micro_batch_size} micro-batch × "
-        f"{ranks} ranks × {layout.gradient_accumulation_steps} accumulation steps",
-    )
+    yield "batch", f"{layout}, {length:,} tokens each"
     chosen = " (auto)" if config.training.precision == "auto" else ""
     compiled = ", blocks compiled" if context.compiled else ""
     device = context.world.device.type

@@ -48,6 +48,7 @@ def list_(run: RunPath) -> None:
     from pipeline.checkpoints.folder import INTEGRITY, STATE, read_state, step_of, verify_sizes
     from pipeline.checkpoints.retention import entry, reasons
     from pipeline.checkpoints.space import readable, size_bytes
+    from pipeline.settings.section import counted
 
     folders = _folders(run)
     kept = reasons([entry(folder) for folder in folders], _retention(run))
@@ -58,7 +59,7 @@ def list_(run: RunPath) -> None:
         try:
             state = read_state(folder)
             loss = _loss(state.evaluation, state.step)
-            written_with = f"ZeRO-{state.zero_stage}, {state.world_size} ranks, {state.precision}"
+            written_with = f"ZeRO-{state.zero_stage}, {counted(state.world_size, 'rank')}, {state.precision}"
         except UserError as error:
             problems = problems or error.problems
         seen = next((folder / name for name in (INTEGRITY, STATE) if (folder / name).exists()), folder)

@@ -16,6 +16,7 @@ from launch.jobs.local import launch_log, local_devices
 from launch.jobs.options import HostChoice, Reach
 from launch.jobs.restarts import Failure, fitting_hosts
 from launch.jobs.session import Ended, Launch, grace_seconds, run_session
+from pipeline.settings.section import counted
 
 if TYPE_CHECKING:
     from pipeline.config import RunConfig
@@ -105,8 +106,8 @@ class HostfileRun:
         if not chosen:
             problems.append(
                 f"training.global_batch_size ({training.global_batch_size}) is not divisible by "
-                f"training.micro_batch_size ({training.micro_batch_size}) × {sum(slots.values())} ranks, nor with "
-                f"fewer hosts down to {self.min_nodes}; change one of the three"
+                f"training.micro_batch_size ({training.micro_batch_size}) × {counted(sum(slots.values()), 'rank')}, "
+                f"nor with fewer hosts down to {self.min_nodes}; change one of the three"
             )
         if problems:
             raise UserError(problems)

@@ -29,6 +29,7 @@ from launch.jobs.restarts import Failure, failure_of, judge_and_record, newest_s
 from launch.jobs.session import Ended, Launch, run_session
 from launch.jobs.slurm import slurm
 from pipeline.exit_codes import PREEMPTED
+from pipeline.settings.section import counted
 
 FACTS_SECONDS = 120
 KILLED_BY_NOTICE = 128 + signal.SIGUSR1
@@ -90,8 +91,9 @@ def start(command: Sequence[str], address: str, grace_seconds: float) -> Ended:
         return Ended(error.exit_code)
     if "SLURM_CPUS_PER_TASK" in os.environ:  # srun no longer takes it from the job by itself
         added["SRUN_CPUS_PER_TASK"] = os.environ["SLURM_CPUS_PER_TASK"]
+    first = f"{added['MASTER_ADDR']}:{added['MASTER_PORT']}"
     print(
-        f"nodes: {', '.join(facts)} × {ranks} ranks, rank 0 at {added['MASTER_ADDR']}:{added['MASTER_PORT']}",
+        f"nodes: {', '.join(facts)} × {counted(ranks, 'rank')}, rank 0 at {first}",
         flush=True,
     )
     if noticed:  # the time was up before there was anything to save

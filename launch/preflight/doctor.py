@@ -222,9 +222,8 @@ def problems(check: str, error: UserError) -> Iterator[Finding]:
 
 def batch(config: RunConfig, ranks: int) -> Finding:
     layout = BatchLayout(config.training.global_batch_size, config.training.micro_batch_size, ranks)
-    shared = f"{layout.micro_batch_size} micro-batch × {ranks} ranks × {layout.gradient_accumulation_steps}"
     tokens = f"{layout.global_batch_size * config.data.sequence_length:,} tokens per step"
-    return Finding("batch", "ok", f"{layout.global_batch_size} samples = {shared} accumulation steps; {tokens}")
+    return Finding("batch", "ok", f"{layout}; {tokens}")
 
 
 def data(config: RunConfig, corpus: Corpus) -> Iterator[Finding]:

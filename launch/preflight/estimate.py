@@ -18,6 +18,7 @@ from pipeline.data.corpus import Corpus, open_corpus
 from pipeline.data.loader import BatchLayout
 from pipeline.metrics.duration import duration
 from pipeline.metrics.utilisation import PEAK_TERAFLOPS, PEAK_TERAFLOPS_FP16, card, peak_teraflops
+from pipeline.settings.section import counted
 
 TOKENS_PER_PARAMETER = 20
 """Training tokens that pay best for a given amount of computing, for transformers (arXiv:2203.15556)."""
@@ -237,7 +238,7 @@ def show(result: Estimate, console: Console) -> None:
         parts.add_row(part, f"{count:,}", f"{count / total:.1%}")
     console.print(parts)
 
-    memory = Table(title=f"GiB per rank, {result.ranks} ranks, {result.precision}, AdamW")
+    memory = Table(title=f"GiB per rank, {counted(result.ranks, 'rank')}, {result.precision}, AdamW")
     offloads = any(item.offloaded for item in result.memory.values())
     columns = ("ZeRO", "weights", "grads", "optimizer", "buffers", "activations", "total")
     for column in (*columns, *(["offloaded"] if offloads else [])):
@@ -262,8 +263,8 @@ def _sentences(result: Estimate) -> list[str]:
     lines = [
         f"receptive field: {result.receptive_field_tokens:,} tokens; it {covered} "
         f"the sequence of {result.sequence_length_tokens:,}",
-        f"step: {samples:,} samples = {result.micro_batch_size} micro-batch × {result.ranks} ranks × "
-        f"{result.gradient_accumulation_steps} accumulation steps = {result.tokens_per_step:,} tokens",
+        f"step: {samples:,} samples = {result.micro_batch_size} micro-batch × {counted(result.ranks, 'rank')} × "
+        f"{counted(result.gradient_accumulation_steps, 'accumulation step')} = {result.tokens_per_step:,} tokens",
         f"run: {result.steps:,} steps, {result.tokens:,} tokens"
         + (f", {result.epochs:.2f} epochs" if result.epochs else "")
         + f", {result.tokens / sum(result.parameters.values()):.1f} tokens a parameter",

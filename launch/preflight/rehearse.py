@@ -21,6 +21,7 @@ from pipeline.data.loader import BatchLayout, micro_batches
 from pipeline.engine.engine import deepspeed_config, zero_stage
 from pipeline.engine.internals import parse_settings
 from pipeline.metrics.duration import duration
+from pipeline.settings.section import counted
 
 HEADROOM = 0.92
 """Part of a device's memory that may be forecast: the rest is the context, the kernels' workspace, fragmentation."""
@@ -68,8 +69,9 @@ class Rehearsal:
         return [
             f"ranks: {self.ranks:,} on {nodes:,} nodes; each one's DeepSpeed settings read: "
             f"ZeRO stage {self.zero_stage}{hpz}, the same on all",
-            f"batch: {self.global_batch_size:,} samples = {self.micro_batch_size} micro-batch × {self.ranks:,} ranks × "
-            f"{self.gradient_accumulation_steps} accumulation steps; {self.tokens_per_step:,} tokens per step",
+            f"batch: {self.global_batch_size:,} samples = {self.micro_batch_size} micro-batch × "
+            f"{counted(self.ranks, 'rank')} × {counted(self.gradient_accumulation_steps, 'accumulation step')}; "
+            f"{self.tokens_per_step:,} tokens per step",
             f"data: {self.steps:,} steps, {self.samples:,} positions over all ranks; every global batch is "
             "shared out exactly, each sample to one rank",
             f"memory: {gibibytes(memory.total)} GiB per rank of {gibibytes(self.device_bytes)} GiB (weights "
@@ -98,7 +100,7 @@ def rehearse(config: RunConfig, fleet: Fleet, steps: int = 1000, say: Callable[[
     settings = deepspeed_config(config, layout, precision)
     hpz = int(settings.get("zero_optimization", {}).get("zero_hpz_partition_size", 1))
     problems += _partition_problems(hpz, fleet) + _settings_problems(settings, fleet.ranks)
-    say(f"settings of {fleet.ranks:,} ranks read")
+    say(f"settings of {counted(fleet.ranks, 'rank')} read")
     result = estimate(config, Machine(ranks=fleet.ranks))
     memory, parameters = result.memory[result.zero_stage], sum(result.parameters.values())
     device_bytes = round(fleet.device_memory_gib * 2**30)

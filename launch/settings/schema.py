@@ -8,7 +8,7 @@ from typing import Any
 from pydantic import TypeAdapter
 
 from launch.settings.origins import FROM_THE_DATASET
-from model.configuration_globallocal import GlobalLocalConfig
+from model.configuration_globallocal import CHOICES, DERIVED, LARGEST, RANGES, GlobalLocalConfig
 from model.presets_globallocal import PRESETS
 from pipeline.config import RunConfig
 
@@ -35,8 +35,26 @@ def model_descriptions() -> dict[str, str]:
     return {name: " ".join(said.split()) for name, said in found}
 
 
+_DILATIONS = {"type": "array", "minItems": 1, "items": {"type": "integer", "minimum": 1, "maximum": LARGEST}}
+_BOUNDS: dict[str, dict[str, Any]] = {
+    "dropout": {"minimum": 0, "exclusiveMaximum": 1},
+    "conv_dilations": {"anyOf": [_DILATIONS, {"type": "array", "minItems": 1, "items": _DILATIONS}]},
+    "activation_checkpointing": {"pattern": "^(none|full|selective|deepspeed|every-[1-9][0-9]{0,8})$"},
+}
+"""Of the settings whose values are neither in a range nor a few words."""
+
+
 def _model_setting(name: str) -> dict[str, Any]:
-    made = TypeAdapter(GlobalLocalConfig.__annotations__[name]).json_schema()
+    annotation = GlobalLocalConfig.__annotations__[name]
+    made = {"type": "number"} if annotation == float | int else TypeAdapter(annotation).json_schema()
+    if name in RANGES:
+        lowest, highest = RANGES[name]
+        made |= {"minimum": lowest, "maximum": highest}
+        if name in DERIVED:
+            made = {"anyOf": [{"const": 0}, made]}
+    elif name in CHOICES:
+        made["enum"] = list(CHOICES[name])
+    made |= _BOUNDS.get(name, {})
     said = model_descriptions().get(name, "")
     if name in FROM_THE_DATASET:
         said = f"{said} The dataset fixes it; leave it out.".strip()

@@ -22,6 +22,7 @@ from pipeline.engine.internals import Engine, pieces_of
 from pipeline.health.decisions import decisions_path, read_decisions
 from pipeline.health.state import HealthState, RollBack
 from pipeline.random_state import seed_generators
+from pipeline.settings.section import counted
 
 log = logging.getLogger("globallocal")
 
@@ -205,7 +206,7 @@ def lies_as_here(folder: Path, world: World, engine: Any) -> bool:
 def _words(shape: Shape) -> str:
     if not shape.world_size:
         return "one file"
-    return f"{shape.world_size} ranks, ZeRO stage {shape.zero_stage}, {shape.precision}"
+    return f"{counted(shape.world_size, 'rank')}, ZeRO stage {shape.zero_stage}, {shape.precision}"
 
 
 def compare(state: checkpoint.CheckpointState, context: RunContext) -> tuple[list[str], list[str]]:

@@ -21,6 +21,7 @@ import numpy as np
 from data_prep.errors import UserError
 from pipeline.data.samples import Source
 from pipeline.data.token_stream import TokenStream
+from pipeline.settings.section import counted
 
 Ranges = tuple[tuple[int, int], ...]
 """Global batches left out: half-open [first, last) ranges, sorted, apart from each other; see `merge_ranges`."""
@@ -54,6 +55,10 @@ class BatchLayout:
     @property
     def gradient_accumulation_steps(self) -> int:
         return self.global_batch_size // (self.micro_batch_size * self.world_size)
+
+    def __str__(self) -> str:
+        ranks, steps = counted(self.world_size, "rank"), counted(self.gradient_accumulation_steps, "accumulation step")
+        return f"{self.global_batch_size} samples = {self.micro_batch_size} micro-batch × {ranks} × {steps}"
 
     def position(self, step: Whole, micro_step: Whole, rank: int, sample: int) -> Whole:
         """Position in the order of all samples of one sample of a rank's micro-batch; `step` counts global batches."""

@@ -24,7 +24,7 @@ from pipeline.engine.internals import (
 from pipeline.engine.operators import load_operator
 from pipeline.engine.optim import build_optimizer, parameter_groups
 from pipeline.engine.schema import OWNED, knob_problems
-from pipeline.settings.section import short
+from pipeline.settings.section import counted, short
 from pipeline.settings.sections import OptimizerSection
 
 
@@ -122,8 +122,8 @@ def _batch_clash(knobs: dict[str, Any], layout: BatchLayout | None) -> list[str]
         return []
     return [
         f"{', '.join(wrong)}, but the run gives training.global_batch_size {layout.global_batch_size} = "
-        f"training.micro_batch_size {layout.micro_batch_size} × {layout.world_size} ranks × "
-        f'{layout.gradient_accumulation_steps} accumulation steps; remove it from the JSON, or write "auto"'
+        f"training.micro_batch_size {layout.micro_batch_size} × {counted(layout.world_size, 'rank')} × "
+        f'{counted(layout.gradient_accumulation_steps, "accumulation step")}; remove it from the JSON, or write "auto"'
     ]
 
 

@@ -1,5 +1,6 @@
 """The base of every section of settings, and how wrong values are told to a person."""
 
+import re
 import reprlib
 from collections.abc import Collection, Mapping
 from pathlib import Path
@@ -87,7 +88,13 @@ def plain(message: str) -> str:
     message = message.removeprefix("Value error, ").removeprefix("Assertion failed, ")
     if "exceeded maximum size" in message:
         return f"must be a whole number below {2**63}"
+    message = re.sub(r", (\S+) or \1$", r" or \1", message)  # an enumeration with two names for its last value
     return message[0].lower() + message[1:]
+
+
+def counted(count: int, word: str) -> str:
+    """1 rank, 1,024 ranks."""
+    return f"{count:,} {word}" if count == 1 else f"{count:,} {word}s"
 
 
 def _kinds(annotation: Any) -> list[Any]:

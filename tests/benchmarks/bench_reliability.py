@@ -8,6 +8,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from pipeline.settings.section import counted
 from tests.conftest import globallocal
 from tests.pipeline.ranks import outputs, start_ranks, wait
 
@@ -26,7 +27,7 @@ def run() -> dict[str, Any]:
         globallocal("tokenizer", "--source", "sample", "--vocab-size", 512, "--output", folder / "tokenizer")
         globallocal("prepare", "--source", "sample", "--tokenizer", folder / "tokenizer", "--output", folder / "data")
         figures = ranks(folder, "costs", 2)
-        memory = {f"{count} ranks": ranks(folder, "memory", count) for count in (1, 2, 4)}
+        memory = {counted(count, "rank"): ranks(folder, "memory", count) for count in (1, 2, 4)}
     return {**figures, "peak_bytes_of_tensors_over_the_forecast": memory}
 
 

@@ -83,7 +83,7 @@ def test_every_contradiction_is_told_naming_both_sides(tmp_path: Path) -> None:
             {"zero_optimization": {"reduce_bucket_sise": 5}},
             "unknown key zero_optimization.reduce_bucket_sise; nearest: zero_optimization.reduce_bucket_size",
         ),
-        ({"zero_optimization": {"stage": 4}}, "zero_optimization.stage = 4: input should be 0, 1, 2"),
+        ({"zero_optimization": {"stage": 4}}, "zero_optimization.stage = 4: input should be 0, 1, 2 or 3"),
         ({"zero_optimization": 2}, "zero_optimization = 2: must be an object"),
         (
             {"zero_optimization": {"stage": 2, "offload_param": {"device": "cpu"}}},

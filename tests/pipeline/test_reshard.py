@@ -164,7 +164,7 @@ def test_a_run_goes_on_from_one_file(folder: Path) -> None:
     assert resumed["loss"] == pytest.approx(unbroken["loss"], rel=1e-5)
     assert resumed["batch"] == unbroken["batch"]
     log = (folder / "-to-".join(FROM_ONE_FILE) / "logs" / "rank-00000.log").read_text()
-    assert "resharded: one file → 1 ranks, ZeRO stage 2, fp32" in log
+    assert "resharded: one file → 1 rank, ZeRO stage 2, fp32" in log
 
 
 @pytest.mark.parametrize("source", ["z0r1", "z1r4", "z2r2-bf16", "z3r2"])
