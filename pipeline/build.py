@@ -12,10 +12,10 @@ from model.modeling_globallocal import GlobalLocalForCausalLM
 from pipeline.checkpoints.resume import Resumed, resume
 from pipeline.checkpoints.saver import Saver
 from pipeline.checkpoints.snapshot import HostBuffers
-from pipeline.checkpoints.space import checkpoint_bytes, retained, start_problems
+from pipeline.checkpoints.space import checkpoint_bytes
 from pipeline.checkpoints.state import Origin
 from pipeline.checkpoints.write import DeferringCheckpointEngine
-from pipeline.config import RunConfig
+from pipeline.config import Reading, RunConfig
 from pipeline.context import RunContext
 from pipeline.distributed.clock import Clock
 from pipeline.distributed.grace import Grace
@@ -72,6 +72,13 @@ def build(config: RunConfig, world: World, stop: StopRequest, clock: Clock) -> T
     return build_trainer(context, machinery, resumed, tracker, stop, clock)
 
 
+def checked(read: Reading, world: World) -> RunConfig:
+    """The settings. Raises UserError where some are wrong, with whatever else is wrong with the run."""
+    if read.problems:
+        fit(read.config, world.size, None, world.device, wrong=read.problems, disk=world.is_main)
+    return read.whole()
+
+
 def check_settings(config: RunConfig, world: World, clock: Clock) -> RunContext:
     """Settings, dataset, DeepSpeed JSON and machine fit together, and every shard is there.
 
@@ -80,7 +87,8 @@ def check_settings(config: RunConfig, world: World, clock: Clock) -> RunContext:
     """
     precision = resolve_precision(config.training.precision, world)
     with world.together():
-        context = fit(config, world.size, precision, world.device).context(config, world, precision)
+        fitted = fit(config, world.size, precision, world.device, disk=world.is_main)
+    context = fitted.context(config, world, precision)
     check_corpus(context, clock)
     return context
 
@@ -102,7 +110,8 @@ def build_engine(context: RunContext, stop: StopRequest) -> Machinery:
     model = GlobalLocalForCausalLM(context.model)
     torch.nn.Module.to(model, world.device)  # transformers' own `to` is typed too narrowly
     origin = begin(model, context)
-    expected_bytes = check_space(context, model)
+    parameters, buffers = (sum(map(torch.Tensor.numel, of)) for of in (model.parameters(), model.buffers()))
+    expected_bytes = checkpoint_bytes(parameters, buffers, context.stage, context.precision, world.size)
     keep_beside_the_run(context)
     groups = describe_groups(parameter_groups(model, config.optimizer.weight_decay))
     for line in introduce(context, groups):
@@ -126,20 +135,6 @@ def begin(model: nn.Module, context: RunContext) -> Origin | None:
     origin: Origin = world.broadcast(origin_of(folder) if world.is_main else None)
     log.info(f"the weights begin as those of {folder}")
     return origin
-
-
-def check_space(context: RunContext, model: nn.Module) -> int:
-    """Bytes of one checkpoint. Raises UserError where the disk has no room for those that the run keeps."""
-    config, world = context.config, context.world
-    parameters = sum(parameter.numel() for parameter in model.parameters())
-    buffers = sum(buffer.numel() for buffer in model.buffers())
-    one_bytes = checkpoint_bytes(parameters, buffers, context.stage, context.precision, world.size)
-    count = retained(config.retention, context.steps, config.checkpoint.interval_steps)
-    with world.together():
-        problems = start_problems(config.checkpoints, one_bytes, count) if world.is_main else []
-        if problems:
-            raise UserError(problems)
-    return one_bytes
 
 
 def keep_beside_the_run(context: RunContext) -> None:

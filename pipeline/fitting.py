@@ -128,7 +128,7 @@ def fit(
     device: torch.device,
     *,
     wrong: Sequence[str] = (),
-    before_any_rank: bool = False,
+    disk: bool = False,
 ) -> Fitted:
     """
     Args:
@@ -138,7 +138,7 @@ def fit(
         precision: resolved, not `auto`; None: as this machine alone resolves it.
         device: of a rank.
         wrong: problems that are known before.
-        before_any_rank: look at the disk too, as rank 0 does in its turn.
+        disk: look at it too, as the first rank of a job does.
 
     Raises:
         UserError: one line for everything that does not fit.
@@ -166,7 +166,7 @@ def fit(
     steps = look.part(STEPS, lambda: _steps(config, source))
     if model is not None:
         look.part("memory", lambda: _check_memory(config, have(model, MODEL), ranks or 1, device))
-    if before_any_rank and ranks is not None:
+    if disk and ranks is not None:
         look.part("the disk", lambda: _check_disk(config, model, settings, steps, str(resolved), ranks))
     if ranks is not None:
         look.part("checkpoint.resume", lambda: _check_resume(config))

@@ -29,9 +29,9 @@ EARLY = StopRequest() if __name__ == "__main__" else None
 
 import pipeline.engine.lean_import  # noqa: F401  # before all that imports DeepSpeed
 from data_prep.errors import UserError
-from pipeline.build import build
+from pipeline.build import build, checked
 from pipeline.checkpoints.folder import lock
-from pipeline.config import RunConfig, load_config
+from pipeline.config import RunConfig, read_config
 from pipeline.distributed.clock import Clock
 from pipeline.distributed.watchdog import Watch
 from pipeline.distributed.world import SharedUserError, World, outlast, shutdown, start
@@ -50,7 +50,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     world = start()
     try:
         with world.together():
-            config = load_config(options.config, options.overrides)
+            config = checked(read_config(options.config, options.overrides), world)
             with writable(config.run_folder):
                 config.run_folder.mkdir(parents=True, exist_ok=True)
                 open_log(config.run_folder, world.rank)

@@ -309,7 +309,7 @@ def check_fit(read: Reading, ranks: int | None) -> None:
 
     device = torch.device("cuda" if local_devices() and torch.cuda.is_available() else "cpu")
     wrong = [*read.problems, *(device_problems(ranks) if ranks else ())]
-    fitted = fit(read.config, ranks, None, device, wrong=wrong, before_any_rank=True)
+    fitted = fit(read.config, ranks, None, device, wrong=wrong, disk=True)
     precision = local_precision(read.config, device)
     for line in forecast(read.config, fitted, ranks, precision, device) if ranks else ():
         typer.echo(line)

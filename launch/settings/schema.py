@@ -46,7 +46,7 @@ _BOUNDS: dict[str, dict[str, Any]] = {
 
 def _model_setting(name: str) -> dict[str, Any]:
     annotation = GlobalLocalConfig.__annotations__[name]
-    made = {"type": "number"} if annotation == float | int else TypeAdapter(annotation).json_schema()
+    made: dict[str, Any] = {"type": "number"} if annotation == float | int else TypeAdapter(annotation).json_schema()
     if name in RANGES:
         lowest, highest = RANGES[name]
         made |= {"minimum": lowest, "maximum": highest}

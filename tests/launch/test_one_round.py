@@ -1,5 +1,7 @@
 """One start says all that is wrong, whatever its kind, before any rank starts; what a fault hides is named."""
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -8,6 +10,7 @@ from launch.cli import main
 from launch.preflight import doctor
 from pipeline.config import read_config
 from pipeline.settings.section import Unknown
+from tests.conftest import ROOT
 
 QUICKSTART = "launch/runs/quickstart.yaml"
 
@@ -49,6 +52,18 @@ def test_six_kinds_of_faults_are_one_list(capsys: pytest.CaptureFixture[str], kn
     assert not (tmp_path / "run").exists()
     lines = lines_of(capsys, f"data.dataset={tmp_path / 'absent'}", "model.hidden_size=400000")
     assert "GiB per rank or more, this machine has" in lines[1]
+
+
+def test_the_program_of_a_rank_says_all_at_once_too(small_dataset: Path, tmp_path: Path) -> None:
+    words = [f"run.output_dir={tmp_path / 'run'}", f"data.dataset={small_dataset}", "training.log_interval_step=5"]
+    words += ["model.router_top_k=5000", "training.micro_batch_size=3"]
+    command = [sys.executable, "pipeline/train.py", "--config", QUICKSTART, *words]
+    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert run.returncode == 2, run.stderr
+    lines = [line for line in run.stderr.splitlines() if line.startswith("error: ")]
+    told = ["unknown key training.log_interval_step", "micro_batch_size (3)", "router_top_k is 5000", "not checked yet"]
+    assert [part in line for part, line in zip(told, lines, strict=True)] == [True] * 4
+    assert not (tmp_path / "run").exists()
 
 
 def test_what_hangs_on_a_wrong_setting_is_named_and_not_guessed(
