@@ -8,7 +8,7 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 export TORCH_EXTENSIONS_DIR ?= $(CURDIR)/.cache/torch_extensions
 
 .DEFAULT_GOAL := help
-.PHONY: help setup quickstart test cluster harness lint format docs release-check bench gpu torture clean
+.PHONY: help setup quickstart test cluster extras lint format docs release-check bench gpu torture clean
 
 help: ## list the targets
 	@awk -F':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -33,13 +33,14 @@ cluster: $(READY) ## tests over three hosts and on Slurm: network namespaces, ss
 	$(BIN)/python -m pytest -m cluster tests/cluster $(ARGS)
 
 # Over .venv and apart from it: with accelerate at hand transformers loads models in another way, and imports it always.
-HARNESS := .cache/harness
+EXTRAS := .cache/extras
 PACKAGES := -c 'import sysconfig; print(sysconfig.get_path("purelib"))'
-harness: $(READY) ## the test of `evaluate --tasks`, with lm-evaluation-harness in an environment of its own
-	$(PYTHON) -m venv $(HARNESS)
-	@$(BIN)/python $(PACKAGES) > "$$($(HARNESS)/bin/python $(PACKAGES))/over.pth"
-	$(HARNESS)/bin/pip install --quiet --retries 10 --constraint requirements.lock lm_eval==0.4.13 accelerate==1.15.0
-	$(HARNESS)/bin/python -m pytest -m harness tests/launch/test_evaluate.py $(ARGS)
+extras: $(READY) ## the tests of `evaluate --tasks` and `export --onnx`, with their packages in an environment of its own
+	$(PYTHON) -m venv $(EXTRAS)
+	@$(BIN)/python $(PACKAGES) > "$$($(EXTRAS)/bin/python $(PACKAGES))/over.pth"
+	$(EXTRAS)/bin/pip install --quiet --retries 10 --constraint requirements.lock \
+		lm_eval==0.4.13 accelerate==1.15.0 onnx==1.23.2 onnxscript==0.7.2 onnxruntime==1.32.0
+	$(EXTRAS)/bin/python -m pytest -m extras tests/launch/test_evaluate.py tests/pipeline/test_onnx.py $(ARGS)
 
 lint: $(READY) ## ruff and mypy
 	$(BIN)/ruff check .

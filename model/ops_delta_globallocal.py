@@ -41,8 +41,10 @@ def gated_delta_rule(
     """
     length, groups = query.shape[1], query.shape[2]
     heads = value.shape[2]
-    size = length if exporting() else min(SUMMARY_CHUNK, 1 << (length - 1).bit_length())
-    if missing := 0 if exporting() else -length % size:  # steps that change nothing
+    if exporting():
+        return _one_by_one(query, key, value, log_keep, write, state)
+    size = min(SUMMARY_CHUNK, 1 << (length - 1).bit_length())
+    if missing := -length % size:  # steps that change nothing
         query, key, value = (F.pad(x, (0, 0, 0, 0, 0, missing)) for x in (query, key, value))
         log_keep, write = (F.pad(x, (0, 0, 0, missing)) for x in (log_keep, write))
 
@@ -71,6 +73,29 @@ def gated_delta_rule(
     before, update, state = _chain((added, held, kept, until_end), state)
     answer = (query * share) @ before + scores @ update
     return answer.transpose(2, 3).flatten(1, 2)[:, :length], state
+
+
+def _one_by_one(
+    query: Tensor, key: Tensor, value: Tensor, log_keep: Tensor, write: Tensor, state: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """`gated_delta_rule` as its equations say it, for graphs of any length: they loop over the positions."""
+    from torch._higher_order_ops.scan import scan  # here alone: no face of torch has it yet
+
+    heads = value.shape[2]
+    query, key = (x.repeat_interleave(heads // x.shape[2], dim=2) for x in (query, key))
+    if state is None:
+        state = value.new_zeros(value.shape[0], heads, key.shape[-1], value.shape[-1])
+
+    def step(state: Tensor, position: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
+        query, key, value, keep, write = position  # [B, H, d or p], [B, H]
+        kept = keep[..., None, None] * state
+        held = (key.unsqueeze(-2) @ kept).squeeze(-2)
+        state = kept + key.unsqueeze(-1) * (write.unsqueeze(-1) * (value - held)).unsqueeze(-2)
+        return state, (query.unsqueeze(-2) @ state).squeeze(-2)
+
+    positions = tuple(x.transpose(0, 1) for x in (query, key, value, log_keep.exp(), write))
+    state, answers = scan(step, state, positions)
+    return answers.transpose(0, 1), state
 
 
 def _chain(parts: tuple[Tensor, Tensor, Tensor, Tensor], state: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -122,7 +147,4 @@ def _diagonal_blocks(matrix: Tensor, block: int) -> Tensor:
 
 def unit_inverse(matrix: Tensor) -> Tensor:
     """The inverse of 1 + the strictly lower triangle of matrix [..., C, C], C a power of two; the rest is not read."""
-    if exporting():  # of any size
-        one = torch.eye(matrix.shape[-1], dtype=matrix.dtype, device=matrix.device).expand_as(matrix)
-        return torch.linalg.solve_triangular(matrix, one, upper=False, unitriangular=True)
     return _UnitInverse.apply(matrix)

@@ -47,6 +47,7 @@ def export(
         str | None,
         typer.Option(help="USER/NAME on the Hugging Face hub; made private where there is none. Takes HF_TOKEN."),
     ] = None,
+    onnx: Annotated[bool, typer.Option("--onnx", help="Also model.onnx, for onnxruntime; loads the model.")] = False,
     register: Annotated[str | None, typer.Option(help="Name in MLflow's model registry; a version is added.")] = None,
     alias: Annotated[str | None, typer.Option(help="Alias of that version, such as champion.")] = None,
 ) -> None:
@@ -65,13 +66,16 @@ def export(
     from pipeline.export.hub import check_repository, push
     from pipeline.export.hugging_face import Form
     from pipeline.export.hugging_face import export as write_export
+    from pipeline.export.onnx_graph import check_installed
     from pipeline.tracking.models import publish
 
     if alias and not register:
         raise UserError(f"--alias {alias}: is of a version in the registry; give --register NAME too")
     if push_to_hub:
         check_repository(push_to_hub)
-    form = Form(getattr(torch, dtype.value), shard_bytes(max_shard_size), average, push_to_hub)
+    if onnx:
+        check_installed()
+    form = Form(getattr(torch, dtype.value), shard_bytes(max_shard_size), average, push_to_hub, onnx)
     state = write_export(path, output, form)
     mean = f"the mean of {average} checkpoints up to " if average > 1 else ""
     typer.echo(f"{output}: {mean}step {state.step:,} of {path}, reloaded and verified")

@@ -16,7 +16,9 @@ from data_prep.store import sync_folder
 from pipeline.checkpoints.fingerprint import probe_ids
 from pipeline.checkpoints.folder import CheckpointState, list_checkpoints, read_state, verify
 from pipeline.export.card import CardFacts, model_card
-from pipeline.export.load import find_checkpoint, rebuild
+from pipeline.export.load import find_checkpoint, load_model, rebuild
+from pipeline.export.onnx_graph import NAME as ONNX_NAME
+from pipeline.export.onnx_graph import write_onnx
 from pipeline.export.weights import Weights, differing_weights, write_weights
 from pipeline.generation.sampling import Sampling
 
@@ -49,18 +51,20 @@ class Form:
         max_shard_bytes: of one file of weights, where no single tensor is larger.
         average: the mean of the weights of so many of the run's newest checkpoints.
         repository: USER/NAME on the hub, where the folder will go.
+        onnx: a graph for onnxruntime beside the weights, in float32; made of the whole model in memory.
     """
 
     dtype: torch.dtype = torch.float32
     max_shard_bytes: int = 5 * 10**9
     average: int = 1
     repository: str | None = None
+    onnx: bool = False
 
 
 def export(path: Path, output: Path, form: Form = Form()) -> CheckpointState:
     """Write `output`, compare it with the checkpoint, reload it in a fresh process, and only then publish it.
 
-    This process holds the tensors of one file of weights at a time, the fresh one the model.
+    This process holds the tensors of one file of weights at a time (for ONNX the model), the fresh one the model.
 
     Args:
         path: a run folder or a checkpoint.
@@ -134,6 +138,8 @@ def write(folders: Sequence[Path], output: Path, form: Form) -> list[CheckpointS
         raise UserError(f"{output}: its weights are not the checkpoint's: {', '.join(wrong[:5])}; is the disk sound?")
     recorded = Recorded.of(states[0], form.dtype) if len(states) == 1 else None
     verify_reload(output, config.vocab_size, recorded)
+    if form.onnx:
+        write_onnx(load_model(output).model, output / ONNX_NAME)
     return states
 
 

@@ -132,7 +132,7 @@ def test_what_does_not_go_together_is_one_line(
 def installed() -> None:
     for name in NEEDED:
         if find_spec(name) is None:
-            missing(f"lm-evaluation-harness ({name})", "`make harness` installs it and runs this test")
+            missing(f"lm-evaluation-harness ({name})", "`make extras` installs it and runs this test")
 
 
 ROLLING = """
@@ -166,7 +166,7 @@ def task_folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
-@pytest.mark.harness
+@pytest.mark.extras
 @pytest.mark.usefixtures("installed")
 def test_tasks_go_to_the_harness_which_finds_the_same_loss(
     tiny_export: Path,
