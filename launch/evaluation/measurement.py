@@ -191,4 +191,6 @@ def _groups(dataset: str, what: str, groups: Sequence[Group]) -> Table:
 
 
 def _short(value: float) -> str:
+    if math.isnan(value):
+        return "–"  # there is nothing to divide by
     return f"{value:,.2f}" if math.isfinite(value) and value < 1e6 else f"{value:.3g}"

@@ -114,8 +114,10 @@ def mixed(results: Mapping[str, Figures], shares: Sequence[float], splits: Seque
     """The figures of text mixed as in training, from those of each dataset.
 
     The loss is the mean of the datasets' losses under their shares of the samples, so that it stands beside the
-    training loss; words and bytes per token are averaged in the same way.
+    training loss; words and bytes per token are averaged in the same way. Where one of the datasets counts no words,
+    the mixture has no perplexity per word.
     """
+    word_ends = [_word_ends_per_token(split) for split in splits]
 
     def mean(values: Iterable[float]) -> float:
         return sum(share * value for share, value in zip(shares, values, strict=True))
@@ -123,7 +125,7 @@ def mixed(results: Mapping[str, Figures], shares: Sequence[float], splits: Seque
     total = _figures(
         mean(result.loss for result in results.values()),
         round(sum(result.tokens for result in results.values())),
-        mean(map(_word_ends_per_token, splits)),
+        mean(word_ends) if all(word_ends) else 0.0,
         mean(map(_bytes_per_token, splits)),
     )
     return HeldOut(total, results)

@@ -13,7 +13,7 @@ import torch
 from pipeline.data.loader import evaluation_batches, evaluation_windows
 from pipeline.data.token_stream import TokenStream
 from pipeline.evaluation.by_position import HISTORIES, histories, loss_by_position
-from pipeline.evaluation.figures import Evaluation, Figures, HeldOut, perplexities
+from pipeline.evaluation.figures import Evaluation, Figures, HeldOut, mixed, perplexities
 from pipeline.evaluation.held_out import summed_loss
 from tests.pipeline.dataset_fixture import cut, write_dataset
 
@@ -25,6 +25,15 @@ def test_each_figure_has_its_denominator() -> None:
     assert result.token_perplexity == pytest.approx(math.exp(600 / 200))
     assert result.word_perplexity == pytest.approx(math.exp(600 / 100))
     assert result.bits_per_byte == pytest.approx(600 / math.log(2) / 900)
+
+
+def test_a_mixture_has_no_perplexity_per_word_where_a_part_counts_no_words() -> None:
+    figures = {name: Figures(3.0, tokens=200.0) for name in ("counted", "not counted")}
+    splits: Any = [SimpleNamespace(tokens=200, source_bytes=900, words=words, lines=0) for words in (100, 0)]
+    assert math.isnan(mixed(figures, [0.5, 0.5], splits).total.word_perplexity)
+    both = mixed(figures, [0.5, 0.5], [splits[0], splits[0]]).total
+    assert both.word_perplexity == pytest.approx(math.exp(6.0))
+    assert both.loss == 3.0
 
 
 class Uniform(torch.nn.Module):
