@@ -126,6 +126,7 @@ def write(folders: Sequence[Path], output: Path, form: Form) -> list[CheckpointS
         model = GlobalLocalForCausalLM(config)
     weights = Weights.of(model, [ParameterReader(*pair) for pair in zip(folders, states, strict=True)])
     write_weights(weights, output, form.dtype, form.max_shard_bytes)
+    config.bos_token_id = config.eos_token_id  # training begins a text behind the token that ends the one before
     config.dtype, config.architectures = str(form.dtype).removeprefix("torch."), [type(model).__name__]
     custom_object_save(model, output, config=config)  # type: ignore[arg-type]  # which takes it, and asks for a dict
     config.save_pretrained(output)
@@ -144,12 +145,14 @@ def write(folders: Sequence[Path], output: Path, form: Form) -> list[CheckpointS
 
 
 def copy_tokenizer(tokenizer_folder: Path, output: Path, max_length: int) -> None:
-    """As it is, but that it names the longest sequence of training, which frameworks cut texts at."""
+    """As it is, but for two settings that frameworks read: the longest sequence of training, at which they cut texts,
+    and the token in front of a text, which in training is the one that ends a text."""
     for item in tokenizer_folder.iterdir():
         if not (output / item.name).exists():
             shutil.copyfile(item, output / item.name)
     file = output / "tokenizer_config.json"
     settings = json.loads(file.read_text()) | {"model_max_length": max_length}
+    settings["bos_token"] = settings["eos_token"]
     file.write_text(json.dumps(settings, indent=2, ensure_ascii=False) + "\n")
 
 

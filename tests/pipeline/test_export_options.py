@@ -128,7 +128,9 @@ def test_a_mean_in_bfloat16_goes_to_the_hub_and_a_stranger_runs_the_code_of_its_
     ours = Sampling()
     for name in ("max_new_tokens", "temperature", "top_k", "top_p", "repetition_penalty"):
         assert getattr(said, name) == getattr(ours, name), name
-    assert json.loads((output / "tokenizer_config.json").read_text())["model_max_length"] == 64
+    assert said.bos_token_id == said.eos_token_id == 2  # the token in front of a text
+    tokenizer = json.loads((output / "tokenizer_config.json").read_text())
+    assert (tokenizer["model_max_length"], tokenizer["bos_token"], tokenizer["eos_token"]) == (64, "</s>", "</s>")
 
 
 def test_a_card_says_what_a_stranger_wants_to_know(run: OneFileRun) -> None:
