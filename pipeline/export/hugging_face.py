@@ -126,7 +126,8 @@ def write(folders: Sequence[Path], output: Path, form: Form) -> list[CheckpointS
         model = GlobalLocalForCausalLM(config)
     weights = Weights.of(model, [ParameterReader(*pair) for pair in zip(folders, states, strict=True)])
     write_weights(weights, output, form.dtype, form.max_shard_bytes)
-    config.bos_token_id = config.eos_token_id  # training begins a text behind the token that ends the one before
+    ends = config.eos_token_id  # training begins a text behind the token that ends the one before
+    config.bos_token_id = ends[0] if isinstance(ends, list) else ends
     config.dtype, config.architectures = str(form.dtype).removeprefix("torch."), [type(model).__name__]
     custom_object_save(model, output, config=config)  # type: ignore[arg-type]  # which takes it, and asks for a dict
     config.save_pretrained(output)
