@@ -30,7 +30,7 @@ from pipeline.export.initial import begin_with, initial_weights, origin_of
 from pipeline.export.load import keep_model, load_tokenizer
 from pipeline.fitting import fit
 from pipeline.health.guard import Guard
-from pipeline.introduce import introduce
+from pipeline.introduce import describe_start, introduce
 from pipeline.meters import Meters
 from pipeline.metrics.profiler import StepProfiler
 from pipeline.record import start_tracker
@@ -60,16 +60,22 @@ def build(config: RunConfig, world: World, stop: StopRequest, clock: Clock) -> T
     """Every part of a run, from its settings. `clock.move` stands where all ranks have come equally far."""
     context = check_settings(config, world, clock)
     clock.move()
-    machinery = build_engine(context, stop)
+    machinery = build_engine(context, stop, clock)
     clock.move()
     transformers.set_seed(config.run.seed + world.rank)  # dropout differs between ranks
     resumed = resume(context, machinery.engine)
     if resumed.folder is None:
         resumed = replace(resumed, state=replace(resumed.state, begun_from=machinery.origin))
     clock.move()
+    clock.end_part("checkpoint")
     clock.seconds.update(resumed.state.seconds)
     tracker = start_tracker(context, resumed)
-    return build_trainer(context, machinery, resumed, tracker, stop, clock)
+    clock.end_part("tracking")
+    trainer = build_trainer(context, machinery, resumed, tracker, stop, clock)
+    clock.end_part("trainer")
+    log.info(describe_start(clock.start_seconds))
+    tracker.log_event("ready", trainer.step, seconds=clock.start_seconds)
+    return trainer
 
 
 def checked(read: Reading, world: World) -> RunConfig:
@@ -89,7 +95,9 @@ def check_settings(config: RunConfig, world: World, clock: Clock) -> RunContext:
     with world.together():
         fitted = fit(config, world.size, precision, world.device, disk=world.is_main)
     context = fitted.context(config, world, precision)
+    clock.end_part("settings")
     check_corpus(context, clock)
+    clock.end_part("data")
     return context
 
 
@@ -103,7 +111,7 @@ def check_corpus(context: RunContext, clock: Clock) -> None:
     world.raise_together(problems)
 
 
-def build_engine(context: RunContext, stop: StopRequest) -> Machinery:
+def build_engine(context: RunContext, stop: StopRequest, clock: Clock) -> Machinery:
     """The model as it begins, in DeepSpeed's engine; before it is built, what the run is and needs is said."""
     config, world = context.config, context.world
     transformers.set_seed(config.run.seed)
@@ -116,11 +124,13 @@ def build_engine(context: RunContext, stop: StopRequest) -> Machinery:
     groups = describe_groups(parameter_groups(model, config.optimizer.weight_decay))
     for line in introduce(context, groups):
         log.info(line)
+    clock.end_part("model")
     engine = initialize(model, config, context.deepspeed, stop)
     if context.compiled:
         compile_blocks(engine, context.layout.micro_batch_size, config.data.sequence_length)
     deferring = DeferringCheckpointEngine(HostBuffers() if config.checkpoint.background else None)
     engine.checkpoint_engine = deferring
+    clock.end_part("engine")
     return Machinery(engine, deferring, expected_bytes, origin)
 
 

@@ -1,6 +1,6 @@
 """What a run is and what to expect of it, in a few aligned lines before its first step."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 from pipeline.checkpoints.space import checkpoint_bytes, readable, retained
 from pipeline.context import RunContext
@@ -15,6 +15,12 @@ def introduce(context: RunContext, groups: Sequence[str]) -> list[str]:
         groups: a line for each group of parameters of the optimizer.
     """
     return [f"{label:<{LABEL_WIDTH}}{line}" for label, line in _facts(context, groups)]
+
+
+def describe_start(seconds: Mapping[str, float]) -> str:
+    """One line of the seconds that a start has taken, by its parts; the first step follows."""
+    parts = ", ".join(f"{name} {value:.1f}" for name, value in seconds.items())
+    return f"{'start':<{LABEL_WIDTH}}{sum(seconds.values()):.1f} s: {parts}"
 
 
 def _facts(context: RunContext, groups: Sequence[str]) -> Iterator[tuple[str, str]]:

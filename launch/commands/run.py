@@ -273,7 +273,7 @@ def launch(
     if hostfile is not None:
         job = HostfileRun.of_hostfile(settings, cluster, hostfile, hosts, reach)
     else:
-        job = LocalRun(config, given, settings, local, reach.master_port)
+        job = LocalRun(config, given, settings, local, reach.master_port, keep_standby=max_restarts > 0)
     if dry_run:
         typer.echo(job.describe())
         return

@@ -2,7 +2,8 @@
 
 import os
 import secrets
-from dataclasses import dataclass, field
+import time
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
@@ -13,6 +14,8 @@ from launch.jobs.closing import close
 from launch.jobs.command import Job, cpu_environment, deepspeed_program
 from launch.jobs.restarts import Failure, run_with_restarts
 from launch.jobs.session import TRAIN_PROGRAM, Ended, Launch, grace_seconds, run_session
+from launch.jobs.standby import Standby
+from pipeline.distributed.turn import STARTED_VARIABLE
 
 if TYPE_CHECKING:
     from pipeline.config import RunConfig
@@ -33,26 +36,38 @@ class Run(Protocol):
     def start(self, failures: list[Failure]) -> Ended:
         """Run it once, to its end."""
 
+    def close(self) -> None:
+        """It is not started again."""
+
 
 def run(job: Run, max_restarts: int) -> int:
     """Run a job and start it again as `restarts.judge` allows; returns the exit code."""
     settings, folder = job.settings, job.settings.run_folder
     (folder / "logs").mkdir(parents=True, exist_ok=True)
-    code = run_with_restarts(job.start, folder, max_restarts)
+    try:
+        code = run_with_restarts(job.start, folder, max_restarts)
+    finally:
+        job.close()
     close(settings, code)
     return code
 
 
 @dataclass
 class LocalRun:
-    """`deepspeed` on this machine: a rank for each device, or `processes` of them; on CPU cores without any."""
+    """`deepspeed` on this machine: a rank for each device, or `processes` of them; on CPU cores without any.
+
+    Attributes:
+        keep_standby: make the next start ready while this one trains.
+    """
 
     config: Path
     overrides: tuple[str, ...]
     settings: "RunConfig"
     processes: int | None = None
     port: int | None = None
+    keep_standby: bool = False
     job_id: str = field(default_factory=lambda: secrets.token_hex(8))
+    _standby: Standby | None = field(default=None, init=False)
 
     @property
     def ranks(self) -> int:
@@ -62,13 +77,33 @@ class LocalRun:
         return str(self.job(self.port or cluster.DEFAULT_PORT))
 
     def start(self, failures: list[Failure]) -> Ended:
+        standby, self._standby = self._standby, None
+        if standby and standby.go():
+            return run_session(standby.launch, standby.process)
         if self.port and not node.port_is_free(self.port):
             raise UserError(
                 f"--master-port {self.port} is taken on this machine; leave it out, and a free one is found"
             )
+        launch = self.launch()
+        return run_session(replace(launch, environment={**launch.environment, STARTED_VARIABLE: str(time.time())}))
+
+    def launch(self) -> Launch:
         job = self.job(self.port or node.free_port())
-        environment = {**job.whole_environment(), node.JOB_VARIABLE: self.job_id}
-        return run_session(Launch(job.command, environment, launch_log(self.settings), grace_seconds(self.settings)))
+        return Launch(
+            job.command,
+            {**job.whole_environment(), node.JOB_VARIABLE: self.job_id},
+            launch_log(self.settings),
+            grace_seconds(self.settings),
+            when_ready=self.make_standby if self.keep_standby else None,
+        )
+
+    def make_standby(self) -> None:
+        self._standby = Standby.of(self.launch(), self.ranks)
+
+    def close(self) -> None:
+        if self._standby:
+            self._standby.end()
+            self._standby = None
 
     def job(self, port: int) -> Job:
         """

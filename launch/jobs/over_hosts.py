@@ -82,6 +82,9 @@ class HostfileRun:
             )
         )
 
+    def close(self) -> None:
+        """Nothing is kept from one start to the next."""
+
     def ready_hosts(self, wait_seconds: float) -> dict[str, dict[str, Any]]:
         """The facts of the hosts that this start uses; hosts that are away are waited for.
 

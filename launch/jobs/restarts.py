@@ -113,7 +113,12 @@ def run_with_restarts(
     pause_seconds: float = 2.0,
     say: Callable[[str], None] = print,
 ) -> int:
-    """Start a job until it is done or `judge` says no; returns its exit code. `start` gets all failures so far."""
+    """Start a job until it is done or `judge` says no; returns its exit code.
+
+    Args:
+        start: gets all failures so far.
+        pause_seconds: before the next start, where the last one came no further than the one before.
+    """
     failures: list[Failure] = []
     while True:
         ended = start(failures)
@@ -123,7 +128,8 @@ def run_with_restarts(
         verdict = judge_and_record(failures, run_folder, max_restarts, ended.stopped_by is not None, say=say)
         if not verdict.restart:
             return ended.code
-        time.sleep(pause_seconds)
+        if len(failures) > 1 and failures[-1].step == failures[-2].step:
+            time.sleep(pause_seconds)
 
 
 def failure_of(ended: Ended, run_folder: Path) -> Failure:

@@ -7,12 +7,13 @@ same should this very process vanish.
 """
 
 import os
+import re
 import signal
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -37,6 +38,10 @@ FAILURE_GRACE_SECONDS = 10.0
 """Time that the ranks of other nodes have to end by themselves after one node has failed."""
 CLOSING_SECONDS = 30.0
 """What a rank may need beyond its own grace: rank 0 hands over to MLflow."""
+READY = b"start   "
+"""How the line begins in which rank 0 says the seconds of its start."""
+LAUNCHER_SAID = re.compile(rb"\[ERROR\] \[launch\.py:.* exits with return code = (-?\d+)")
+"""DeepSpeed's launcher of this machine, once its ranks have ended; that it and the one above it end takes seconds."""
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 
 
@@ -52,6 +57,7 @@ class Launch:
         stop_signal: sent to the command itself where the ranks are not its descendants here (srun forwards it).
         echo: copy the output to ours.
         limit_seconds: the job is killed when it takes longer.
+        when_ready: called once, when the ranks stand before their first step.
     """
 
     command: Sequence[str]
@@ -62,6 +68,7 @@ class Launch:
     stop_signal: signal.Signals = signal.SIGTERM
     echo: bool = True
     limit_seconds: float | None = None
+    when_ready: Callable[[], None] | None = None
 
 
 @dataclass(frozen=True)
@@ -85,6 +92,8 @@ class _Watch:
 
     asked: list[signal.Signals] = field(default_factory=list)
     ranks_seen: bool = False
+    is_ready: bool = False
+    code: int | None = None
     blames: list[Blame] = field(default_factory=list)
 
 
@@ -93,20 +102,28 @@ def grace_seconds(settings: "RunConfig") -> float:
     return settings.training.preemption_grace_seconds + CLOSING_SECONDS
 
 
-def run_session(launch: Launch) -> Ended:
-    """Run a launcher in a session of its own, its output copied to ours and to the log, until all has ended.
-
-    SIGINT, SIGTERM and SIGUSR1 to us become a request to the ranks to save and leave. What is still there after the
-    grace period, or at a second signal, is killed.
-    """
-    job = subprocess.Popen(
+def start_session(launch: Launch, stdin: int = subprocess.DEVNULL) -> "subprocess.Popen[bytes]":
+    """The launcher, in a session of its own."""
+    return subprocess.Popen(
         launch.command,
         env=dict(launch.environment),
-        stdin=subprocess.DEVNULL,
+        stdin=stdin,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         start_new_session=True,
     )
+
+
+def run_session(launch: Launch, job: "subprocess.Popen[bytes] | None" = None) -> Ended:
+    """Run a launcher in a session of its own, its output copied to ours and to the log, until all has ended.
+
+    SIGINT, SIGTERM and SIGUSR1 to us become a request to the ranks to save and leave. What is still there after the
+    grace period, or at a second signal, is killed.
+
+    Args:
+        job: where `start_session` has started it already.
+    """
+    job = job or start_session(launch)
     assert job.stdout is not None
     watch = _Watch()
     guard_process = _start_guard(job.pid, launch)
@@ -129,6 +146,8 @@ def run_session(launch: Launch) -> Ended:
         guard_process.wait()
         copier.join(timeout=5)
     code = job.returncode if job.returncode >= 0 else 128 - job.returncode
+    if watch.code is not None and not launch.elsewhere:
+        code = watch.code % 256
     code = code or (ABANDONED_EXIT_CODE if abandoned else 0)
     if code and watch.asked and not launch.elsewhere and not watch.ranks_seen:
         code = PREEMPTED  # no rank was there yet, and nothing is lost
@@ -141,7 +160,11 @@ def _wait(job: "subprocess.Popen[bytes]", launch: Launch, watch: _Watch) -> None
     limit = time.monotonic() + launch.limit_seconds if launch.limit_seconds else None
     deadline = None
     told: set[int] = set()
+    when_ready = launch.when_ready
     while job.poll() is None:
+        if when_ready and watch.is_ready and not watch.asked and not watch.blames:
+            when_ready()
+            when_ready = None
         if watch.asked and deadline is None:
             if launch.echo:
                 patience = f"at most {launch.grace_seconds:.0f} s"
@@ -154,6 +177,7 @@ def _wait(job: "subprocess.Popen[bytes]", launch: Launch, watch: _Watch) -> None
         if watch.asked and not launch.elsewhere:
             watch.ranks_seen |= _tell(job.pid, told, launch.stop_signal)
         over = any(moment is not None and time.monotonic() > moment for moment in (deadline, limit))
+        over |= watch.code is not None and not launch.elsewhere
         insisted = [number for number in watch.asked if number != signal.SIGUSR1]  # a notice in advance, no order
         if over or len(insisted) > 1:
             end_session(job.pid, patience_seconds=0)
@@ -229,6 +253,9 @@ def _copy(source: BinaryIO, launch: Launch, watch: _Watch) -> None:
             file.write(line)
             file.flush()
             screen.show(line)
+            watch.is_ready |= line.startswith(READY)
+            if said := LAUNCHER_SAID.search(line):
+                watch.code = int(said[1])
             told = blame(line.decode(errors="replace"))
             if told:
                 watch.blames.append(told)

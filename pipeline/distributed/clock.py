@@ -17,17 +17,28 @@ class Clock:
         step: optimizer steps taken; None until this start has taken one.
         moves, moved_at: how many, and when the last one was (`time.monotonic`).
         annotate: called with a phase's name for a context around it; a profiler shows phases by it.
+        start_seconds: of the parts of this start, in their order.
+
+    Args:
+        since: when this start began (`time.time`); now when absent.
     """
 
     OUTERMOST = ("start", "training")
 
-    def __init__(self) -> None:
+    def __init__(self, since: float | None = None) -> None:
         self.seconds = {"training": 0.0, "evaluation": 0.0, "saving": 0.0}
         self.now = "start"
         self.step: int | None = None
         self.moves = 0
         self.moved_at = time.monotonic()
         self.annotate: Callable[[str], AbstractContextManager[object]] = nullcontext
+        self.start_seconds: dict[str, float] = {}
+        self._part_began = time.time() if since is None else since
+
+    def end_part(self, name: str, at: float | None = None) -> None:
+        """A part of the start ends, now or `at`, and the next one begins."""
+        at = time.time() if at is None else at
+        self.start_seconds[name], self._part_began = max(0.0, at - self._part_began), at
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:

@@ -178,7 +178,7 @@ def _open_at(
     say: Say,
     sizes: Sizes | None = None,
 ) -> Tracker:
-    """Lock, spool, thread; waits for the thread's first try at the store."""
+    """Lock, spool, thread; waits for the thread's first try at the store, where this makes the run there."""
     folder = run_folder / "tracking"
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -201,6 +201,8 @@ def _open_at(
     shipper = Shipper(spool, run, delivery, say)
     if history.attempts and shipper.undelivered_bytes:
         say(f"tracking: {shipper.undelivered_bytes:,} bytes that had not reached MLflow are sent first")
+    if delivery.run_id:  # known there: importing MLflow and asking for it is not waited for
+        shipper.first_attempt.set()
     shipper.start()
     answered = shipper.first_attempt.wait(START_WAIT_SECONDS)
     if not answered:

@@ -94,7 +94,14 @@ def machine() -> str:
             (line.split(":")[1].strip() for line in cpu.read_text().splitlines() if "model name" in line), model
         )
     versions = ", ".join(f"{package} {metadata.version(package)}" for package in PACKAGES)
-    return f"{datetime.date.today()}, {model}, {os.cpu_count()} cores, Python {platform.python_version()}, {versions}"
+    where = f"{datetime.date.today()}, {model}, {os.cpu_count()} cores, Python {platform.python_version()}, {versions}"
+    return f"{where}; commit {commit()}"
+
+
+def commit() -> str:
+    """What was measured; a `+` where files differ from it."""
+    done = subprocess.run(["git", "describe", "--always", "--dirty=+"], cwd=ROOT, capture_output=True, text=True)
+    return done.stdout.strip() or "unknown"
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.settings.section import counted
+from tests.benchmarks import restart
 from tests.conftest import globallocal
 from tests.pipeline.ranks import outputs, start_ranks, wait
 
@@ -18,6 +19,7 @@ TARGETS = {
     "save_bandwidth_over_plain_write_and_fsync": "≥ 0.7",
     "verified_load_bandwidth_over_plain_read": "≥ 0.7",
     "tokens_per_second_over_a_bare_deepspeed_loop": "≥ 0.98",
+    "restart.first_step_again_seconds": "≤ 10",
 }
 
 
@@ -27,8 +29,9 @@ def run() -> dict[str, Any]:
         globallocal("tokenizer", "--source", "sample", "--vocab-size", 512, "--output", folder / "tokenizer")
         globallocal("prepare", "--source", "sample", "--tokenizer", folder / "tokenizer", "--output", folder / "data")
         figures = ranks(folder, "costs", 2)
+        back = restart.measure(folder / "runs", folder / "data")
         memory = {counted(count, "rank"): ranks(folder, "memory", count) for count in (1, 2, 4)}
-    return {**figures, "peak_bytes_of_tensors_over_the_forecast": memory}
+    return {**figures, "restart": back, "peak_bytes_of_tensors_over_the_forecast": memory}
 
 
 def ranks(folder: Path, what: str, count: int) -> dict[str, Any]:

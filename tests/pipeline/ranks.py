@@ -144,6 +144,7 @@ def main(folder: Path) -> None:
     from data_prep.errors import UserError
     from pipeline.config import load_config
     from pipeline.distributed import world as ranks
+    from pipeline.distributed.clock import Clock
     from pipeline.distributed.stop import StopRequest
     from pipeline.health.decisions import write_decisions
     from pipeline.health.state import RollBack
@@ -170,7 +171,7 @@ def main(folder: Path) -> None:
                     circumstances.enter_context(happening(Moment(**item["moment"]), world.rank))
                 if item["poison"]:
                     circumstances.enter_context(poisoned(Poison(**item["poison"])))
-                result["code"] = run(config, world, StopRequest())
+                result["code"] = run(config, world, StopRequest(), Clock())
         except UserError as error:
             result |= {"code": error.exit_code, "problems": error.problems}
         results.append(result)

@@ -22,6 +22,7 @@ WRITES = {0: 5, 1: 2}
 def main(folder: Path) -> None:
     from data_prep.errors import UserError
     from pipeline.config import load_config
+    from pipeline.distributed.clock import Clock
     from pipeline.distributed.stop import StopRequest
     from pipeline.distributed.world import shutdown, start
     from pipeline.train import open_log, run
@@ -62,7 +63,7 @@ def main(folder: Path) -> None:
         try:
             config = settings("tiny", f"run.output_dir={folder}/tiny")
             open_log(config.run_folder, world.rank)
-            run(config, world, stop)
+            run(config, world, stop, Clock())
         except UserError as error:
             results["tiny"] = error.problems
     if world.is_main:

@@ -110,7 +110,9 @@ def test_a_job_that_begins_at_a_folder_is_started_again_from_its_own_newest(
     until(step_of(list_checkpoints(root)[0]))
     job.send_signal(signal.SIGTERM)
     assert job.wait(timeout=300) == PREEMPTED
-    first, second = [line for line in (tmp_path / "output").read_text().splitlines() if line.startswith("resuming ")]
+    said = (tmp_path / "output").read_text().splitlines()
+    assert ["standby" in line for line in said if line.startswith("start ")] == [False, True]
+    first, second = [line for line in said if line.startswith("resuming ")]
     assert first == f"resuming from {begins}"
     assert second.startswith(f"resuming from {root}/step-")
 

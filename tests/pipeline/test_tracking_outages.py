@@ -157,8 +157,10 @@ def silent_server() -> Iterator[str]:
         yield f"http://127.0.0.1:{listener.getsockname()[1]}"
 
 
-def child(uri: str, folder: Path, *arguments: object) -> subprocess.Popen[str]:
-    command = [sys.executable, "-m", "tests.pipeline.tracking_child", uri, str(folder), *map(str, arguments)]
+def child(uri: str, folder: Path, *arguments: object, seconds: float = 20) -> subprocess.Popen[str]:
+    """It gives MLflow `seconds` at its end."""
+    words = map(str, (uri, folder, *arguments, seconds))
+    command = [sys.executable, "-m", "tests.pipeline.tracking_child", *words]
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     return subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment, cwd=folder.parent)
 
@@ -168,7 +170,7 @@ def test_a_server_that_never_answers_blocks_neither_training_nor_exit(
 ) -> None:
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "2")
     # The process gives its server 3 s at the end; hanging would be for ever.
-    output, _ = child(silent_server, tmp_path / "run", 0, 500, 0, "FINISHED").communicate(timeout=120)
+    output, _ = child(silent_server, tmp_path / "run", 0, 500, 0, "FINISHED", seconds=3).communicate(timeout=120)
     lines = output.splitlines()
     assert "cannot be used" in lines[0]
     assert "step 499" in lines

@@ -28,4 +28,4 @@ for step in range(first, last):
     say(f"step {step}")
     time.sleep(float(pause))
 tracker.log_text("the end", "samples/end.txt")
-say(f"delivered {tracker.close(status, deadline_seconds=3)}")
+say(f"delivered {tracker.close(status, deadline_seconds=float(sys.argv[7]))}")
