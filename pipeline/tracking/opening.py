@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 
 START_WAIT_SECONDS = 60.0  # a new SQLite store takes 5 to 10 s to lay out its tables
 LOCK_WAIT_SECONDS = 10.0
+KNOWN_PAUSE_SECONDS = 5.0
 
 
 def open_tracker(
@@ -198,10 +199,11 @@ def _open_at(
     uri, experiment = place
     delivery = _delivery(folder, redact_text(uri), experiment, run_id, say)
     run = MlflowRun(uri, experiment, history.run_key, history.run_name, run_folder)
-    shipper = Shipper(spool, run, delivery, say)
+    known = delivery.run_id is not None  # then nothing waits for MLflow, and the first steps go before its import
+    shipper = Shipper(spool, run, delivery, say, KNOWN_PAUSE_SECONDS if known else 0.0)
     if history.attempts and shipper.undelivered_bytes:
         say(f"tracking: {shipper.undelivered_bytes:,} bytes that had not reached MLflow are sent first")
-    if delivery.run_id:  # known there: importing MLflow and asking for it is not waited for
+    if known:
         shipper.first_attempt.set()
     shipper.start()
     answered = shipper.first_attempt.wait(START_WAIT_SECONDS)

@@ -70,10 +70,12 @@ class Shipper(threading.Thread):
         run: where to.
         delivery: how far it got before; saved as `delivery.json` beside the spool after every batch.
         say: receives one line when the store goes away, comes back, or refuses something.
+        pause_seconds: before the first connection, which imports MLflow.
     """
 
-    def __init__(self, spool: Spool, run: MlflowRun, delivery: Delivery, say: Say) -> None:
+    def __init__(self, spool: Spool, run: MlflowRun, delivery: Delivery, say: Say, pause_seconds: float = 0.0) -> None:
         super().__init__(name="tracking", daemon=True)
+        self._pause_seconds = pause_seconds
         self._spool, self._run, self._delivery, self._say = spool, run, delivery, say
         self._connected = False
         self._wake = threading.Event()
@@ -110,6 +112,7 @@ class Shipper(threading.Thread):
         return not self.is_alive() and not self.undelivered_bytes
 
     def run(self) -> None:
+        self._closing.wait(self._pause_seconds)
         retry_seconds = FIRST_RETRY_SECONDS
         while not self._given_up:
             closing = self._closing.is_set()  # looked at first: what came before it is shipped below
