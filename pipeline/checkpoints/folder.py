@@ -20,6 +20,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, PlainSerializer, Va
 from data_prep.errors import UserError
 from data_prep.store import sync_folder
 from pipeline.checkpoints.fingerprint import Fingerprint
+from pipeline.checkpoints.hashing import hasher, recorded
 from pipeline.checkpoints.state import Origin, TrainState
 from pipeline.evaluation.figures import Evaluation
 from pipeline.files import LOCK_FILE, HeldError, hold
@@ -169,7 +170,7 @@ def listing_digest(files: dict[str, dict[str, Any]]) -> str:
 
 
 def read_listing(folder: Path) -> tuple[dict[str, dict[str, Any]], list[str]]:
-    """File → `bytes` and `sha256` as integrity.json tells, and why it cannot be read."""
+    """File → `bytes` and its hash (`hashing.recorded`) as integrity.json tells, and why it cannot be read."""
     try:
         table = json.loads((folder / INTEGRITY).read_bytes())
         version, files = table["format_version"], table["files"]
@@ -224,9 +225,10 @@ def _verify_size(path: Path, expected: dict[str, Any]) -> list[str]:
 
 
 def _verify_hash(path: Path, expected: dict[str, Any], progress: Callable[[int], None]) -> list[str]:
-    digest, blocks = hashlib.sha256(), itertools.cycle([bytearray(_BLOCK_BYTES) for _ in range(2)])
     try:
-        with open(path, "rb", buffering=0) as file, ThreadPoolExecutor(1, "hash") as hasher:
+        algorithm, written = recorded(expected)
+        digest, blocks = hasher(algorithm, all_cores=True), itertools.cycle([bytearray(_BLOCK_BYTES) for _ in range(2)])
+        with open(path, "rb", buffering=0) as file, ThreadPoolExecutor(1, "hash") as thread:
             hashed: Future[None] | None = None
             while True:  # one block is hashed while the next is read; both leave the interpreter to others
                 block = next(blocks)
@@ -235,14 +237,12 @@ def _verify_hash(path: Path, expected: dict[str, Any], progress: Callable[[int],
                     hashed.result()
                 if not count:
                     break
-                hashed = hasher.submit(digest.update, memoryview(block)[:count])
+                hashed = thread.submit(digest.update, memoryview(block)[:count])
                 progress(count)
-    except OSError as error:
-        return [f"{path}: {error.strerror}"]
+    except (OSError, ValueError) as error:
+        return [f"{path}: {failure_message(error)}"]
     actual = digest.hexdigest()
-    if actual == expected["sha256"]:
-        return []
-    return [f"{path}: sha256 {actual[:12]}…, {expected['sha256'][:12]}… was written"]
+    return [] if actual == written else [f"{path}: {algorithm} {actual[:12]}…, {written[:12]}… was written"]
 
 
 def newest_verified(folders: Iterable[Path], world: "World") -> tuple[Path | None, list[str]]:

@@ -3,7 +3,6 @@
 DeepSpeed hands its files to `DeferringCheckpointEngine`, its own extension point; `saver.py` has them written.
 """
 
-import hashlib
 import json
 import os
 from collections.abc import Callable
@@ -21,6 +20,7 @@ from torch.serialization import get_crc32_options, set_crc32_options
 from data_prep.store import sync_folder
 from pipeline.checkpoints import zero_layout
 from pipeline.checkpoints.folder import FORMAT_VERSION, INTEGRITY, STATE, CheckpointState, listing_digest, put_in_place
+from pipeline.checkpoints.hashing import ALGORITHM, hasher
 from pipeline.checkpoints.snapshot import HostBuffers
 from pipeline.distributed.world import World
 from pipeline.engine.internals import Engine, leave_out_the_recovery_script, pieces_of, safe_globals
@@ -29,17 +29,17 @@ from pipeline.redact import failure_message, redact
 
 
 class _HashingFile:
-    """A write-only binary file that knows the sha256 of what passed through it."""
+    """A write-only binary file that knows the hash of what passed through it."""
 
-    def __init__(self, raw: BinaryIO, hasher: ThreadPoolExecutor) -> None:
-        self.raw, self.hasher, self.digest, self.size = raw, hasher, hashlib.sha256(), 0
+    def __init__(self, raw: BinaryIO, thread: ThreadPoolExecutor) -> None:
+        self.raw, self.thread, self.digest, self.size = raw, thread, hasher(), 0
         self.error: OSError | None = None
 
     def write(self, data: bytes | memoryview) -> int:
         self.size += len(data)
         _written[0] += len(data)
         # Neither hashing nor writing holds the interpreter: large pieces do both at once.
-        hashed = self.hasher.submit(self.digest.update, data) if len(data) >= _LARGE_BYTES else None
+        hashed = self.thread.submit(self.digest.update, data) if len(data) >= _LARGE_BYTES else None
         try:
             if hashed is None:
                 self.digest.update(data)
@@ -66,8 +66,10 @@ def written_bytes() -> int:
 
 @dataclass(frozen=True)
 class Written:
+    """`digest` is hexadecimal, of `hashing.ALGORITHM`."""
+
     size_bytes: int
-    sha256: str
+    digest: str
 
 
 class DeferringCheckpointEngine(CheckpointEngine):  # type: ignore[misc]
@@ -155,7 +157,7 @@ def write_files(folder: Path, files: dict[str, Any]) -> tuple[dict[str, Written]
 
 
 def _save(content: Any, file: Any) -> None:
-    """`torch.save` without the CRC32 of its zip format, which takes as long as the sha256 that we keep instead."""
+    """`torch.save` without the CRC32 of its zip format, which takes as long as the hash that we keep instead."""
     before = get_crc32_options()
     set_crc32_options(False)
     try:
@@ -166,8 +168,8 @@ def _save(content: Any, file: Any) -> None:
 
 def write_durably(path: Path, write: Callable[[Any], Any]) -> Written:
     """Call `write(file)`, hash what it wrote and fsync it. Raises OSError."""
-    with open(path, "wb") as raw, ThreadPoolExecutor(1, "checkpoint-hash") as hasher:
-        file = _HashingFile(raw, hasher)
+    with open(path, "wb") as raw, ThreadPoolExecutor(1, "checkpoint-hash") as thread:
+        file = _HashingFile(raw, thread)
         try:
             write(file)
         except RuntimeError as error:  # torch.save's, where the disk's own error says more
@@ -189,7 +191,7 @@ def commit(folder: Path, final: Path, state: CheckpointState, files: dict[str, W
         problems = _strays(folder, files)
         if problems:
             return problems
-        table = {name: {"bytes": item.size_bytes, "sha256": item.sha256} for name, item in sorted(files.items())}
+        table = {name: {"bytes": item.size_bytes, ALGORITHM: item.digest} for name, item in sorted(files.items())}
         whole = {"format_version": FORMAT_VERSION, "sha256": listing_digest(table), "files": table}
         listing = json.dumps(whole, indent=2).encode()
         write_durably(folder / INTEGRITY, lambda file: file.write(listing))

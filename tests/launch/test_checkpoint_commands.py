@@ -6,6 +6,7 @@ import pytest
 
 from launch.cli import main
 from pipeline.checkpoints.folder import list_checkpoints, lock, step_of
+from pipeline.checkpoints.hashing import ALGORITHM
 from pipeline.config import load_config
 from pipeline.files import step_name
 from pipeline.settings.sections import Retention
@@ -54,7 +55,7 @@ def test_verify_names_every_fault_in_one_run(run: Path, capsys: pytest.CaptureFi
     assert main(["checkpoints", "verify", str(run)]) == 2
     errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
     assert len(errors) == 3
-    assert "step-00000040/file-0.pt: sha256" in errors[0]
+    assert f"step-00000040/file-0.pt: {ALGORITHM}" in errors[0]
     assert "step-00000040/state.json: No such file" in errors[1]
     assert "step-00000020: has no integrity.json" in errors[2]
     assert main(["checkpoints", "verify", str(root / step_name(30))]) == 0

@@ -13,6 +13,7 @@ from deepspeed.runtime.zero.config import ZeroStageEnum
 from data_prep.errors import UserError
 from pipeline.checkpoints import folder as checkpoint
 from pipeline.checkpoints import write as checkpoint_io
+from pipeline.checkpoints.hashing import ALGORITHM
 from pipeline.checkpoints.retention import prune
 from pipeline.random_state import random_state, set_random_state
 from pipeline.settings.sections import Retention
@@ -103,7 +104,7 @@ def test_where_none_verifies_the_reasons_are_told(root: Path) -> None:
     with pytest.raises(UserError) as caught:
         checkpoint.newest_verified_alone(root)
     text = str(caught.value)
-    assert "step-00000006/state.json: sha256" in text
+    assert f"step-00000006/state.json: {ALGORITHM}" in text
     assert "step-00000003: has no integrity.json: it was never finished" in text
 
 
