@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,6 +33,7 @@ from pydantic import BaseModel, Field
 
 from data_prep.errors import UserError
 from data_prep.store import FolderStore, Store, open_store
+from data_prep.threads import in_threads
 
 FORMAT_VERSION = 2  # what is written; 1, which named a dataset by its source's paths too, is still read
 MANIFEST_NAME = "manifest.json"
@@ -336,17 +337,21 @@ def _load_index(root: Path, name: str, info: SplitInfo) -> SplitIndex:
     return SplitIndex(name, info.tokens, dtype, token_start, document_start, shard[:-1], data_offset[:-1], shards)
 
 
-def check_shards(dataset: Dataset, split: str, shards: Iterable[int], hashes: bool) -> list[str]:
-    """Checks shards against the manifest: sizes, and the sha256 of every byte if `hashes`.
+def check_shards(
+    dataset: Dataset, split: str, shards: Iterable[int], hashes: bool, before: Callable[[], None] = lambda: None
+) -> list[str]:
+    """Checks shards against the manifest: sizes, and, if `hashes`, the sha256 of every byte, several files at once.
 
-    Returns one line a fault: missing, truncated (expected and actual bytes), changed.
+    Returns one line a fault: missing, truncated (expected and actual bytes), changed. `before` is called for each.
     """
     index = dataset.split(split)
-    problems: list[str] = []
-    for shard in shards:
+
+    def check(shard: int) -> list[str]:
+        before()
         sha256 = index.shard_sha256(shard) if hashes else None
-        problems += check_file(Path(dataset.folder) / index.shard_name(shard), index.shard_bytes(shard), sha256)
-    return problems
+        return check_file(Path(dataset.folder) / index.shard_name(shard), index.shard_bytes(shard), sha256)
+
+    return [line for found in (in_threads if hashes else map)(check, shards) for line in found]
 
 
 def check_file(path: Path, expected_bytes: int | None, sha256: str | None, where: str | None = None) -> list[str]:
@@ -390,8 +395,5 @@ def check_hash(where: str, actual: str, expected: str) -> list[str]:
 
 def hash_file(path: Path) -> str:
     """Hex sha256 of a file."""
-    digest = hashlib.sha256()
     with open(path, "rb", buffering=0) as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
+        return hashlib.file_digest(file, "sha256").hexdigest()

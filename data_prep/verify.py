@@ -8,6 +8,7 @@ import re
 import tarfile
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -30,7 +31,8 @@ from data_prep.manifest import (
     texts_name,
 )
 from data_prep.remote import UnreachableError
-from data_prep.store import Store
+from data_prep.store import FolderStore, Store
+from data_prep.threads import in_threads
 from data_prep.tokenizers.hf_tokenizer import differing_texts
 from data_prep.tokenizers.tokenizer import MODEL_NAME, SELF_TEST_TEXTS, SPACE_MARK, load_tokenizer, segments
 
@@ -83,28 +85,38 @@ def _check_all(dataset: Dataset, depth: Depth, report: VerifyReport) -> bool:
         if content is not None and depth != "quick":
             report.problems += check_hash(where, hashlib.sha256(content).hexdigest(), sha256)
     for index in dataset.indexes.values():
-        for shard in range(index.num_shards):
-            record = index.shards[shard]
-            for name, num_bytes, sha256 in (
-                (index.shard_name(shard), int(record["bytes"]), bytes(record["sha256"]).hex()),
-                (index.ids_name(shard), int(record["ids_bytes"]), bytes(record["ids_sha256"]).hex()),
-            ):
-                problems = _check_size(store, sizes, name, num_bytes)
-                if not problems and depth != "quick":
-                    try:
-                        content = store.read_part(name, 0, num_bytes, num_bytes)
-                    except UnreachableError:
-                        raise
-                    except UserError as error:
-                        problems = error.problems
-                    else:
-                        problems = check_hash(f"{store.where}/{name}", hashlib.sha256(content).hexdigest(), sha256)
-                        if not problems and name == index.shard_name(shard):
-                            problems = _check_structure(dataset, index, shard, content)
-                report.problems += problems
+        check = partial(_check_shard, dataset, sizes, depth, index)
+        several = in_threads if isinstance(store, FolderStore) else map  # a server gets one request after another
+        for problems in several(check, range(index.num_shards)):
+            report.problems += problems
         if depth == "deep" and not report.problems:
             report.problems += _check_tokens(dataset, index)
     return listed
+
+
+def _check_shard(
+    dataset: Dataset, sizes: dict[str, int | None], depth: Depth, index: SplitIndex, shard: int
+) -> list[str]:
+    """Problems of a shard and of its documents' ids. Raises UnreachableError."""
+    store, record, found = dataset.store, index.shards[shard], list[str]()
+    for name, num_bytes, sha256 in (
+        (index.shard_name(shard), int(record["bytes"]), bytes(record["sha256"]).hex()),
+        (index.ids_name(shard), int(record["ids_bytes"]), bytes(record["ids_sha256"]).hex()),
+    ):
+        problems = _check_size(store, sizes, name, num_bytes)
+        if not problems and depth != "quick":
+            try:
+                content = store.read_part(name, 0, num_bytes, num_bytes)
+            except UnreachableError:
+                raise
+            except UserError as error:
+                problems = error.problems
+            else:
+                problems = check_hash(f"{store.where}/{name}", hashlib.sha256(content).hexdigest(), sha256)
+                if not problems and name == index.shard_name(shard):
+                    problems = _check_structure(dataset, index, shard, content)
+        found += problems
+    return found
 
 
 def _check_size(store: Store, sizes: dict[str, int | None], name: str, expected: int) -> list[str]:

@@ -77,9 +77,8 @@ class Corpus:
         problems = []
         for part in self.parts:
             for name in splits if not part.is_remote else ():
-                for shard in range(rank, part.dataset.split(name).num_shards, world_size):
-                    before_shard()
-                    problems += check_shards(part.dataset, name, [shard], hashes)
+                share = range(rank, part.dataset.split(name).num_shards, world_size)
+                problems += check_shards(part.dataset, name, share, hashes, before_shard)
         return problems
 
     def describe(self, split: str) -> Iterator[str]:
