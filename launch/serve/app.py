@@ -8,6 +8,7 @@ import time
 import uuid
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from starlette.applications import Starlette
@@ -127,12 +128,14 @@ class Texts:
             with suppress(RuntimeError):  # the loop has ended: nobody is left to hear it
                 loop.call_soon_threadsafe(self._pieces.put_nowait, (index, piece))
 
-        self._offsets = [len(prompt.text) if asked.echo else 0 for prompt in asked.prompt for _ in range(asked.n)]
+        self._offsets = [0] * (len(asked.prompt) * asked.n)
+        self._begun: set[int] = set()
         self._generated = 0
         self.jobs: list[Job] = []
         for prompt in asked.prompt:
             for sampling in asked.samplings():
-                wanted = decoding.Request(prompt.ids, sampling, asked.logprobs, asked.routing)
+                echo = asked.echo and asked.logprobs is not None
+                wanted = decoding.Request(prompt.ids, sampling, asked.logprobs, asked.routing, echo)
                 index = len(self.jobs)
                 self.jobs.append(Job(wanted, lambda piece, index=index: deliver(index, piece)))  # type: ignore[misc]
 
@@ -154,9 +157,8 @@ class Texts:
                     continue
                 if piece is None:
                     raise Refusal(500, ["the text could not be finished: the model failed, or the server ends"])
-                self._generated += 1
                 unfinished -= piece.finish_reason is not None
-                yield index, piece
+                yield index, self._asked_for(index, piece)
                 if await self._request.is_disconnected():
                     raise ClientDisconnect
         finally:
@@ -164,11 +166,20 @@ class Texts:
                 self._service.worker.cancel(self.jobs)
                 self._service.metrics.add("cancelled_total")
 
+    def _asked_for(self, index: int, piece: Piece) -> Piece:
+        """The piece, behind its prompt where that is to be echoed, without its own token where none was asked for."""
+        prompt = self._asked.prompt[index // self._asked.n]
+        if self._asked.max_tokens == 0:
+            told = prompt.ids if self._asked.logprobs is not None else []
+            return decoding.Piece(prompt.text, piece.tokens[: len(told)], "length")
+        self._generated += 1
+        if not self._asked.echo or index in self._begun:
+            return piece
+        self._begun.add(index)
+        return replace(piece, text=prompt.text + piece.text)
+
     async def events(self) -> AsyncIterator[str]:
         """Server-sent events: a piece each, an error if there is one, [DONE]."""
-        if self._asked.echo:
-            for index in range(len(self.jobs)):
-                yield self._event([self._choice(index, self._prompt(index), [], None)])
         try:
             async for index, piece in self._coming():
                 if piece.text or piece.tokens or piece.finish_reason:
@@ -192,17 +203,13 @@ class Texts:
         choices = [
             self._choice(
                 index,
-                (self._prompt(index) if self._asked.echo else "") + "".join(piece.text for piece in own),
+                "".join(piece.text for piece in own),
                 [token for piece in own for token in piece.tokens],
                 own[-1].finish_reason,
             )
             for index, own in enumerate(pieces)
         ]
         return JSONResponse({**self._head, "choices": choices, "usage": self._usage()})
-
-    def _prompt(self, index: int) -> str:
-        text: str = self._asked.prompt[index // self._asked.n].text
-        return text
 
     def _event(self, choices: list[dict[str, Any]], **more: Any) -> str:
         return f"data: {json.dumps({**self._head, 'choices': choices, **more})}\n\n"

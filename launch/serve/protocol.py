@@ -78,7 +78,7 @@ class Completion(BaseModel):
 
     prompt: Any
     model: str = ""
-    max_tokens: Annotated[int, Field(ge=1)] = Sampling.max_new_tokens
+    max_tokens: Annotated[int, Field(ge=0)] = Sampling.max_new_tokens
     temperature: Annotated[float, Field(ge=0, le=100)] = Sampling.temperature
     top_p: Annotated[float, Field(gt=0, le=1)] = Sampling.top_p
     top_k: Annotated[int, Field(ge=0, lt=2**31)] = Sampling.top_k
@@ -141,8 +141,8 @@ class Completion(BaseModel):
             problems.append(f"prompt, n: {len(self.prompt)} × {self.n} texts; the limit is {most}")
         if self.best_of is not None and self.best_of != self.n:
             problems.append(f"best_of: is {self.best_of}; only n, {self.n}, is known: leave it out")
-        if self.echo and self.logprobs is not None:
-            problems.append("echo, logprobs: the prompt's own probabilities are not told; leave out one of them")
+        if self.max_tokens == 0 and not self.echo:
+            problems.append("max_tokens: is 0; without echo that is no answer: ask for 1 or more, or set echo")
         if problems:
             raise ValueError("\n".join(problems))
         return self
@@ -152,7 +152,13 @@ class Completion(BaseModel):
         seed = random.randrange(2**31) if self.seed is None else self.seed
         return [
             Sampling(
-                self.max_tokens, self.temperature, self.top_k, self.top_p, self.repetition_penalty, seed + i, self.stop
+                max(1, self.max_tokens),
+                self.temperature,
+                self.top_k,
+                self.top_p,
+                self.repetition_penalty,
+                seed + i,
+                self.stop,
             )
             for i in range(self.n)
         ]
@@ -210,7 +216,8 @@ def _lines(item: Any) -> list[str]:
 
 
 def logprobs_of(tokens: list[Token], names: list[str], offset: int) -> dict[str, Any]:
-    """OpenAI's form; `offset` is how many characters stand in front of the first token."""
+    """OpenAI's form; `offset` is how many characters stand in front of the first token. Nothing predicted a prompt's
+    first token: there is null."""
     offsets = []
     for token in tokens:
         offsets.append(offset)
@@ -218,7 +225,7 @@ def logprobs_of(tokens: list[Token], names: list[str], offset: int) -> dict[str,
     return {
         "tokens": names,
         "token_logprobs": [token.log_probability for token in tokens],
-        "top_logprobs": [dict(token.alternatives) for token in tokens],
+        "top_logprobs": [None if token.log_probability is None else dict(token.alternatives) for token in tokens],
         "text_offset": offsets,
     }
 

@@ -61,12 +61,14 @@ class Request:
         ids: the prompt's tokens, at least one.
         alternatives: how many likeliest tokens to name beside each token; None also leaves out its probability.
         routing: whether to tell of each token what the model read to predict it.
+        echo: the first piece tells the prompt's tokens too, as `alternatives` says; nothing predicted the first one.
     """
 
     ids: Sequence[int]
     sampling: Sampling = field(default_factory=Sampling)
     alternatives: int | None = None
     routing: bool = False
+    echo: bool = False
 
 
 @dataclass(frozen=True)
@@ -83,11 +85,13 @@ class Row:
 
     Attributes:
         generated: ids behind the prompt, the one that ended the text included.
+        echoed: tokens of the prompt that the next piece tells.
     """
 
     def __init__(self, request: Request, tokenizer: Any, device: torch.device, ends: Sequence[int]) -> None:
         self.request, self._ends, self._device = request, ends, device
         self.generated: list[int] = []
+        self.echoed: list[Token] = []
         self._processors = request.sampling.processors()
         self._random = torch.Generator(device).manual_seed(request.sampling.seed)
         self._text, self._stop = TextStream(tokenizer), StopStrings(request.sampling.stop)
@@ -103,8 +107,20 @@ class Row:
             return scores.argmax(dim=-1, keepdim=True)
         return torch.multinomial(scores.softmax(dim=-1), 1, generator=self._random)
 
+    def echo(self, told: Sequence[tuple[float | None, Sequence[tuple[str, float]]]]) -> None:
+        """Takes the log probability and the likeliest tokens at each place of the prompt."""
+        stream, ids = TextStream(self._text.tokenizer), self.request.ids
+        texts = [stream.push(token) for token in ids]
+        texts[-1] += stream.end()
+        self.echoed = [Token(token, text, *known) for token, text, known in zip(ids, texts, told, strict=True)]
+
     def add(self, token: Token) -> Piece:
         """Takes the token that was chosen, with everything but its text."""
+        piece = self._add(token)
+        echoed, self.echoed = self.echoed, []
+        return replace(piece, tokens=[*echoed, *piece.tokens]) if echoed else piece
+
+    def _add(self, token: Token) -> Piece:
         self.generated.append(token.id)
         last = len(self.generated) >= self.request.sampling.max_new_tokens
         if token.id in self._ends:
@@ -166,10 +182,18 @@ class Decoder:
             raise ValueError(f"a prompt needs one token or more, each from 0 to {vocabulary - 1:,}")
         ids = torch.tensor([list(request.ids)], device=self.device)
         cache, output = self._cache.empty(), None
+        told: list[tuple[float | None, list[tuple[str, float]]]] = [(None, [])]
+        keep = 0 if request.echo else 1  # 0 keeps all
         for piece in ids.split(PREFILL_TOKENS, dim=1):
-            output = self.model(piece, cache=cache, use_cache=True, logits_to_keep=1, output_routing=request.routing)
+            output = self.model(piece, cache=cache, use_cache=True, logits_to_keep=keep, output_routing=request.routing)
             cache = output.cache
+            if request.echo:
+                following = ids[0, len(told) : len(told) + piece.shape[1]]
+                told += self._told(following, output.logits[0, : len(following)], request.alternatives or 0)
+                output.logits = output.logits[:, -1:].clone()  # not all until the next step
         row = Row(request, self.tokenizer, self.device, self._ends)
+        if request.echo:
+            row.echo(told)
         self.rows.append(row)
         self._fresh.append((output, cache))
         return row
@@ -225,15 +249,20 @@ class Decoder:
         asked = [row.request.alternatives for row in self.rows]
         if all(number is None for number in asked):
             return [Token(token, "", routing=read) for token, read in zip(ids, routing, strict=True)]
+        told = self._told(chosen[:, 0], logits, max(number or 0 for number in asked))
+        return [
+            Token(token, "", None if number is None else value, names[: number or 0], read)
+            for token, number, read, (value, names) in zip(ids, asked, routing, told, strict=True)
+        ]
+
+    def _told(self, chosen: Tensor, logits: Tensor, number: int) -> list[tuple[float, list[tuple[str, float]]]]:
+        """Of each of the ids [n] its log probability by logits [n, V], and so many likeliest tokens with theirs."""
         log_probabilities = logits.float().log_softmax(dim=-1)
-        own = log_probabilities.gather(1, chosen)[:, 0].tolist()
-        best = log_probabilities.topk(max(number or 0 for number in asked), dim=-1)
+        own = log_probabilities.gather(1, chosen.unsqueeze(1))[:, 0].tolist()
+        best = log_probabilities.topk(number, dim=-1)
         likeliest = zip(best.indices.tolist(), best.values.tolist(), strict=True)
-        tokens = []
-        for token, number, value, read, (others, values) in zip(ids, asked, own, routing, likeliest, strict=True):
-            names = [(self.name(other), value) for other, value in zip(others, values, strict=True)][: number or 0]
-            tokens.append(Token(token, "", None if number is None else value, names, read))
-        return tokens
+        names = [[(self.name(other), value) for other, value in zip(*pair, strict=True)] for pair in likeliest]
+        return list(zip(own, names, strict=True))
 
     def name(self, token_id: int) -> str:
         """A token's text by itself; the piece's own name where it has none, or only a part of a character."""

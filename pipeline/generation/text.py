@@ -14,7 +14,7 @@ class TextStream:
     """The text of tokens as they come: a character of several byte tokens comes with the last of them."""
 
     def __init__(self, tokenizer: Any) -> None:
-        self._tokenizer = tokenizer
+        self.tokenizer = tokenizer
         self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
 
     def push(self, token_id: int) -> str:
@@ -26,10 +26,10 @@ class TextStream:
         return self._decoder.decode(b"", final=True)
 
     def _bytes(self, token_id: int) -> bytes:
-        found = BYTE_TOKEN.fullmatch(self._tokenizer.convert_ids_to_tokens(token_id) or "")
+        found = BYTE_TOKEN.fullmatch(self.tokenizer.convert_ids_to_tokens(token_id) or "")
         if found:
             return bytes.fromhex(found[1])
-        text: str = self._tokenizer.decode([token_id], skip_special_tokens=True)
+        text: str = self.tokenizer.decode([token_id], skip_special_tokens=True)
         return text.encode()
 
 

@@ -93,6 +93,39 @@ def test_probabilities_and_routing_of_each_token(server: Running) -> None:
     assert [at for event in streamed for at in event["logprobs"]["text_offset"]] == logprobs["text_offset"]
 
 
+@pytest.mark.parametrize("max_tokens", [0, 1])
+def test_a_text_is_scored_as_evaluation_tools_ask(server: Running, tiny_export: Path, max_tokens: int) -> None:
+    """lm-evaluation-harness sends ids and reads the probabilities of the prompt's own tokens; here beside the model."""
+    loaded = load_model(tiny_export)
+    ids = loaded.tokenizer("In 1914 the rivers — naïve", add_special_tokens=False).input_ids
+    body = {
+        "prompt": [ids, ids[:3]],
+        "max_tokens": max_tokens,
+        "temperature": 0,
+        "echo": True,
+        "logprobs": 2,
+        "seed": 1,
+    }
+    whole = server.post(body).json()
+    choice, short = whole["choices"]
+    said = choice["logprobs"]
+    assert len(said["tokens"]) == len(ids) + max_tokens
+    assert said["token_logprobs"][0] is said["top_logprobs"][0] is None
+    assert short["logprobs"]["token_logprobs"][1:3] == pytest.approx(said["token_logprobs"][1:3], abs=1e-4)
+    with torch.no_grad():
+        scores = loaded.model(input_ids=torch.tensor([ids])).logits[0].log_softmax(-1)
+    expected = [scores[place, token].item() for place, token in enumerate(ids[1:])]
+    assert said["token_logprobs"][1 : len(ids)] == pytest.approx(expected, abs=1e-4)
+    assert max(said["top_logprobs"][1].values()) == pytest.approx(scores[0].max().item(), abs=1e-4)
+    assert choice["text"].startswith("In 1914 the rivers — naïve")
+    assert said["text_offset"][: len(ids)] == sorted(said["text_offset"][: len(ids)])
+    assert whole["usage"]["completion_tokens"] == 2 * max_tokens
+    streamed = [event["choices"][0] for event in events(server.post(body | {"stream": True}))]
+    first = [event for event in streamed if event["index"] == 0]
+    assert [token for event in first for token in event["logprobs"]["tokens"]] == said["tokens"]
+    assert "".join(event["text"] for event in first) == choice["text"]
+
+
 WRONG: list[tuple[Any, list[str]]] = [
     ({}, ["prompt: is required"]),
     ([], ["the body must be a JSON object"]),
@@ -122,7 +155,7 @@ WRONG: list[tuple[Any, list[str]]] = [
     ({"prompt": "a", "stop": ["x"] * 17}, ["stop: must be"]),
     ({"prompt": "a", "stop": "x" * 257}, ["stop: must be"]),
     ({"prompt": "a", "logprobs": 21}, ["logprobs: is 21;"]),
-    ({"prompt": "a", "logprobs": 1, "echo": True}, ["echo, logprobs:"]),
+    ({"prompt": "a", "max_tokens": 0}, ["max_tokens: is 0; without echo that is no answer"]),
     ({"prompt": "a", "best_of": 3}, ["best_of: is 3;"]),
     ({"prompt": "a", "presence_penalty": 0.5, "logit_bias": {"5": 1}}, ["presence_penalty: ", "logit_bias: "]),
     ({"prompt": "a", "stream_options": {"x": 1}}, ["stream_options.x: unknown field"]),
