@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from data_prep.prepare import prepare
+from data_prep.prepare_settings import PrepareSettings
 from data_prep.sources.files import FilesSettings, FilesSource
 from data_prep.tokenizers.hf_tokenizer import write_tokenizer
 from data_prep.tokenizers.tokenizer import Tokenizer, TokenizerSettings, load_tokenizer, train_tokenizer
@@ -68,3 +70,37 @@ def write_texts(folder: Path, texts: list[str]) -> FilesSource:
 def folder_bytes(folder: Path) -> dict[str, bytes]:
     """Every file below a folder, by name."""
     return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+TEXTS = [*sentences(1, 300), "", " ", "\n"]
+
+
+@pytest.fixture(scope="session")
+def source(tmp_path_factory: pytest.TempPathFactory) -> FilesSource:
+    """What `whole` is made of."""
+    return write_texts(tmp_path_factory.mktemp("texts"), TEXTS)
+
+
+def small(source: FilesSource, tokenizer: Tokenizer, output: Path) -> PrepareSettings:
+    """Many chunks and shards out of little text."""
+    return PrepareSettings(source, tokenizer, output, chunk_tokens=512, chunks_per_shard=4)
+
+
+@pytest.fixture(scope="session")
+def whole(source: FilesSource, tokenizer: Tokenizer, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The dataset of an unbroken run; no test changes it."""
+    folder = tmp_path_factory.mktemp("whole") / "dataset"
+    prepare(small(source, tokenizer, folder))
+    return folder
+
+
+class Interrupted(Exception):
+    pass
+
+
+def stop_after(documents: int):
+    def progress(state):
+        if state.documents >= documents:
+            raise Interrupted
+
+    return progress
