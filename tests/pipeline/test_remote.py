@@ -1,4 +1,4 @@
-"""Remote datasets: through the faults of real servers, once per node, checked, within the budget."""
+"""Remote datasets: through the faults of real servers, once per node, checked."""
 
 import contextlib
 import os
@@ -6,8 +6,6 @@ import signal
 import subprocess
 import sys
 import threading
-from collections import deque
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,66 +13,13 @@ import pytest
 from data_prep import remote
 from data_prep.errors import UserError
 from pipeline.data.loader import BatchLayout, BatchLoader
-from pipeline.data.mixture import MixtureSource
 from pipeline.data.remote import RemoteDataset, open_location
 from pipeline.data.samples import SampleSource
-from pipeline.data.shard_cache import ShardCache
-from pipeline.files import locked
 from tests.pipeline.dataset_fixture import write_stream
-from tests.pipeline.servers_fixture import http_server, s3_dataset, wait_until
+from tests.pipeline.remote_fixtures import EVERY_START, GIB, fetch, folder, read_all, server, short_delays
+from tests.pipeline.servers_fixture import http_server, wait_until
 
-TOKENS = 6001
-SHARDS = 15  # of 4 chunks of 100 tokens, the last one of a single token
-GIB = 1 << 30
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    path = tmp_path_factory.mktemp("origin")
-    dataset = write_stream(path, np.arange(TOKENS, dtype=np.uint16), chunk_tokens=100, chunks_per_shard=4)
-    assert dataset.split("train").num_shards == SHARDS + 1
-    return path
-
-
-@pytest.fixture
-def server(folder):
-    with http_server(folder) as server:
-        yield server
-
-
-@pytest.fixture(autouse=True)
-def short_delays(monkeypatch):
-    monkeypatch.setattr(remote, "_FIRST_DELAY_SECONDS", 0.01)
-
-
-def cached_bytes(cache: Path) -> int:
-    """Of the files there at one moment: names and sizes change under this lock only."""
-    with locked(cache / "budget.lock", wait=True):
-        return sum(path.stat().st_size for path in cache.iterdir() if path.is_file())
-
-
-def read_all(source: SampleSource) -> list[int]:
-    with contextlib.closing(source):
-        return sorted(source.samples(np.arange(source.num_samples))[:, 0])
-
-
-def wait_until_cached(source: SampleSource, cache: Path, shards: set[int]) -> None:
-    names = [source.stream.index.shard_sha256(shard) for shard in shards]
-    wait_until(lambda: all((cache / name).exists() for name in names))
-
-
-EVERY_START = list(range(0, TOKENS - 1, 10))
-
-
-# ---- one file, through faults
-
-
-def fetch(cache: ShardCache, url: str, dataset, shard: int) -> bytes:
-    index = dataset.split("train")
-    name = index.shard_name(shard)
-    descriptor = cache.open(f"{url}/{name}", index.shard_sha256(shard), index.shard_bytes(shard))
-    with os.fdopen(descriptor, "rb") as file:
-        return file.read()
+__all__ = ["folder", "server", "short_delays"]
 
 
 @pytest.mark.parametrize(
@@ -142,9 +87,6 @@ def test_a_server_that_is_not_there_is_named(tmp_path):
 def test_an_unknown_kind_of_url_is_refused_at_once(tmp_path):
     with pytest.raises(UserError, match=r"nothing://d/manifest.json: Protocol not known: nothing"):
         open_location("nothing://d", tmp_path, GIB)
-
-
-# ---- datasets
 
 
 def test_a_remote_dataset_reads_as_the_local_one(tmp_path, folder, server):
@@ -229,189 +171,3 @@ def test_a_damaged_cached_file_is_downloaded_again(tmp_path, folder, server):
     os.truncate(tmp_path / dataset.split("train").shard_sha256(2), 100)
     assert fetch(dataset.cache, server.url, dataset, 2) == whole
     assert server.requests["train-000002.tar"] == 2
-
-
-# ---- the budget
-
-
-def test_the_budget_is_never_passed_and_the_least_recently_used_go(tmp_path, server):
-    dataset = open_location(server.url, tmp_path, GIB)
-    size = dataset.split("train").shard_bytes(0)
-    cache = ShardCache(tmp_path, 3 * size + 100)
-    order = [0, 1, 2, 0, 3, 0, 1]
-    for use, shard in enumerate(order):
-        fetch(cache, server.url, dataset, shard)
-        os.utime(tmp_path / dataset.split("train").shard_sha256(shard), (use, use))  # uses a second apart
-        assert cached_bytes(tmp_path) <= 3 * size + 100
-    assert [server.requests[f"train-00000{shard}.tar"] for shard in range(4)] == [1, 2, 1, 1]
-
-
-def test_what_a_dead_process_left_half_way_makes_room(tmp_path, server):
-    dataset = open_location(server.url, tmp_path, GIB)
-    size = dataset.split("train").shard_bytes(0)
-    (tmp_path / f"{'a' * 64}.part").write_bytes(bytes(size))
-    fetch(ShardCache(tmp_path, size), server.url, dataset, 0)
-    assert cached_bytes(tmp_path) == size
-
-
-def test_a_file_larger_than_the_budget_is_refused_with_both_numbers(tmp_path, server):
-    dataset = open_location(server.url, tmp_path, GIB)
-    size = dataset.split("train").shard_bytes(0)
-    with pytest.raises(UserError, match=rf"budget 1,000 bytes, .* next one \({size:,} bytes\) need {size:,}; raise"):
-        fetch(ShardCache(tmp_path, 1000), server.url, dataset, 0)
-    assert cached_bytes(tmp_path) == 0
-
-
-@pytest.fixture
-def small_disk(tmp_path):
-    """A file system of 64 KiB, of which the dataset's index takes a part."""
-    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(tmp_path)], check=False).returncode:
-        pytest.skip("mounting a small tmpfs needs root")
-    yield tmp_path
-    subprocess.run(["umount", "--lazy", str(tmp_path)], check=True)
-
-
-def test_a_disk_smaller_than_the_budget_is_used_as_far_as_it_goes(small_disk, folder, server):
-    dataset = open_location(server.url, small_disk / "c", GIB)
-    assert isinstance(dataset, RemoteDataset)
-    for shard in range(SHARDS):
-        assert fetch(dataset.cache, server.url, dataset, shard) == (folder / f"train-{shard:06d}.tar").read_bytes()
-    assert cached_bytes(small_disk / "c") > 0
-
-
-def test_a_full_disk_is_one_line_and_leaves_nothing_half_way(small_disk, server):
-    dataset = open_location(server.url, small_disk / "c", GIB)
-    assert isinstance(dataset, RemoteDataset)
-    with contextlib.suppress(OSError):
-        (small_disk / "filler").write_bytes(bytes(64 << 10))
-    with pytest.raises(UserError, match=r"no room for [\d,]+ bytes \(No space left on device\); free some space"):
-        fetch(dataset.cache, server.url, dataset, 0)
-    assert cached_bytes(small_disk / "c") == 0
-
-
-def test_the_global_order_needs_the_whole_split_in_the_cache(tmp_path, server):
-    total = int(open_location(server.url, tmp_path, GIB).split("train").shards["bytes"].sum())
-    SampleSource(open_location(server.url, tmp_path, total), "train", 10, 0).close()
-    with pytest.raises(UserError) as error:
-        SampleSource(open_location(server.url, tmp_path, total - 1), "train", 10, 0)
-    assert str(error.value) == (
-        f"{server.url} (train): needs a cache of {total:,} bytes, the budget of {tmp_path} is {total - 1:,}; "
-        "raise data.cache_bytes, or set data.window_tokens or lower it: two windows must fit"
-    )
-
-
-def test_a_mixture_needs_a_cache_for_all_its_parts(tmp_path, server):
-    total = int(open_location(server.url, tmp_path, GIB).split("train").shards["bytes"].sum())
-    sources = [SampleSource(open_location(server.url, tmp_path, total), "train", 10, seed) for seed in range(2)]
-    with pytest.raises(UserError, match=f"needs a cache of {2 * total:,} bytes"):
-        MixtureSource(sources, [1, 1])
-    for source in sources:
-        source.close()
-
-
-@pytest.mark.parametrize("window_tokens", [500, 800, 2000])
-def test_windows_read_a_dataset_larger_than_the_cache_within_its_budget(tmp_path, server, window_tokens):
-    """Each sample once, those at window borders too, and a shard is fetched again only for a later window.
-
-    The downloads may come ahead, as they do when a step takes longer than a download.
-    """
-    probe = SampleSource(open_location(server.url, tmp_path, GIB), "train", 10, 0, window_tokens)
-    probe.close()
-    budget = probe.cache_bytes
-    source = SampleSource(open_location(server.url, tmp_path, budget), "train", 10, 0, window_tokens)
-    assert budget < int(source.stream.index.shards["bytes"].sum())
-    shards = [set(source.window_shards(window)) for window in range(source.order.windows_per_epoch + 1)]
-    positions = np.arange(source.num_samples)
-    windows = np.array([source.order.window(position) for position in positions.tolist()])
-    read = []
-    with contextlib.closing(source):
-        for window in range(source.order.windows_per_epoch):
-            inside = positions[windows == window]
-            source.ahead(int(inside[0]))
-            wait_until_cached(source, tmp_path, shards[window] | shards[window + 1])
-            requests = server.requests.total()
-            for batch in np.array_split(inside, -(-len(inside) // 8)):
-                read.extend(source.samples(batch)[:, 0].tolist())
-                assert cached_bytes(tmp_path) <= budget
-            assert server.requests.total() == requests
-    assert sorted(read) == EVERY_START
-    downloads = sum(n for name, n in server.requests.items() if name.endswith(".tar"))
-    assert downloads <= sum(map(len, shards))
-
-
-def test_a_reader_faster_than_the_network_waits_and_stays_within_the_budget(tmp_path, server):
-    probe = SampleSource(open_location(server.url, tmp_path, GIB), "train", 10, 0, 800)
-    probe.close()
-    source = SampleSource(open_location(server.url, tmp_path, probe.cache_bytes), "train", 10, 0, 800)
-    read = []
-    with contextlib.closing(source), BatchLoader(source, BatchLayout(8, 8, 1), 0, 0) as loader:
-        for _ in range(source.num_samples // 8):
-            read.extend(next(loader)[:, 0].tolist())
-            assert cached_bytes(tmp_path) <= probe.cache_bytes
-    assert sorted(read) == EVERY_START
-
-
-def test_the_next_window_is_there_before_it_is_read(tmp_path, server):
-    source = SampleSource(open_location(server.url, tmp_path, GIB), "train", 10, 0, window_tokens=800)
-    with contextlib.closing(source):
-        source.ahead(0)
-        wait_until_cached(source, tmp_path, {*source.window_shards(0), *source.window_shards(1)})
-        requests = server.requests.total()
-        source.samples(np.arange(100))
-        assert source.order.window(99) == 1
-        assert server.requests.total() == requests
-        source.ahead(100)
-        wait_until_cached(source, tmp_path, set(source.window_shards(2)))
-
-
-def test_a_download_ahead_that_fails_is_the_readers_error(tmp_path, server):
-    dataset = open_location(server.url, tmp_path, GIB)
-    server.faults["train-000007.tar"] = [("always", 404)]
-    source = SampleSource(dataset, "train", 10, 0)
-    with (
-        contextlib.closing(source),
-        BatchLoader(source, BatchLayout(8, 8, 1), 0, 0) as loader,
-        pytest.raises(UserError, match=r"train-000007.tar: missing"),
-    ):
-        deque(loader, maxlen=0)
-
-
-# ---- S3
-
-
-@pytest.fixture(scope="module")
-def s3(folder, tmp_path_factory):
-    """The dataset in a bucket of a real S3 server."""
-    with s3_dataset(tmp_path_factory.mktemp("s3"), folder, "corpus/wiki") as system:
-        yield system
-
-
-def test_a_dataset_in_s3_reads_as_the_local_one(tmp_path, folder, s3):
-    dataset = open_location("s3://corpus/wiki", tmp_path, GIB)
-    expected = SampleSource(open_location(folder), "train", 10, 0).samples(np.arange(600))
-    source = SampleSource(dataset, "train", 10, 0)
-    with contextlib.closing(source), BatchLoader(source, BatchLayout(8, 4, 2), 1, 8 * 20) as loader:
-        assert (next(loader) == expected[164:168]).all()
-    assert read_all(SampleSource(dataset, "train", 10, 0, window_tokens=800)) == EVERY_START
-    assert len([path for path in tmp_path.iterdir() if len(path.name) == 64]) == SHARDS + 1
-
-
-def test_a_shard_that_is_gone_or_changed_in_s3_is_named(tmp_path, s3):
-    s3.copy("corpus/wiki", "corpus/broken", recursive=True)
-    s3.rm("corpus/broken/train-000002.tar")
-    content = bytearray(s3.cat_file("corpus/broken/train-000004.tar"))
-    content[2000] ^= 1
-    s3.pipe_file("corpus/broken/train-000004.tar", bytes(content))
-    s3.pipe_file("corpus/broken/train-000005.tar", bytes(content[:2000]))
-    stream = SampleSource(open_location("s3://corpus/broken", tmp_path, GIB), "train", 10, 0).stream
-    with pytest.raises(UserError, match=r"s3://corpus/broken/train-000002.tar: missing"):
-        stream.read(800, 10)
-    with pytest.raises(UserError, match=r"s3://corpus/broken/train-000004.tar: sha256 .* damaged"):
-        stream.read(1600, 10)
-    with pytest.raises(UserError, match=r"s3://corpus/broken/train-000005.tar: 2,000 bytes, expected [\d,]+ \(trunc"):
-        stream.read(2000, 10)
-
-
-def test_a_bucket_that_is_not_there_is_named(tmp_path, s3):
-    with pytest.raises(UserError, match=r"s3://nowhere/d/manifest.json: missing"):
-        open_location("s3://nowhere/d", tmp_path, GIB)
