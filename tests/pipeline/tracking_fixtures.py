@@ -53,6 +53,11 @@ def points(uri: str, run_id: str, key: str) -> list[tuple[int, float]]:
     return sorted((point.step, point.value) for point in history)
 
 
+def made(folder: Path) -> str:
+    """A new folder for downloads: without one MLflow makes its own, and leaves it."""
+    return tempfile.mkdtemp(dir=folder)
+
+
 @functools.cache
 def empty_store() -> Path:
     """A SQLite store with its tables, to be copied: laying them out takes seconds."""
