@@ -7,7 +7,8 @@ import pytest
 from data_prep import remote
 from data_prep.errors import LONGEST_LINE, UserError
 from data_prep.remote_file import open_file
-from tests.torture.inputs_data import run, s3_server, short_waits
+from tests.data_prep.faulty_servers import s3_server
+from tests.torture.inputs_data import run, short_waits
 
 
 def test_odd_files_and_faulty_servers_end_right_or_in_plain_lines(tmp_path: Path) -> None:

@@ -29,8 +29,8 @@ from data_prep.sources.hub import HubSettings, HubSource, WikitextSource
 from data_prep.sources.text import join_articles
 from data_prep.verify import verify_dataset
 from tests.data_prep.conftest import folder_bytes
+from tests.data_prep.faulty_servers import Answers
 from tests.data_prep.hub_server import HubServer
-from tests.torture.inputs_data import Answers
 
 README = """---
 configs:
