@@ -47,7 +47,7 @@ class TokenizerSettings:
         vocab_size: pieces, the four special ones and the 256 bytes included.
         model_type: "bpe" trains in seconds, and its ids do not depend on how text is cut; "unigram" may
             compress a little better.
-        training_bytes: how much text to learn from, at most; the first of the source's train split.
+        training_bytes: how much text to learn from, at most; `train.spread_texts` says which.
     """
 
     vocab_size: int = 8192
@@ -55,8 +55,11 @@ class TokenizerSettings:
     training_bytes: int = 100_000_000
 
 
-def train_tokenizer(texts: Iterable[str], settings: TokenizerSettings) -> Tokenizer:
+def train_tokenizer(texts: Iterable[str], settings: TokenizerSettings, log: bool = False) -> Tokenizer:
     """Trains on documents; the same texts and settings give the same model.
+
+    Args:
+        log: let sentencepiece tell standard error what it does.
 
     Raises UserError, with the largest possible vocabulary, if the text is too small for `vocab_size`.
     """
@@ -86,7 +89,7 @@ def train_tokenizer(texts: Iterable[str], settings: TokenizerSettings) -> Tokeni
             eos_id=EOS_ID,
             pad_id=PAD_ID,
             num_threads=1 if settings.model_type == "unigram" else 16,  # unigram's pieces depend on it
-            minloglevel=2,
+            minloglevel=0 if log else 2,
         )
     except RuntimeError as error:
         raise UserError(_training_advice(str(error), settings)) from None

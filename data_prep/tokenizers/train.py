@@ -5,14 +5,15 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
+import sys
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from data_prep.engines import ProcessEngine
 from data_prep.errors import UserError
-from data_prep.sources.documents import TextSource, read_documents
+from data_prep.sources.documents import ReadCounts, TextSource
 from data_prep.store import FolderStore, explained_write_errors, sync_folder
 from data_prep.tokenizers.hf_tokenizer import UNIGRAM_NOTE, tokenizer_files
 from data_prep.tokenizers.tokenizer import (
@@ -23,6 +24,7 @@ from data_prep.tokenizers.tokenizer import (
     training_lines,
     vocabulary_advice,
 )
+from data_prep.tokenizers.training_progress import Pace, heard
 
 RECORD_NAME = "training.json"  # what the tokenizer was trained on
 
@@ -98,6 +100,25 @@ def _compare(output: Path, content: bytes, record: dict[str, Any]) -> None:
         )
 
 
+def spread_texts(source: TextSource, training_bytes: int, pace: Pace) -> Iterator[str]:
+    """The texts to learn from: of a train split larger than `training_bytes`, spread evenly over it.
+
+    The rule: a task (about a mebibyte in a row) is taken if the texts taken so far are no more than its place in the
+    split asks for, `training_bytes` · bytes before it / bytes of the split. So the choice depends on the text alone.
+    Where nobody knows how large the split is, as behind the hub's streams, its first texts are taken.
+    """
+    total = source.total_bytes("train")
+    before = taken = 0
+    for task in source.tasks("train"):
+        if not total or total <= training_bytes or taken <= training_bytes * before / total:
+            for document in task.documents(ReadCounts()):
+                taken += len(document.text.encode("utf-8", "replace"))
+                yield document.text
+        before += task.source_bytes
+        words = f"{before / 1e9:.2f}{f' of {total / 1e9:.2f}' if total else ''} GB, {taken / 1e6:,.0f} MB to learn from"
+        pace(words, before / total if total else taken / training_bytes)
+
+
 @dataclass(frozen=True)
 class _Done:
     model: bytes
@@ -116,9 +137,9 @@ class _Job:
         sha256 = hashlib.sha256()
         trained_bytes = 0
 
-        def lines() -> Iterator[str]:
+        def lines(out: TextIO) -> Iterator[str]:
             nonlocal trained_bytes
-            texts = (document.text for document in read_documents(source, "train"))
+            texts = spread_texts(source, self.settings.training_bytes, Pace("reading", out))
             for line in training_lines(texts, self.settings.training_bytes):
                 content = line.encode("utf-8", "replace") + b"\n"
                 sha256.update(content)
@@ -127,9 +148,10 @@ class _Job:
 
         model = b""
         if self.train:
-            model = train_tokenizer(lines(), self.settings).model
+            with heard(self.settings) as out:
+                model = train_tokenizer(lines(out), self.settings, log=True).model
         else:
-            for _ in lines():
+            for _ in lines(sys.stderr):
                 pass
         if changed := source.changed("train"):
             raise UserError([f"{name}: changed while it was read; run the same command again" for name in changed])

@@ -108,7 +108,7 @@ def tokenizer(
     vocab_size: Annotated[int, typer.Option(help="Pieces, 4 special ones and 256 bytes included.")] = 8192,
     model_type: Annotated[ModelType, typer.Option(help="unigram trains some 20 times as long.")] = ModelType.bpe,
     training_bytes: Annotated[
-        int, typer.Option(help="Bytes of text to learn from, at most; the first of the train split.")
+        int, typer.Option(help="Bytes of text to learn from, at most; of more, parts spread evenly over it.")
     ] = 100_000_000,
 ) -> None:
     """Train a lossless sentencepiece tokenizer, and write it in its Hugging Face form too.

@@ -81,13 +81,13 @@ def _run(folder: Path, megabytes: int, stack: contextlib.ExitStack) -> dict[str,
         if python
     }
     seconds = dict.fromkeys([*contenders, *peers], float("inf"))
-    for _ in range(ROUNDS):
+    for turn in range(ROUNDS):
         for name, contender in contenders.items():
             start = time.perf_counter()
             contender()
-            seconds[name] = min(seconds[name], time.perf_counter() - start)
+            seconds[name] = min(seconds[name], _told(turn, name, time.perf_counter() - start))
         for package, process in peers.items():
-            seconds[package] = min(seconds[package], ask(process, "again"))
+            seconds[package] = min(seconds[package], _told(turn, package, ask(process, "again")))
     size = path.stat().st_size
     one, two = seconds.pop("prepare"), seconds.pop("prepare_two_workers", float("nan"))
     outside = 1 - seconds.pop("encoder_alone") / seconds.pop("in_process")
@@ -106,6 +106,11 @@ def _run(folder: Path, megabytes: int, stack: contextlib.ExitStack) -> dict[str,
         "bytes_per_token_over_2": _sizes(folder / "dataset"),
         "versions": versions(python) if python else {},
     }
+
+
+def _told(turn: int, name: str, seconds: float) -> float:
+    print(f"turn {turn + 1} of {ROUNDS}: {name} {seconds:.1f} s", file=sys.stderr, flush=True)
+    return seconds
 
 
 def _jsonl(path: Path, documents: list[str]) -> Path:
