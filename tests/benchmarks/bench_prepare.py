@@ -3,7 +3,7 @@
     python -m tests.benchmarks.bench_prepare [MEGABYTES]
 
 All contenders encode the same articles with the same tokenizer in this one run, in turns, each the best of
-`ROUNDS`; so a busy machine slows all of them. The text is `../shared/data/enwiki2019`.
+`ROUNDS`, with the spread of the turns; so a busy machine slows all of them. The text is `../shared/data/enwiki2019`.
 """
 
 from __future__ import annotations
@@ -29,9 +29,11 @@ from data_prep.tokenizers.fast_encoder import FastEncoder
 from data_prep.tokenizers.hf_tokenizer import tokenizer_files
 from data_prep.tokenizers.tokenizer import Tokenizer, TokenizerSettings, train_tokenizer
 from tests.benchmarks.peers import PEERS, ask, peer, peer_environment, versions
+from tests.benchmarks.turns import over, spread
 
 TEXT = Path(__file__).parents[3] / "shared" / "data" / "enwiki2019"
 ROUNDS = 2
+LONG_MEGABYTES = 100
 TARGETS = {
     "prepare_over.sentencepiece": "≥ 5",
     "prepare_over.sentencepiece_two_threads": "≥ 5",
@@ -57,7 +59,7 @@ def _run(folder: Path, megabytes: int, stack: contextlib.ExitStack) -> dict[str,
     path, model = _jsonl(folder / "text.jsonl", documents), folder / "tokenizer.model"
     text = "".join(documents)
     long = folder / "long.txt"
-    long.write_text(text * (300 // megabytes))
+    long.write_text(text * (LONG_MEGABYTES // megabytes))
     short = _jsonl(folder / "short.jsonl", [text[i * 40 : i * 40 + 40] for i in range(megabytes * 1_000_000 // 48)])
     fast = FastEncoder(tokenizer_files(tokenizer)["tokenizer.json"])
     model.write_bytes(tokenizer.model)
@@ -80,27 +82,28 @@ def _run(folder: Path, megabytes: int, stack: contextlib.ExitStack) -> dict[str,
         for name, package in PEERS.items()
         if python
     }
-    seconds = dict.fromkeys([*contenders, *peers], float("inf"))
+    seconds: dict[str, list[float]] = {name: [] for name in [*contenders, *peers]}
     for turn in range(ROUNDS):
         for name, contender in contenders.items():
             start = time.perf_counter()
             contender()
-            seconds[name] = min(seconds[name], _told(turn, name, time.perf_counter() - start))
+            seconds[name].append(_told(turn, name, time.perf_counter() - start))
         for package, process in peers.items():
-            seconds[package] = min(seconds[package], _told(turn, package, ask(process, "again")))
+            seconds[package].append(_told(turn, package, ask(process, "again")))
     size = path.stat().st_size
-    one, two = seconds.pop("prepare"), seconds.pop("prepare_two_workers", float("nan"))
-    outside = 1 - seconds.pop("encoder_alone") / seconds.pop("in_process")
-    speeds = {name: file.stat().st_size / seconds.pop(name) / (size / one) for name, file in others.items()}
+    one, two = seconds.pop("prepare"), seconds.pop("prepare_two_workers", [float("nan")] * ROUNDS)
+    encoder, in_process = seconds.pop("encoder_alone"), seconds.pop("in_process")
+    speeds = {name: file.stat().st_size / min(seconds.pop(name)) / (size / min(one)) for name, file in others.items()}
+    ours = {name: two if name.endswith("two_threads") else one for name in seconds}
     return {
-        "megabytes_per_second": {"one_worker": size / one / 1e6, "two_workers": size / two / 1e6},
-        "prepare_over": {
-            name: value / (two if name.endswith("two_threads") else one) for name, value in seconds.items()
-        },
-        "two_workers_over_one": one / two,
-        "share_of_time_outside_the_encoder": outside,
+        "megabytes_per_second": {"one_worker": size / min(one) / 1e6, "two_workers": size / min(two) / 1e6},
+        "prepare_over": {name: over(ours[name], values) for name, values in seconds.items()},
+        "prepare_over_by_turns": {name: spread(ours[name], values) for name, values in seconds.items()},
+        "two_workers_over_one": over(two, one),
+        "two_workers_over_one_by_turns": spread(two, one),
+        "share_of_time_outside_the_encoder": 1 - over(in_process, encoder),
         "speed_over_that_of_articles": {
-            "one_document_of_300_mb": speeds["long"],
+            f"one_document_of_{LONG_MEGABYTES}_mb": speeds["long"],
             "documents_of_40_bytes": speeds["short"],
         },
         "bytes_per_token_over_2": _sizes(folder / "dataset"),
