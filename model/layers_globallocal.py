@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 from .configuration_globallocal import SUMMARY_TAPS, UNIT_EPS, GlobalLocalConfig
 from .decoding_globallocal import GlobalLocalCache
-from .ops_convolution_globallocal import causal_convolutions
+from .ops_convolution_globallocal import causal_convolutions, short_convolution
 from .ops_delta_globallocal import gated_delta_rule
 from .ops_summary_globallocal import decayed_attention
 from .router_globallocal import TensorRouter, at_least_float32
@@ -89,8 +89,8 @@ class DeltaSummary(nn.Module):
         h, self.eps = config.hidden_size, config.layer_norm_eps
         self.layer, self.num_heads, self.key_size = layer, config.summary_heads, config.summary_key_size
         keys = config.summary_key_heads * config.summary_key_size
-        self.mixed_parts = [keys, keys, h]  # query, key, value
-        self.parts = [sum(self.mixed_parts), h, self.num_heads, self.num_heads]  # …, output, keep and write gates
+        # Query, key and value; output, keep and write gates.
+        self.keys, self.parts = keys, [2 * keys + h, h, self.num_heads, self.num_heads]
         self.input = nn.Linear(h, sum(self.parts))
         self.taps = nn.Parameter(torch.empty(SUMMARY_TAPS, self.parts[0]))
         self.output = nn.Linear(h, h)
@@ -106,9 +106,7 @@ class DeltaSummary(nn.Module):
             recent, state = cache.recent[self.layer], cache.summary[self.layer]
         reach = SUMMARY_TAPS - 1
         padded = F.pad(mixed, (0, 0, reach, 0)) if recent is None else torch.cat([recent, mixed], dim=1)
-        mixed = self.taps[-1] * mixed
-        for tap in range(reach):
-            mixed = torch.addcmul(mixed, self.taps[tap], padded[:, tap : tap + x.shape[1]])
+        mixed = short_convolution(padded, self.taps)
         log_keep = F.logsigmoid(at_least_float32(keep))
         answer, state = gated_delta_rule(*self.heads(mixed), log_keep, write, state)
         if cache is not None:
@@ -117,8 +115,9 @@ class DeltaSummary(nn.Module):
 
     def heads(self, mixed: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Behind the short convolution, [..., c] → query and key [..., G, d], value [..., H, p], at least float32."""
-        query, key, value = at_least_float32(F.silu(mixed)).split(self.mixed_parts, dim=-1)
-        query, key = (_unit(x.unflatten(-1, (-1, self.key_size))) for x in (query, key))
+        mixed = at_least_float32(F.silu(mixed))
+        keys, value = mixed.split([2 * self.keys, mixed.shape[-1] - 2 * self.keys], dim=-1)
+        query, key = _unit(keys.unflatten(-1, (2, -1, self.key_size))).unbind(-3)
         return query, key, value.unflatten(-1, (self.num_heads, -1))
 
     def answer(self, answer: Tensor, gate: Tensor) -> Tensor:

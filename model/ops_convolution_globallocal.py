@@ -103,3 +103,38 @@ def causal_convolutions(
     if history is not None:
         return _convolve(torch.cat([history, x], dim=1), weight, bias, x.shape[1], dilations.tolist())
     return _CausalConvolutions.apply(x, weight, bias, dilations)
+
+
+class _ShortConvolution(Function):
+    """Keeps the input alone, and writes the taps' gradients of the input into one memory."""
+
+    @staticmethod
+    def forward(ctx: Any, padded: Tensor, taps: Tensor) -> Tensor:
+        ctx.save_for_backward(padded, taps)
+        first, *rest = _taps(padded, padded.shape[1] - len(taps) + 1, len(taps), 1)
+        result = taps[0] * first
+        for tap, part in zip(taps[1:], rest, strict=True):
+            result.addcmul_(tap, part)
+        return result
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
+        padded, taps = ctx.saved_tensors
+        grad_padded = torch.zeros_like(padded)
+        parts = [_taps(x, grad.shape[1], len(taps), 1) for x in (padded, grad_padded)]
+        for tap, target in zip(taps, parts[1], strict=True):
+            target.addcmul_(grad, tap)
+        return grad_padded, torch.stack([(grad * part).sum(dim=(0, 1)) for part in parts[0]])
+
+
+def short_convolution(padded: Tensor, taps: Tensor) -> Tensor:
+    """A causal convolution of each feature with itself: Σ_j taps[j] · padded[:, t + j].
+
+    Args:
+        padded: [B, K − 1 + S, c], the K − 1 positions before the first in front.
+        taps: [K, c], the last one of the position itself.
+
+    Returns:
+        [B, S, c].
+    """
+    return _ShortConvolution.apply(padded, taps)

@@ -206,5 +206,6 @@ def _top_columns(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
         return values, indices
     groups = scores.unflatten(1, (-1, size))
     best = groups.amax(dim=2).topk(k, dim=-1).indices
-    values, place = groups.gather(1, best.unsqueeze(2).expand(-1, -1, size)).flatten(1).topk(k, dim=-1)
+    rows = torch.arange(len(scores), device=scores.device).unsqueeze(1)
+    values, place = groups[rows, best].flatten(1).topk(k, dim=-1)  # whole groups: gather would pick each number
     return values, best.gather(1, place // size) * size + place % size

@@ -40,15 +40,14 @@ def describe_groups(groups: list[dict[str, Any]]) -> list[str]:
 
 
 def build_optimizer(groups: list[dict[str, Any]], settings: OptimizerSection, offload: bool) -> torch.optim.Optimizer:
-    """AdamW; DeepSpeed's CPU version where optimizer states live in host memory."""
+    """AdamW in one pass; DeepSpeed's CPU version where optimizer states live in host memory."""
     shared: dict[str, Any] = {"lr": settings.learning_rate, "betas": settings.betas, "eps": settings.epsilon}
     if offload:
         from deepspeed.ops.adam import DeepSpeedCPUAdam
 
         offloaded: torch.optim.Optimizer = DeepSpeedCPUAdam(groups, adamw_mode=True, **shared)
         return offloaded
-    fused = all(parameter.is_cuda for group in groups for parameter in group["params"])
-    return torch.optim.AdamW(groups, fused=fused, **shared)
+    return torch.optim.AdamW(groups, fused=True, **shared)
 
 
 def learning_rate(step: int, max_steps: int, settings: OptimizerSection) -> float:
