@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 
-from pipeline.checkpoints.space import checkpoint_bytes, readable, retained
+from pipeline.checkpoints.space import checkpoint_bytes, copy_bytes, readable, retained
 from pipeline.context import RunContext
 
 LABEL_WIDTH = 8
@@ -45,6 +45,9 @@ def _facts(context: RunContext, groups: Sequence[str]) -> Iterator[tuple[str, st
     samples = context.steps * layout.global_batch_size
     epochs = samples / context.source.num_samples
     yield "expect", f"{context.steps:,} steps, {samples * length:,} tokens, {epochs:.2f} epochs"
-    one = checkpoint_bytes(total, model.pool_size * model.pool_dim, context.stage, context.precision, ranks)
+    sizes = (total, model.pool_size * model.pool_dim, context.stage, context.precision, ranks)
+    one = checkpoint_bytes(*sizes)
     count = retained(config.retention, context.steps, config.checkpoint.interval_steps)
     yield "disk", f"{readable(count * one)}: up to {count} checkpoints of about {readable(one)}"
+    if config.checkpoint.background:
+        yield "", f"{readable(copy_bytes(*sizes))} of host memory per rank, at most, for saving in the background"

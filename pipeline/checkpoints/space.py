@@ -28,6 +28,19 @@ def checkpoint_bytes(parameters: int, buffers: int, stage: int, precision: str, 
     return parameters * (weights + master + 8) + copies * width * buffers + ranks * _RANK_BYTES
 
 
+def copy_bytes(parameters: int, buffers: int, stage: int, precision: str, ranks: int) -> int:
+    """Host memory that the rank which writes most holds for saving in the background (`snapshot.HostBuffers`).
+
+    At stage 0 rank 0 writes all; above it every rank writes its share of the optimizer's states, and rank 0 the weights
+    too. Arguments as of `checkpoint_bytes`.
+    """
+    if stage == 0:
+        return checkpoint_bytes(parameters, buffers, stage, precision, ranks)
+    width = _WIDTH_BYTES[precision]
+    weights = 0 if stage == 3 else width * parameters
+    return weights + parameters * 12 // ranks + width * buffers + _RANK_BYTES
+
+
 def retained(retention: Retention, max_steps: int, interval_steps: int) -> int:
     """The most checkpoints that stand at once, the one being written included."""
     written = -(-max_steps // interval_steps)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,7 +12,7 @@ import pytest
 import torch
 
 from pipeline.checkpoints.folder import read_state
-from pipeline.checkpoints.space import checkpoint_bytes, retained, size_bytes, start_problems
+from pipeline.checkpoints.space import checkpoint_bytes, copy_bytes, retained, size_bytes, start_problems
 from pipeline.settings.sections import Retention
 from tests.conftest import missing
 from tests.pipeline.comparing import plain
@@ -94,6 +95,9 @@ def test_the_room_that_a_checkpoint_takes_is_known_before_the_first(
     expected = checkpoint_bytes(parameters, buffers, stage, "fp32", 2)
     assert size_bytes(saved) <= expected * 1.05
     assert size_bytes(saved) >= expected * 0.8
+    rank_0 = sum(file.stat().st_size for file in saved.glob("*.pt") if re.search(r"pp_rank_0_|^mp_rank_00_", file.name))
+    assert rank_0 <= copy_bytes(parameters, buffers, stage, "fp32", 2) * 1.05
+    assert rank_0 >= copy_bytes(parameters, buffers, stage, "fp32", 2) * 0.8
 
 
 def test_a_save_that_overtakes_another_waits_for_it_and_says_so(results: dict[str, Any], folder: Path) -> None:
