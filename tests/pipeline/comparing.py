@@ -56,13 +56,13 @@ def assert_same_state(one: Path, other: Path, apart_from: frozenset[str] = froze
 
 
 def living(folder: Path) -> list[psutil.Process]:
-    """The processes that work for a folder."""
+    """The processes that work for a folder, the oldest first."""
     found = []
     for process in psutil.process_iter():
         with suppress(psutil.Error):
             if process.status() != psutil.STATUS_ZOMBIE and str(folder) in " ".join(process.cmdline()):
                 found.append(process)
-    return found
+    return sorted(found, key=psutil.Process.create_time)
 
 
 def said(folder: Path) -> str:

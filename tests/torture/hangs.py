@@ -87,7 +87,7 @@ def through_our_launcher(folder: Path, dataset: Path) -> str:
     command = [sys.executable, "-m", "launch", "launch", "--local=2", "--max-restarts=1"]
     job = start_job(folder, command, [f"training.hang_timeout_seconds={HANG_SECONDS}"], dataset)
     ranks = [process for process in living(folder) if str(TRAIN_PROGRAM) in process.cmdline()[:3]]
-    ranks[-1].suspend()
+    ranks[1].suspend()  # the two oldest are the job's; a standby's follow
     restarts = folder / "run" / "restarts.jsonl"
     until(restarts.exists, folder, job)
     text = restarts.read_text()
