@@ -60,6 +60,8 @@ class GlobalLocalConfig(PreTrainedConfig):
         norm_placement: "pre" (norm in front of each sublayer) or "post" (norm after the residual sum).
         tie_word_embeddings: one matrix for the embedding and the head.
         head_bias: a number per token id in the head. Without it the embedding's rows carry how frequent a word is.
+        logit_soft_cap: logits z become cap · tanh(z / cap), and so stay within the cap (arXiv:2408.00118); 0 for none.
+        z_loss: factor of the mean of log² Σ exp(logits), no part of the losses reported (1e-4 in arXiv:2204.02311).
         initializer_range: standard deviation of the embedding (and of an untied head) at initialisation; 0 stands
             for 0.5 / √hidden_size, so that logits begin with deviation 0.5 at every width.
         activation_checkpointing: "none", "full", "every-N" (each N-th block), "selective" (matrix products are
@@ -97,6 +99,8 @@ class GlobalLocalConfig(PreTrainedConfig):
     layer_norm_eps: float | int = 1e-5
     tie_word_embeddings: bool = True
     head_bias: bool = True
+    logit_soft_cap: float | int = 0.0
+    z_loss: float | int = 0.0
     initializer_range: float | int = 0.0
     activation_checkpointing: str = "none"
     use_cache: bool = True
@@ -105,8 +109,7 @@ class GlobalLocalConfig(PreTrainedConfig):
     pad_token_id: int | None = None
 
     def __post_init__(self, **kwargs: Any) -> None:
-        problems = setting_problems({name: getattr(self, name) for name in type(self).__annotations__})
-        if problems:
+        if problems := setting_problems({name: getattr(self, name) for name in type(self).__annotations__}):
             raise ValueError("\n".join(problems))
         if self.intermediate_size == 0:
             self.intermediate_size = 4 * self.hidden_size
@@ -118,8 +121,7 @@ class GlobalLocalConfig(PreTrainedConfig):
             self.summary_heads = math.gcd(8, self.hidden_size)
         if self.initializer_range == 0:
             self.initializer_range = 0.5 / math.sqrt(self.hidden_size)
-        problems = self._problems()
-        if problems:
+        if problems := self._problems():
             raise ValueError("\n".join(problems))
         super().__post_init__(**kwargs)
 
@@ -132,8 +134,7 @@ class GlobalLocalConfig(PreTrainedConfig):
         """
         if name not in PRESETS:
             raise ValueError(f"unknown model preset {name!r}; known presets: {', '.join(PRESETS)}")
-        problems = setting_problems(overrides)
-        if problems:
+        if problems := setting_problems(overrides):
             raise ValueError("\n".join(problems))
         return cls(**(PRESETS[name] | overrides))
 
@@ -356,8 +357,7 @@ _SHORT.maxlist = 20
 LARGEST = 2**31 - 1
 _SIZES = (
     "vocab_size", "hidden_size", "intermediate_size", "max_position_embeddings", "pool_size", "pool_dim",
-    "conv_kernel_size", "router_top_k", "router_hidden_size", "summary_heads", "summary_key_size",
-    "summary_key_heads",
+    "conv_kernel_size", "router_top_k", "router_hidden_size", "summary_heads", "summary_key_size", "summary_key_heads",
 )  # fmt: skip
 RANGES: dict[str, tuple[float, float]] = {
     **dict.fromkeys(_SIZES, (1, LARGEST)),
@@ -367,6 +367,8 @@ RANGES: dict[str, tuple[float, float]] = {
     "diversity_loss_scale": (0, 1e6),
     "layer_norm_eps": (1e-12, 1),
     "initializer_range": (1e-6, 10),
+    "logit_soft_cap": (1, 1e4),
+    "z_loss": (0, 1),
 }
 """Lowest and highest value of each number; what a model may cost is for the machine to say."""
 DERIVED = {
@@ -375,6 +377,7 @@ DERIVED = {
     "router_hidden_size": "min(1024, pool_size)",
     "summary_heads": "gcd(8, hidden_size)",
     "initializer_range": "0.5 / √hidden_size",
+    "logit_soft_cap": "no cap",
 }
 """What 0 stands for."""
 CHOICES = {

@@ -21,7 +21,7 @@ from .decoding_globallocal import GlobalLocalCache, has_plain_weights, step_weig
 from .graphs_globallocal import StepGraphs
 from .layers_globallocal import CausalConvolution, DeltaSummary, FeedForward, GlobalLocalBlock, RunningSummary
 from .library_globallocal import exporting
-from .ops_loss_globallocal import vocabulary_loss
+from .ops_loss_globallocal import soft_capped, vocabulary_loss
 from .outputs_globallocal import GlobalLocalCausalLMOutput, GlobalLocalModelOutput
 from .router_globallocal import RouterScores, TensorRouter
 from .routing_globallocal import watched_routing
@@ -215,13 +215,18 @@ def _checkpoint_function(policy: str) -> Callable[..., Any]:
 
 
 class LanguageModelHead(nn.Linear):
-    """Linear [h] → [V]; with targets it returns the loss instead, without ever holding the logits."""
+    """Linear [h] → [V], capped; with targets it returns losses instead, without ever holding the logits."""
 
-    def forward(self, hidden: Tensor, targets: Tensor | None = None) -> Tensor:
-        """hidden [B, S, h] → logits [B, S, V], or with targets int64 [B, S] the mean loss, a scalar."""
+    def __init__(self, config: GlobalLocalConfig) -> None:
+        super().__init__(config.hidden_size, config.vocab_size, config.head_bias)
+        self.soft_cap, self.z_loss = float(config.logit_soft_cap), float(config.z_loss)
+
+    def forward(self, hidden: Tensor, targets: Tensor | None = None) -> Any:
+        """hidden [B, S, h] → logits [B, S, V], or with targets int64 [B, S] the scalars of `vocabulary_loss`."""
         if targets is None:
-            return super().forward(hidden)
-        return vocabulary_loss(hidden.flatten(0, -2), self.weight, self.bias, targets.flatten())
+            return soft_capped(super().forward(hidden), self.soft_cap)
+        rows = hidden.flatten(0, -2), self.weight, self.bias, targets.flatten()
+        return vocabulary_loss(*rows, self.soft_cap, self.z_loss)
 
 
 class GlobalLocalForCausalLM(GlobalLocalPreTrainedModel, GenerationMixin):
@@ -232,7 +237,7 @@ class GlobalLocalForCausalLM(GlobalLocalPreTrainedModel, GenerationMixin):
     def __init__(self, config: GlobalLocalConfig) -> None:
         super().__init__(config)
         self.model = GlobalLocalModel(config)
-        self.lm_head = LanguageModelHead(config.hidden_size, config.vocab_size, config.head_bias)
+        self.lm_head = LanguageModelHead(config)
         self._step_graphs = StepGraphs()
         self.post_init()
 
@@ -279,14 +284,14 @@ class GlobalLocalForCausalLM(GlobalLocalPreTrainedModel, GenerationMixin):
         use_cache = False if use_cache is None and has_labels else use_cache
         with watched_routing(self.model) if output_routing else nullcontext() as watch:
             base = self.model(input_ids, attention_mask, inputs_embeds, cache, use_cache, output_hidden_states)
-        hidden, language_loss = base.last_hidden_state, None
+        hidden, objective, language_loss = base.last_hidden_state, None, None
         logits = self.lm_head(hidden[:, -logits_to_keep:]) if shift_labels is None else None
         if shift_labels is not None:
-            language_loss = self.lm_head(hidden, shift_labels)
+            objective, language_loss = self.lm_head(hidden, shift_labels)
         elif labels is not None:
-            language_loss = self.lm_head(hidden[:, :-1], labels[:, 1:])
+            objective, language_loss = self.lm_head(hidden[:, :-1], labels[:, 1:])
         output = GlobalLocalCausalLMOutput(
-            loss=None if language_loss is None else language_loss + base.diversity_loss,
+            loss=None if objective is None else objective + base.diversity_loss,
             logits=logits,
             language_loss=language_loss,
             diversity_loss=base.diversity_loss,

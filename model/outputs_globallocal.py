@@ -47,7 +47,7 @@ class GlobalLocalCausalLMOutput(ModelOutput):
     """What `GlobalLocalForCausalLM` returns.
 
     Attributes:
-        loss: language_loss + diversity_loss; only with labels.
+        loss: language_loss + diversity_loss, and the z-loss where the config has one; only with labels.
         logits: [B, S, V]; None on the training path (`shift_labels`).
         language_loss: mean cross entropy in nats over the valid targets, float32.
         diversity_loss: float32 scalar, summed over all routers and scaled.

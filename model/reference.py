@@ -186,10 +186,13 @@ def forward(
     head = part(weights, "lm_head")
     if config.tie_word_embeddings:
         head["weight"] = weights["model.embed_tokens.weight"]
-    return linear(head, x), diversity * 0.01
+    logits, cap = linear(head, x), config.logit_soft_cap
+    return cap * torch.tanh(logits / cap) if cap else logits, diversity * 0.01
 
 
 def loss(weights: Weights, config: GlobalLocalConfig, input_ids: Tensor, shift_labels: Tensor) -> Tensor:
-    """Mean cross entropy of the targets (−100 ignored), and the diversity loss on top."""
+    """Mean cross entropy of the targets (−100 ignored), and diversity loss and z-loss on top."""
     logits, diversity = forward(weights, config, input_ids)
-    return F.cross_entropy(logits.flatten(0, 1), shift_labels.flatten(), ignore_index=-100) + diversity
+    counted = torch.logsumexp(logits, dim=-1)[shift_labels >= 0]
+    z_loss = config.z_loss * counted.square().mean()
+    return F.cross_entropy(logits.flatten(0, 1), shift_labels.flatten(), ignore_index=-100) + diversity + z_loss

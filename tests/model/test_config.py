@@ -94,6 +94,8 @@ def test_all_problems_are_named_at_once():
             router_context="all",
             router_temperature=0,
             dropout=1.0,
+            logit_soft_cap=0.5,
+            z_loss=-1,
             initializer_range=-0.1,
             conv_dilations=[[1], []],
             activation_checkpointing="every-0",
@@ -110,6 +112,8 @@ def test_all_problems_are_named_at_once():
         "dropout is 1.0; it must be at least 0 and below 1",
         "norm_placement is 'middle'; it must be 'pre' or 'post'",
         "layer_norm_eps is nan; it must be from 1e-12 to 1",
+        "logit_soft_cap is 0.5; it must be at least 1, or 0 for no cap",
+        "z_loss is -1; it must be at least 0",
         "initializer_range is -0.1; it must be at least 1e-06, or 0 for 0.5 / √hidden_size",
         "activation_checkpointing is 'every-0'; "
         "it must be 'none', 'full', 'selective', 'deepspeed' or 'every-N' with N at least 1",

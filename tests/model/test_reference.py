@@ -42,6 +42,8 @@ CONTEXTS = ["token", "summary", "delta", "delta with keys per head"]
     norm_placement=st.sampled_from(["pre", "post"]),
     tied=st.booleans(),
     head_bias=st.booleans(),
+    soft_cap=st.sampled_from([0, 1.5]),
+    z_loss=st.sampled_from([0, 0.1]),
     scores=st.sampled_from(["dense", "product_key"]),
     context=st.sampled_from(CONTEXTS),
     seed=st.integers(0, 99),
@@ -57,6 +59,8 @@ def test_double_precision_agrees(
     norm_placement,
     tied,
     head_bias,
+    soft_cap,
+    z_loss,
     scores,
     context,
     seed,
@@ -73,6 +77,8 @@ def test_double_precision_agrees(
         norm_placement=norm_placement,
         tie_word_embeddings=tied,
         head_bias=head_bias,
+        logit_soft_cap=soft_cap,
+        z_loss=z_loss,
         diversity_loss_scale=50.0,  # large enough to be seen in the gradients
     )
     model = make_model(config, seed)

@@ -115,6 +115,17 @@ def test_labels_are_shifted_inside_and_shift_labels_are_not():
         model(ids, labels=labels, shift_labels=shifted)
 
 
+def test_a_z_loss_of_capped_logits_is_in_what_training_descends_alone():
+    model = make_model(tiny_config(z_loss=0.1, logit_soft_cap=1.5))
+    ids, labels = random_ids(model.config, 2, 9), random_ids(model.config, 2, 9, 2)
+    logits, output = model(ids).logits, model(ids, shift_labels=labels)
+    assert logits.abs().max() < 1.5
+    expected = F.cross_entropy(logits.flatten(0, 1), labels.flatten())
+    assert output.language_loss.item() == pytest.approx(expected.item(), abs=1e-12)
+    more = (output.loss - output.language_loss - output.diversity_loss).item()
+    assert more == pytest.approx(0.1 * logits.logsumexp(dim=-1).square().mean().item(), abs=1e-12)
+
+
 def test_a_batch_without_targets_has_loss_zero_and_finite_gradients():
     model = make_model(tiny_config())
     ids = random_ids(model.config, 2, 5)

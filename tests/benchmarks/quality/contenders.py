@@ -90,7 +90,7 @@ class GPT(nn.Module):
     def forward(self, ids: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         """int64 [B, S] each → the loss, twice."""
         hidden = self.model.model(input_ids=ids).last_hidden_state
-        loss = vocabulary_loss(hidden.flatten(0, 1), self.model.lm_head.weight, self.no_bias, targets.flatten())
+        loss, _ = vocabulary_loss(hidden.flatten(0, 1), self.model.lm_head.weight, self.no_bias, targets.flatten())
         return loss, loss
 
     def flops_per_token(self, sequence_length: int) -> float:
