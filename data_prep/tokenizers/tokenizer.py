@@ -96,11 +96,15 @@ def train_tokenizer(texts: Iterable[str], settings: TokenizerSettings, log: bool
     return Tokenizer(model.getvalue(), "the tokenizer just trained")
 
 
+LINE = re.compile(r"[^\n]+")
+
+
 def training_lines(texts: Iterable[str], limit_bytes: int) -> Iterator[str]:
     """The lines to learn from: those that are not blank, up to a number of bytes."""
     seen_bytes = 0
     for text in texts:
-        for line in text.split("\n"):
+        for match in LINE.finditer(text):  # one at a time: a text may be large
+            line = match[0]
             if line.strip():
                 seen_bytes += len(line.encode("utf-8", "replace"))
                 yield line
