@@ -137,6 +137,8 @@ class Watch:
         """Stop watching, and being watched."""
         if self._ended.is_set():
             return
+        if self._verdict:  # training failed here because a rank that heard of the hang earlier has ended
+            time.sleep(2 * REPORT_SECONDS)  # before that, the judge ends this process
         self._ended.set()
         for thread in self._threads:
             thread.join(2 * self._interval)
