@@ -14,9 +14,9 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 ROOT = Path(__file__).parents[1]
 REAL_TEXT = ROOT.parent / "shared" / "data"
 
-TOGETHER = dict.fromkeys(["test_checkpoint.py", "test_export.py", "test_training.py"], "trained") | dict.fromkeys(
-    ["test_ray.py", "test_interrupt.py"], "ray"
-)
+TOGETHER = dict.fromkeys(
+    ["test_checkpoint.py", "test_export.py", "test_stop.py", "test_training.py"], "trained"
+) | dict.fromkeys(["test_ray.py", "test_interrupt.py"], "ray")
 """Modules that one worker runs: they share a fixture of minutes, or start Ray, which joins a cluster that it finds."""
 
 
@@ -89,14 +89,18 @@ def tiny_export(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+TORCH = ("checkpoints", "evaluate", "export", "generate")
+"""Commands that import torch, and so are forked from a process that has."""
+
+
 def globallocal(*arguments: object, expect: int = 0, **environment: str) -> subprocess.CompletedProcess[str]:
     """Run the command line as a user does; `expect` is the exit code."""
-    run = subprocess.run(
-        [sys.executable, "-m", "launch", *map(str, arguments)],
-        cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
-        capture_output=True,
-        text=True,
-    )
+    words, whole = ["-m", "launch", *map(str, arguments)], {**os.environ, "OMP_NUM_THREADS": "1", **environment}
+    if arguments[0] in TORCH and not environment:  # libraries read it when they are imported
+        from tests import forks
+
+        run = forks.run(words, whole)
+    else:
+        run = subprocess.run([sys.executable, *words], cwd=ROOT, env=whole, capture_output=True, text=True)
     assert run.returncode == expect, f"exit code {run.returncode}\n{run.stdout[-4000:]}\n{run.stderr[-4000:]}"
     return run

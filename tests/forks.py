@@ -9,6 +9,7 @@ import runpy
 import signal
 import subprocess
 import sys
+import tempfile
 from functools import cache
 from multiprocessing.context import ForkServerContext
 from multiprocessing.process import BaseProcess
@@ -53,11 +54,19 @@ class Fork:
         self.send_signal(signal.SIGKILL)
 
 
-def start(arguments: list[str], environment: dict[str, str], output: Path) -> Fork:
-    """`python ARGUMENTS` (`-m MODULE …` or a file) in the root of the project, its output in a file."""
-    process = _forks().Process(target=_program, args=(arguments, environment, output))
+def start(arguments: list[str], environment: dict[str, str], output: Path, errors: Path | None = None) -> Fork:
+    """`python ARGUMENTS` (`-m MODULE …` or a file) in the root of the project, its output in a file, errors too."""
+    process = _forks().Process(target=_program, args=(arguments, environment, output, errors or output))
     process.start()
     return Fork(process, arguments)
+
+
+def run(arguments: list[str], environment: dict[str, str]) -> subprocess.CompletedProcess[str]:
+    """The same, to its end, with output and errors apart."""
+    with tempfile.TemporaryDirectory() as folder:
+        output, errors = Path(folder, "output"), Path(folder, "errors")
+        code = start(arguments, environment, output, errors).wait()
+        return subprocess.CompletedProcess(arguments, code, output.read_text(), errors.read_text())
 
 
 @cache
@@ -79,10 +88,12 @@ def _forks() -> ForkServerContext:
     return forks
 
 
-def _program(arguments: list[str], environment: dict[str, str], output: Path) -> None:
-    with open(output, "wb") as file:
-        os.dup2(file.fileno(), 1)
-        os.dup2(file.fileno(), 2)
+def _program(arguments: list[str], environment: dict[str, str], output: Path, errors: Path) -> None:
+    for path in (output, errors):
+        path.write_bytes(b"")
+    for path, number in ((output, 1), (errors, 2)):
+        with open(path, "ab") as file:
+            os.dup2(file.fileno(), number)
     os.environ.clear()
     os.environ.update(environment)
     os.chdir(ROOT)

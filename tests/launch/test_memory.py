@@ -10,6 +10,7 @@ from launch.preflight.estimate import Machine, estimate
 from pipeline.config import load_config
 from tests.launch.small_model import MODEL
 from tests.pipeline.ranks import outputs, start_ranks, wait
+from tests.variants import some_of
 
 STAGES = (0, 1, 2, 3)
 
@@ -28,18 +29,18 @@ def knobs(tmp_path_factory: pytest.TempPathFactory) -> dict[int, Path]:
     return files
 
 
-@pytest.mark.parametrize("ranks", [1, 2, 4])
+@pytest.mark.parametrize(("ranks", "stages"), [(1, some_of([2], [0, 1, 3])), (2, STAGES), (4, some_of([1, 3], [0, 2]))])
 def test_the_forecast_is_within_a_tenth_of_what_training_holds(
-    ranks: int, knobs: dict[int, Path], tmp_path: Path
+    ranks: int, stages: list[int], knobs: dict[int, Path], tmp_path: Path
 ) -> None:
-    plan = {str(stage): [*MODEL, f"deepspeed.config={path}"] for stage, path in knobs.items()}
+    plan = {str(stage): [*MODEL, f"deepspeed.config={knobs[stage]}"] for stage in stages}
     (tmp_path / "plan.json").write_text(json.dumps(plan))
     arguments = ["-m", "tests.launch.memory_ranks", str(tmp_path / "plan.json"), str(tmp_path / "result.json")]
     codes = wait(start_ranks(arguments, tmp_path, ranks), tmp_path, 600)
     assert codes == [0] * ranks, outputs(tmp_path)
     measured = json.loads((tmp_path / "result.json").read_text())
     forecasts = {}
-    for stage in STAGES:
+    for stage in stages:
         result = estimate(load_config("launch/runs/quickstart.yaml", plan[str(stage)]), Machine(ranks=ranks, cpu=True))
         forecasts[str(stage)] = result.memory[stage].total
     assert forecasts == pytest.approx(measured, rel=0.1)

@@ -89,16 +89,13 @@ def stops(folder: Path) -> list[str]:
     return [(folder / f"stopped-{rank}").read_text() for rank in (0, 1) if (folder / f"stopped-{rank}").exists()]
 
 
-def test_done(tmp_path: Path) -> None:
+def test_a_job_ends_and_a_password_that_ranks_print_comes_neither_into_the_log_nor_onto_the_terminal(
+    tmp_path: Path,
+) -> None:
     job = Running(tmp_path, "done", 60)
-    code, output = job.finish()
-    assert code == 0, output
+    code, said = job.finish()
+    assert code == 0, said
     assert job.living() == []
-
-
-def test_a_password_in_what_the_ranks_print_comes_neither_into_the_log_nor_onto_the_terminal(tmp_path: Path) -> None:
-    code, said = Running(tmp_path, "done", 60).finish()
-    assert code == 0
     log = (tmp_path / "log").read_text()
     assert log.count("tracking at http://***@host:5000/path?token=***") == 2
     assert "SECRET" not in log + said

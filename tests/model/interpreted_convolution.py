@@ -1,4 +1,4 @@
-"""What `test_kernels_convolution.py` runs with TRITON_INTERPRET=1: there the kernels serve the CPU."""
+"""What `test_kernels_interpreted.py` runs with TRITON_INTERPRET=1: there the kernels serve the CPU."""
 
 import pytest
 import torch

@@ -69,7 +69,8 @@ def runs(trained: Path, small_dataset: Path) -> dict[str, dict[str, Any]]:
     shard[len(shard) // 2] ^= 1
     (damaged / "train-000000.tar").write_bytes(bytes(shard))
     other = copy_with_another_id(small_dataset, trained / "other-data")
-    bf16, compiled = ["training.precision=bf16"], ["training.compile=true"]
+    bf16 = ["training.precision=bf16"]
+    compiled = ["training.compile=true", "model.conv_dilations=[[1]]"]  # a block of few kernels
     for policy in POLICIES:
         recomputing = write_engine(trained / f"{policy}.json", POLICIES[policy])
         settings = [f"deepspeed.config={recomputing}", f"model.activation_checkpointing={policy.partition('.')[0]}"]

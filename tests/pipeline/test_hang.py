@@ -15,6 +15,7 @@ from tests.pipeline.comparing import said
 from tests.pipeline.hangs import write_plan
 from tests.pipeline.moments import Moment
 from tests.pipeline.ranks import environment
+from tests.variants import some_of
 
 ASLEEP = {
     "data": Moment("data", 3, do=("sleep",)),
@@ -24,7 +25,8 @@ ASLEEP = {
     "evaluation": Moment("evaluation", do=("sleep",)),
     "saving": Moment("saving", rank=0, do=("sleep",)),
 }
-STOPPED = {f"stopped-{rank}": Moment("forward", 4, rank, do=("pause", "SIGSTOP")) for rank in (0, 1)}
+PHASES = some_of(["data", "backward", "saving"], ["forward", "step", "evaluation"])
+STOPPED = some_of([0], [1])
 
 
 @pytest.fixture(scope="module")
@@ -32,13 +34,15 @@ def hung(tmp_path_factory: pytest.TempPathFactory, small_dataset: Path) -> tuple
     """The runs' folder, and the exit codes of their ranks."""
     folder = tmp_path_factory.mktemp("hung")
     settings = ["training.hang_timeout_seconds=12"]
-    write_plan(ASLEEP | STOPPED, folder, small_dataset, settings)
+    asleep = {phase: ASLEEP[phase] for phase in PHASES}
+    stopped = {f"stopped-{rank}": Moment("forward", 4, rank, do=("pause", "SIGSTOP")) for rank in STOPPED}
+    write_plan(asleep | stopped, folder, small_dataset, settings)
     program = start(["-m", "tests.pipeline.hangs", str(folder)], environment(folder), folder / "output")
     assert program.wait(1800) == 0, (folder / "output").read_text()
     return folder, json.loads((folder / "results.json").read_text())
 
 
-@pytest.mark.parametrize("phase", ASLEEP)
+@pytest.mark.parametrize("phase", PHASES)
 def test_a_rank_asleep_for_ever_is_named_and_all_end(
     hung: tuple[Path, dict[str, list[int | None]]], phase: str
 ) -> None:
@@ -54,7 +58,7 @@ def test_a_rank_asleep_for_ever_is_named_and_all_end(
         assert ("moments.py" in stacks) is (other == rank)
 
 
-@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("rank", STOPPED)
 def test_a_stopped_process_does_not_keep_the_other(hung: tuple[Path, dict[str, list[int | None]]], rank: int) -> None:
     folder, codes = hung
     case = folder / f"stopped-{rank}"
@@ -65,7 +69,7 @@ def test_a_stopped_process_does_not_keep_the_other(hung: tuple[Path, dict[str, l
     assert re.search(line, said(case)), said(case)
 
 
-@pytest.mark.parametrize("phase", ASLEEP)
+@pytest.mark.parametrize("phase", PHASES)
 def test_mlflow_knows_why(hung: tuple[Path, dict[str, list[int | None]]], phase: str) -> None:
     spool = hung[0] / phase / "tracking" / "spool.jsonl"
     records = [json.loads(line) for line in spool.read_text().splitlines()]

@@ -1,6 +1,7 @@
 """The night when a machine dies: killed without warning, or asked to stop, then started again with the same words."""
 
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -43,37 +44,33 @@ def wait_for_checkpoint(folder: Path, processes: list[subprocess.Popen[bytes]]) 
         time.sleep(0.02)
 
 
-def test_sigkill_at_any_moment_costs_nothing(unbroken: Path, tmp_path: Path, small_dataset: Path) -> None:
-    """Twice all ranks die, at moments drawn anew each time, writing included; then the run ends as if unbroken."""
-    for _ in range(2):
-        processes = start_ranks(arguments("run", tmp_path, small_dataset), tmp_path)
-        wait_for_checkpoint(tmp_path, processes)
-        time.sleep(random.uniform(0, 3))
-        for process in processes:
-            process.kill()
-        for process in processes:
-            process.wait()
-    codes = wait(start_ranks(arguments("run", tmp_path, small_dataset), tmp_path), tmp_path)
-    assert codes == [0, 0], outputs(tmp_path)
-    assert_same_state(unbroken / "run" / LAST, tmp_path / "run" / LAST)
-    assert losses_of(tmp_path, "run") == losses_of(unbroken, "run")
-    assert sorted(losses_of(tmp_path, "run")) == list(range(1, STEPS + 1))
-
-
-def test_a_signal_to_one_rank_stops_all_with_everything_saved(
-    unbroken: Path, tmp_path: Path, small_dataset: Path
-) -> None:
+def test_sigkill_and_a_signal_at_any_moment_cost_nothing(unbroken: Path, tmp_path: Path, small_dataset: Path) -> None:
+    """All ranks die at a moment drawn anew each time, writing included; at the next start one of them is asked to
+    stop, and all do, with everything saved; then the run ends as if unbroken."""
     processes = start_ranks(arguments("run", tmp_path, small_dataset), tmp_path)
     wait_for_checkpoint(tmp_path, processes)
+    time.sleep(random.uniform(0, 3))
+    for process in processes:
+        process.kill()
+    for process in processes:
+        process.wait()
+
+    log = tmp_path / "run" / "logs" / "rank-00000.log"
+    processes = start_ranks(arguments("run", tmp_path, small_dataset), tmp_path)
+    while not re.search("resume verified.* step [0-9]+/", log.read_text(), re.DOTALL) and processes[1].poll() is None:
+        time.sleep(0.02)
     processes[1].send_signal(signal.SIGTERM)
     processes[1].send_signal(signal.SIGTERM)
     codes = wait(processes, tmp_path)
     assert codes in ([PREEMPTED] * 2, [0, 0]), outputs(tmp_path)
     stopped_at = int(list_checkpoints(tmp_path / "run" / "checkpoints")[0].name[5:])
-    assert max(losses_of(tmp_path, "run")) == stopped_at
+    assert int(re.findall(" step ([0-9]+)/", log.read_text())[-1]) == stopped_at
+
     codes = wait(start_ranks(arguments("run", tmp_path, small_dataset), tmp_path), tmp_path)
     assert codes == [0, 0], outputs(tmp_path)
     assert_same_state(unbroken / "run" / LAST, tmp_path / "run" / LAST)
+    assert losses_of(tmp_path, "run") == losses_of(unbroken, "run")
+    assert sorted(losses_of(tmp_path, "run")) == list(range(1, STEPS + 1))
 
 
 def test_a_job_that_begins_at_a_folder_is_started_again_from_its_own_newest(
