@@ -32,8 +32,7 @@ class GlobalLocalConfig(PreTrainedConfig):
         hidden_size: width of the residual stream.
         num_hidden_layers: number of blocks.
         intermediate_size: width of the feed-forward; 0 stands for 4 · hidden_size.
-        max_position_embeddings: the longest sequence in tokens that training uses. There is no position
-            table and no hard limit: longer inputs run at the same cost per token.
+        max_position_embeddings: the longest sequence in tokens that training uses; no hard limit.
         pool_size: rows of the frozen tensor pool that all layers share.
         pool_dim: width of a pool row; 0 stands for 4 · hidden_size.
         pool_seed: the pool is a pure function of (pool_seed, pool_size, pool_dim).
@@ -43,8 +42,9 @@ class GlobalLocalConfig(PreTrainedConfig):
         router_top_k: pool rows that a token mixes.
         router_temperature: initial value of the learned temperature, held in 0.1 … 5.
         router_hidden_size: width of the score network's hidden layer; 0 stands for min(1024, pool_size).
-        router_scores: "dense" (one key a pool row) or "product_key" (√pool_size keys a side, so that a pool of
-            millions costs little more than one of thousands).
+        router_scores: "dense" (one key a pool row) or "product_key" (√pool_size keys a side, for pools of millions).
+        router_balance: learning rates by which a step moves a row's balance, which the choice alone adds to its score,
+            so that all rows are chosen (after arXiv:2408.15664); scores are then of a normalised layer. 0 for none.
         router_context: what the global branch reads: "token" (the seed) or "summary" (the token and what it asks a
             running summary of everything before it, so that it sees the whole prefix at linear cost).
         summary_heads: parts of the summary that forget at rates of their own; 0 stands for gcd(8, hidden_size).
@@ -53,8 +53,7 @@ class GlobalLocalConfig(PreTrainedConfig):
         summary_rule: "average" (each head's state moves towards what is new, whatever it holds) or "delta" (it keeps
             its own share and corrects what it holds under the new key; keys, queries and values are mixed by a short
             convolution first). Only the latter recalls what followed a word that it has seen once.
-        summary_key_heads: sets of keys and queries, each for neighbouring heads alike; more than one with "delta"
-            alone. Must divide summary_heads.
+        summary_key_heads: sets of keys and queries, one for neighbouring heads each; above 1 with "delta" alone.
         dropout: probability, applied where the seed applies it.
         diversity_loss_scale: factor of each router's loss; the sum over routers is scaled by a further 0.01.
         norm_placement: "pre" (norm in front of each sublayer) or "post" (norm after the residual sum).
@@ -88,6 +87,7 @@ class GlobalLocalConfig(PreTrainedConfig):
     router_temperature: float | int = 0.5
     router_hidden_size: int = 0
     router_scores: str = "dense"
+    router_balance: float | int = 0.0
     router_context: str = "token"
     summary_heads: int = 0
     summary_key_size: int = 64
@@ -193,7 +193,7 @@ class GlobalLocalConfig(PreTrainedConfig):
     def _key_parameters(self) -> int:
         """Weights and biases of one router's keys."""
         if self.router_scores == "dense":
-            return self.pool_size * (self.router_hidden_size + 1)
+            return self.pool_size * (self.router_hidden_size + (2 if self.router_balance else 1))
         return sum(self.product_key_shape) * (self.router_hidden_size // 2 + 1)
 
     def parameter_counts(self) -> dict[str, int]:
@@ -230,7 +230,7 @@ class GlobalLocalConfig(PreTrainedConfig):
         utilisation computed from it is never flattered.
 
         Args:
-            sequence_length: kept for the interface's sake; the cost per token does not depend on it.
+            sequence_length: for the interface's sake; it changes nothing.
         """
         del sequence_length
         h, dim, score = self.hidden_size, self.pool_dim, self.router_hidden_size
@@ -277,7 +277,8 @@ class GlobalLocalConfig(PreTrainedConfig):
     def _score_problems(self) -> list[str]:
         if self.router_scores == "dense":
             return []
-        problems = []
+        balance = f"router_balance is {self.router_balance}; it needs router_scores 'dense', or must be 0"
+        problems = [balance] if self.router_balance else []
         if self.router_hidden_size % 2:
             problems.append(
                 f"router_hidden_size is {self.router_hidden_size}; product keys halve it, so it must be even"
@@ -364,6 +365,7 @@ RANGES: dict[str, tuple[float, float]] = {
     "num_hidden_layers": (1, 10_000),
     "pool_seed": (0, 2**63 - 1),
     "router_temperature": (0.1, 5),
+    "router_balance": (0, 1000),
     "diversity_loss_scale": (0, 1e6),
     "layer_norm_eps": (1e-12, 1),
     "initializer_range": (1e-6, 10),

@@ -98,6 +98,7 @@ class RouterWeights(NamedTuple):
     hidden_weight: Tensor
     hidden_bias: Tensor
     key_biases: tuple[Tensor, ...]
+    balanced: tuple[Tensor, Tensor] | None  # keys divided by the temperature, and the bias of the choice alone
 
 
 class BlockWeights(NamedTuple):
@@ -201,8 +202,13 @@ def _correct(summary: Any, projected: Tensor, state: Tensor, recent: Tensor) -> 
 
 def _route(router: TensorRouter, x: Tensor, pool: Tensor, weights: RouterWeights) -> Tensor:
     """x [B, h] → [B, h], a tensor of its own."""
-    hidden = F.relu(F.linear(x, weights.hidden_weight, weights.hidden_bias))
-    scores, rows = _best_rows(router.scores, hidden, weights.key_biases)
+    if weights.balanced is None:
+        hidden = F.relu(F.linear(x, weights.hidden_weight, weights.hidden_bias))
+        scores, rows = _best_rows(router.scores, hidden, weights.key_biases)
+    else:
+        scores = F.linear(router.scores.hidden(x), weights.balanced[0], *weights.key_biases)
+        rows = (scores + weights.balanced[1]).topk(router.scores.top_k, dim=-1, sorted=False).indices
+        scores = scores.gather(1, rows)
     shares = scores.clamp(-10.0, 10.0).softmax(dim=-1)
     mixture = torch.bmm(shares.unsqueeze(1), F.embedding(rows, pool)).squeeze(1)
     return router._from_input(x, weights.folded).addmm_(mixture, weights.folded.mixture_weight.T)
@@ -252,11 +258,16 @@ def _block_weights(block: Any, folds: dict[nn.Module, FoldedRouter]) -> BlockWei
 
 
 def _router_weights(router: TensorRouter, folds: dict[nn.Module, FoldedRouter]) -> RouterWeights:
-    scores, temperature = router.scores, at_least_float32(router.temperature).clamp(0.1, 5.0)
+    scores: Any = router.scores
+    temperature = at_least_float32(router.temperature).clamp(0.1, 5.0)
     names = ("left_bias", "right_bias") if isinstance(scores, ProductKeyScores) else ("keys_bias",)
     # relu(x) / T = relu(x / T), as T > 0.
     hidden_weight, hidden_bias, *key_biases = (
         (tensor / temperature).to(tensor.dtype)
         for tensor in (scores.hidden_weight, scores.hidden_bias, *(getattr(scores, name) for name in names))
     )
-    return RouterWeights(router._folded(folds), hidden_weight, hidden_bias, tuple(key_biases))
+    balanced = None
+    if scores.balance_speed:
+        favour = (scores.choice_bias() - scores.keys_bias) / temperature
+        balanced = (scores.keys_weight / temperature).to(scores.keys_weight.dtype), favour.to(scores.keys_bias.dtype)
+    return RouterWeights(router._folded(folds), hidden_weight, hidden_bias, tuple(key_biases), balanced)

@@ -19,6 +19,7 @@ from .library_globallocal import block_rows, exporting, has_kernels, opaque
 with suppress(ImportError):  # without Triton `has_kernels` is false; by its name, so that the file travels with exports
     from .kernels_router_globallocal import dot_by_kernel, mix_by_kernel, sum_by_row_by_kernel, top_rows_by_kernel
 
+BALANCE_GRADIENT = 1e-5
 SCORE_BLOCK_ELEMENTS = 2**22  # the largest block of pool scores
 
 
@@ -149,6 +150,30 @@ class _SumByRow(Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         return grad[ctx.choice.indices], None
+
+
+class _Balance(Function):
+    """The scores as they are; backwards, a row's balance is told whether the row was chosen too often."""
+
+    @staticmethod
+    def forward(ctx: Any, scores: Tensor, balance: Tensor, choice: RowChoice) -> Tensor:
+        ctx.choice, ctx.dtype = choice, balance.dtype
+        return scores.view_as(scores)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        counts = ctx.choice.row_starts.diff()
+        excess = counts * len(counts) - ctx.choice.indices.numel()
+        return grad, (BALANCE_GRADIENT * excess.sign()).to(ctx.dtype), None
+
+
+def balanced(scores: Tensor, balance: Tensor, choice: RowChoice) -> Tensor:
+    """Scores [T, k], unchanged; `balance` [N] falls where a row was chosen more often than the mean, or rises.
+
+    Its gradient is the sign alone, and so small that the norm of all gradients does not feel it: an optimizer that
+    divides by their size, as Adam does, moves it by its learning rate. So ranks, micro-batches and resumes agree.
+    """
+    return _Balance.apply(scores, balance, choice)
 
 
 def dot_rows(tokens: Tensor, table: Tensor, bias: Tensor, choice: RowChoice) -> Tensor:

@@ -44,7 +44,10 @@ def local_branch(weights: Weights, config: GlobalLocalConfig, layer: int, x: Ten
 
 def pool_scores(weights: Weights, config: GlobalLocalConfig, x: Tensor) -> Tensor:
     """The score of every pool row: [B, S, N]."""
-    hidden = F.relu(x @ weights["hidden_weight"].T + weights["hidden_bias"])
+    hidden = x @ weights["hidden_weight"].T + weights["hidden_bias"]
+    hidden = (
+        F.layer_norm(hidden, hidden.shape[-1:], eps=config.layer_norm_eps) if config.router_balance else F.relu(hidden)
+    )
     if config.router_scores == "dense":
         return hidden @ weights["keys_weight"].T + weights["keys_bias"]
     left, right = hidden.chunk(2, dim=-1)
@@ -57,7 +60,8 @@ def router(weights: Weights, config: GlobalLocalConfig, x: Tensor, pool: Tensor,
     """Output projection of mapping([LayerNorm(input(x)), Σ_j w_j pool[i_j]]), and the diversity loss."""
     scores = pool_scores(part(weights, "scores"), config, x)
     # Clamping only creates ties; among those the larger plain score wins.
-    chosen = scores.topk(config.router_top_k, dim=-1).indices
+    favoured = scores + config.router_balance * weights["scores.balance"] if config.router_balance else scores
+    chosen = favoured.topk(config.router_top_k, dim=-1).indices
     scaled = (scores / weights["temperature"].clamp(0.1, 5.0)).clamp(-10.0, 10.0)
     chosen_weights = scaled.gather(-1, chosen).softmax(dim=-1)
     mixture = torch.einsum("bsk,bskd->bsd", chosen_weights, pool[chosen])

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from .configuration_globallocal import GlobalLocalConfig
 from .library_globallocal import exporting
-from .ops_router_globallocal import RowChoice, dot_rows, mix_rows, sum_by_row, top_rows
+from .ops_router_globallocal import RowChoice, balanced, dot_rows, mix_rows, sum_by_row, top_rows
 
 
 class FoldedInput(NamedTuple):
@@ -40,13 +40,14 @@ class RouterScores(nn.Module):
 
     def __init__(self, config: GlobalLocalConfig) -> None:
         super().__init__()
-        self.top_k = config.router_top_k
+        self.top_k, self.balance_speed, self.eps = config.router_top_k, config.router_balance, config.layer_norm_eps
         self.hidden_weight = nn.Parameter(torch.empty(config.router_hidden_size, config.hidden_size))
         self.hidden_bias = nn.Parameter(torch.empty(config.router_hidden_size))
 
     def hidden(self, tokens: Tensor) -> Tensor:
         """tokens [T, h] → [T, R]."""
-        return F.relu(F.linear(tokens, self.hidden_weight, self.hidden_bias))
+        hidden = F.linear(tokens, self.hidden_weight, self.hidden_bias)
+        return F.layer_norm(hidden, hidden.shape[-1:], eps=self.eps) if self.balance_speed else F.relu(hidden)
 
 
 class DenseScores(RouterScores):
@@ -56,13 +57,19 @@ class DenseScores(RouterScores):
         super().__init__(config)
         self.keys_weight = nn.Parameter(torch.empty(config.pool_size, config.router_hidden_size))
         self.keys_bias = nn.Parameter(torch.empty(config.pool_size))
+        self.balance = nn.Parameter(torch.empty(config.pool_size)) if config.router_balance else None
+
+    def choice_bias(self) -> Tensor:
+        """What a row's score has on top in the choice: [N]."""
+        return self.keys_bias if self.balance is None else self.keys_bias + self.balance_speed * self.balance
 
     def forward(self, tokens: Tensor, grouped: bool) -> tuple[RowChoice, Tensor]:
         """tokens [T, h] → the choice among N rows, and its scores [T, k]."""
         hidden = self.hidden(tokens)
-        _, indices = top_rows(hidden, self.keys_weight, self.keys_bias, self.top_k)
+        _, indices = top_rows(hidden, self.keys_weight, self.choice_bias(), self.top_k)
         choice = RowChoice(indices, self.keys_weight.shape[0], grouped)
-        return choice, dot_rows(hidden, self.keys_weight, self.keys_bias, choice)
+        scores = dot_rows(hidden, self.keys_weight, self.keys_bias, choice)
+        return choice, scores if self.balance is None or not grouped else balanced(scores, self.balance, choice)
 
 
 class ProductKeyScores(RouterScores):

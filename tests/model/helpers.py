@@ -63,6 +63,7 @@ LAYOUTS: dict[str, dict[str, Any]] = {
         "summary_key_size": 5,
         "summary_key_heads": 2,
     },
+    "balanced router": {"router_balance": 6.0},
     "post-norm": {"router_context": "summary", "norm_placement": "post"},
     "product keys": {"router_scores": "product_key", "pool_size": 20, "router_hidden_size": 10, "router_top_k": 5},
     "wide pool": {"pool_dim": 16},

@@ -10,7 +10,7 @@ from tests.model.helpers import tiny_config
 from tests.model.preset_table import PAGE, preset_table
 
 EXTRAS = {"router_scores": "product_key", "pool_size": 10_000, "router_context": "summary"}
-DELTA = {"router_context": "summary", "summary_rule": "delta", "head_bias": False}
+DELTA = {"router_context": "summary", "summary_rule": "delta", "head_bias": False, "router_balance": 6.0}
 
 
 @pytest.mark.parametrize("name", PRESETS)
@@ -123,10 +123,19 @@ def test_all_problems_are_named_at_once():
 def test_all_pairs_that_contradict_are_named_at_once():
     with pytest.raises(ValueError, match="router_top_k is 9") as caught:
         tiny_config(
-            router_top_k=9, pool_size=4, summary_heads=5, summary_key_heads=2, eos_token_id=[3, 31], pad_token_id=-1
+            router_top_k=9,
+            pool_size=4,
+            router_scores="product_key",
+            router_balance=6.0,
+            summary_heads=5,
+            summary_key_heads=2,
+            eos_token_id=[3, 31],
+            pad_token_id=-1,
         )
     assert str(caught.value).splitlines() == [
         "router_top_k is 9, but the pool has only 4 rows; lower router_top_k or raise pool_size",
+        "router_balance is 6.0; it needs router_scores 'dense', or must be 0",
+        "router_hidden_size is 9; product keys halve it, so it must be even",
         "summary_heads is 5; it must divide hidden_size, 12",
         "summary_key_heads is 2; it must divide summary_heads, 5",
         "summary_key_heads is 2; more than one needs summary_rule 'delta', and it is 'average'",

@@ -20,6 +20,8 @@ def largest_difference(model, ids, labels):
     output.loss.backward()
     gradients = 0.0
     for name, parameter in model.named_parameters():
+        if name.endswith(".balance"):
+            continue  # its gradient is no derivative
         goal = weights[name].grad
         difference = (parameter.grad - goal).abs().max() / goal.abs().max().clamp_min(1e-4)  # below it, rounding alone
         gradients = max(gradients, difference.item())
@@ -141,6 +143,22 @@ def test_temperature_is_clamped_as_in_the_equations(temperature):
                 parameter.fill_(temperature)
     ids = random_ids(config, 2, 9)
     assert max(largest_difference(model, ids, ids)) < 1e-10
+
+
+def test_a_balance_chooses_and_moves_towards_rows_that_are_chosen_too_seldom():
+    config = tiny_config(router_balance=6.0, diversity_loss_scale=50.0)
+    model = make_model(config)
+    ids = random_ids(config, 2, 9)
+    assert max(largest_difference(model, ids, ids)) < 1e-10
+    output = model(ids, shift_labels=ids)
+    usage = output.router_statistics["pool_usage"][0, 1]
+    gradient = model.model.layers[0].router.scores.balance.grad
+    assert (gradient[usage == 0] < 0).all()
+    assert gradient.abs().max() < 1e-4
+    with torch.no_grad():
+        whole = model(ids)
+        step = model(ids[:, -1:], cache=model(ids[:, :-1], use_cache=True).cache)
+    assert torch.allclose(step.logits[:, -1], whole.logits[:, -1], atol=1e-10)
 
 
 def test_blocks_do_not_change_the_result(monkeypatch):
