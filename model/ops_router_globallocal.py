@@ -231,6 +231,6 @@ def _top_columns(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
         return values, indices
     groups = scores.unflatten(1, (-1, size))
     best = groups.amax(dim=2).topk(k, dim=-1).indices
-    rows = torch.arange(len(scores), device=scores.device).unsqueeze(1)
+    rows = torch.arange(scores.shape[0], device=scores.device).unsqueeze(1)  # `len` would fix the number in a graph
     values, place = groups[rows, best].flatten(1).topk(k, dim=-1)  # whole groups: gather would pick each number
     return values, best.gather(1, place // size) * size + place % size
