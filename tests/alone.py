@@ -39,7 +39,8 @@ def island(temporary: Path, command: list[str]) -> int:
         temporary.chmod(0o1777)
         subprocess.run(["mount", "--bind", str(temporary), "/tmp"], check=True)
     subprocess.run(["mount", "-t", "tmpfs", "-o", "mode=1777", "tmpfs", "/dev/shm"], check=True)
-    code = end_of(subprocess.Popen(command).pid)
+    job = subprocess.Popen(command)  # kept: one that is let go buries its child itself
+    code = end_of(job.pid)
     left: list[str] = []
     for _ in range(PATIENCE_SECONDS):
         left = leftovers()
