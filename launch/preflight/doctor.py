@@ -277,7 +277,7 @@ def deepspeed_json(config: RunConfig, ranks: int) -> Finding:
 
 def memory(config: RunConfig, ranks: int) -> Finding:
     """The forecast for one rank against what is free."""
-    result = estimate(config, Machine(ranks=ranks, cpu=local_devices() == 0))
+    result = estimate(config, Machine(ranks=ranks))
     need = result.memory[result.zero_stage].total
     free = min(device_free_bytes())
     need *= ranks if local_devices() == 0 else 1

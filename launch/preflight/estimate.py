@@ -35,7 +35,6 @@ class Machine:
             absent.
         utilisation: part of that rate that training reaches (MFU); as `measured.py` has it where absent.
         price_per_hour: of one device, in whatever currency.
-        cpu: ranks on CPU cores.
     """
 
     ranks: int = 1
@@ -43,7 +42,6 @@ class Machine:
     teraflops: float | None = None
     utilisation: float | None = None
     price_per_hour: float | None = None
-    cpu: bool = False
 
 
 @dataclass(frozen=True)
@@ -187,7 +185,7 @@ def _stage_memory(
     own = stage == int(zero.get("stage", 0))
     plain = {key: value for key, value in zero.items() if not key.startswith("offload_")}
     knobs = zero if own else plain
-    return rank_memory(size, stage, machine.ranks, precision, knobs, cpu=machine.cpu, accumulates=accumulates)
+    return rank_memory(size, stage, machine.ranks, precision, knobs, accumulates=accumulates)
 
 
 def _corpus(config: RunConfig, notes: list[str]) -> Corpus | None:

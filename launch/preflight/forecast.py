@@ -45,9 +45,8 @@ def memory_line(config: RunConfig, fitted: Fitted, ranks: int, precision: str, d
     size = measure(fitted.model, config.training.micro_batch_size, config.data.sequence_length, precision)
     zero = fitted.deepspeed.get("zero_optimization", {})
     accumulates = fitted.layout is not None and fitted.layout.gradient_accumulation_steps > 1
-    cpu = device.type == "cpu"
-    needed = rank_memory(size, int(zero.get("stage", 0)), ranks, precision, zero, cpu=cpu, accumulates=accumulates)
-    if cpu:
+    needed = rank_memory(size, int(zero.get("stage", 0)), ranks, precision, zero, accumulates=accumulates)
+    if device.type == "cpu":
         there = f"this machine has {readable(psutil.virtual_memory().total)} for {ranks} rank{'s' * (ranks > 1)}"
     else:
         there = f"the device has {readable(torch.cuda.get_device_properties(device).total_memory)}"

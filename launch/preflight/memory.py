@@ -116,7 +116,6 @@ def rank_memory(
     precision: str,
     zero: Mapping[str, Any],
     *,
-    cpu: bool = False,
     accumulates: bool = True,
 ) -> RankMemory:
     """One rank's bytes under ZeRO `stage`; `zero` is the JSON's `zero_optimization` (buckets, offload).
@@ -124,8 +123,8 @@ def rank_memory(
     16-bit training keeps fp32 master weights and sums gradients in fp32; fp32 training needs neither, but ZeRO
     keeps a master copy all the same. Stage 1 keeps whole gradients between the micro-batches of a step, where there
     are several (`accumulates`). The peak is in backward, or in the optimizer's step where that needs more than
-    activations and buckets do: the partition's gradients once more, as one tensor, and on a CPU, whose AdamW is
-    not fused, two temporaries of that size.
+    activations and buckets do: the partition's gradients once more, as one tensor, and at stage 2 those that the last
+    micro-batch adds. One rank alone has nothing to gather.
     """
     width, p = DTYPE_BYTES[precision], size.parameters
     mixed = width < FP32_BYTES
@@ -136,7 +135,7 @@ def rank_memory(
     weights = width * share(p, 3)
     gradients = FP32_BYTES * share(p, 2 if accumulates else 1)
     optimizer = MOMENTS_BYTES * share(p, 1) + (FP32_BYTES * share(p, 1) if mixed or stage else 0)
-    step = (3 if cpu else 1) * FP32_BYTES * share(p, 1) if stage else 0
+    step = (2 if stage == 2 and accumulates else 1) * FP32_BYTES * share(p, 1) if stage else 0
     released = gradients - FP32_BYTES * share(p, 1)  # stage 1 keeps its part alone once they are reduced
     offloaded = gathered = 0
     if stage == 3:
@@ -146,7 +145,7 @@ def rank_memory(
         kept = min(
             int(zero.get("stage3_max_live_parameters", 1e9)), int(zero.get("stage3_max_reuse_distance", 1e9)) // 2
         )
-        gathered = width * min(p, max(ahead, kept))
+        gathered = width * min(p, max(ahead, kept)) if ranks > 1 else 0
         weights += gathered
         partition = int(zero.get("zero_hpz_partition_size", 1))
         weights += width * -(-p // partition) if partition > 1 else 0  # the second copy, split within a node

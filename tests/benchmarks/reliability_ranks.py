@@ -282,7 +282,7 @@ def memory(folder: Path, world: World) -> dict[str, float]:
         overrides = [*MODEL, f"deepspeed.config={path}"]
         peak = peak_of_training(overrides, world)
         config = load_config("launch/runs/quickstart.yaml", overrides)
-        forecast = estimate(config, Machine(ranks=world.size, cpu=True)).memory[stage].total
+        forecast = estimate(config, Machine(ranks=world.size)).memory[stage].total
         found[f"stage {stage}"] = peak / forecast
     return found
 

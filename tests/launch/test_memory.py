@@ -41,6 +41,6 @@ def test_the_forecast_is_within_a_tenth_of_what_training_holds(
     measured = json.loads((tmp_path / "result.json").read_text())
     forecasts = {}
     for stage in stages:
-        result = estimate(load_config("launch/runs/quickstart.yaml", plan[str(stage)]), Machine(ranks=ranks, cpu=True))
+        result = estimate(load_config("launch/runs/quickstart.yaml", plan[str(stage)]), Machine(ranks=ranks))
         forecasts[str(stage)] = result.memory[stage].total
     assert forecasts == pytest.approx(measured, rel=0.1)

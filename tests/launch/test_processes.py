@@ -97,7 +97,7 @@ def test_a_job_ends_and_a_password_that_ranks_print_comes_neither_into_the_log_n
     assert code == 0, said
     assert job.living() == []
     log = (tmp_path / "log").read_text()
-    assert log.count("tracking at http://***@host:5000/path?token=***") == 2
+    assert log.count("http://***@host:5000/path?token=***") == 2
     assert "SECRET" not in log + said
     assert "HIDDEN" not in log + said
 

@@ -213,7 +213,7 @@ def test_one_file_is_made_once_and_anew_where_it_is_damaged_or_was_cut_off(folde
     lines.clear()
     consolidate(saved(folder, "z3r2"), tmp_path, lines.append)
     (line,) = lines
-    assert f"is damaged, and made anew: {file}: sha256" in line
+    assert f"is damaged, and made anew: {file}: blake3" in line
     assert checkpoint.verify(made[0]) == []
 
 
