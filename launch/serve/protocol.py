@@ -216,8 +216,8 @@ def _lines(item: Any) -> list[str]:
 
 
 def logprobs_of(tokens: list[Token], names: list[str], offset: int) -> dict[str, Any]:
-    """OpenAI's form; `offset` is how many characters stand in front of the first token. Nothing predicted a prompt's
-    first token: there is null."""
+    """OpenAI's form; `offset` is how many characters stand in front of the first token. The first token of a prompt has
+    no probability, but null."""
     offsets = []
     for token in tokens:
         offsets.append(offset)
