@@ -60,6 +60,9 @@ class ProcessEngine:
         except BaseException as error:
             for worker in set(multiprocessing.active_children()) - before:
                 worker.kill()  # asked to end, it would first finish its task
+            # The pool's thread may be reading a result that a killed worker had half written. This is the last other
+            # end of that pipe; with it the read ends.
+            pool._result_queue._writer.close()  # type: ignore[attr-defined]
             if isinstance(error, BrokenProcessPool):
                 raise UserError(
                     "a worker process was killed (out of memory?); run the same command again with fewer --workers, "
@@ -67,7 +70,7 @@ class ProcessEngine:
                 ) from None
             raise
         finally:
-            pool.shutdown(wait=False, cancel_futures=True)
+            pool.shutdown(cancel_futures=True)  # its thread has ended before the interpreter wakes it to end
 
 
 def _start_forkserver() -> None:

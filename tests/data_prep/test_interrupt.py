@@ -7,11 +7,13 @@ import random
 import signal
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import psutil
 import pytest
 
+from data_prep.engines import ProcessEngine
 from data_prep.sources.documents import ReadCounts  # noqa: F401  imported once here, not in the time of the first test
 from tests.conftest import ROOT
 from tests.data_prep.conftest import sentences
@@ -86,6 +88,24 @@ def test_prepare_on_ray_ends_at_once_and_leaves_no_cluster(long_document, tokeni
     assert (code, errors.splitlines()[-1:]) == (130, [line])
     assert "Traceback" not in errors
     assert not (output / "manifest.json").exists()
+
+
+def test_an_error_ends_workers_that_are_in_the_middle_of_large_results():
+    def first_results() -> None:
+        with ProcessEngine(2).start(large_result) as run:
+            for count, _ in enumerate(run(range(1_000))):  # type: ignore[arg-type]
+                if count == 10:
+                    raise KeyboardInterrupt
+
+    before = set(threading.enumerate())
+    for _ in range(3):
+        with pytest.raises(KeyboardInterrupt):
+            first_results()
+    assert set(threading.enumerate()) <= before  # one that still read would keep the command from ending
+
+
+def large_result(_: int) -> bytes:
+    return bytes(30_000_000)
 
 
 def name_of(process: psutil.Process) -> str:
