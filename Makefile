@@ -26,10 +26,11 @@ quickstart: $(READY) ## the whole job on real text: tokenizer, shards, training,
 	@$(BIN)/python -m launch.quickstart
 
 test: $(READY) ## all tests (arguments: ARGS="-k resume")
+	@sh tests/install.sh chromium
 	@$(BIN)/python -m tests.alone $(BIN)/python -m pytest --numprocesses 2 --no-loadscope-reorder $(ARGS)
 
 cluster: $(READY) ## tests over three hosts and on Slurm: network namespaces, sshd, pdsh, slurmd; as root
-	@sh tests/cluster/install.sh
+	@sh tests/install.sh iproute2 openssh-server openssh-client pdsh slurm-wlm munge util-linux
 	$(BIN)/python -m pytest -m cluster tests/cluster $(ARGS)
 
 # Over .venv and apart from it: with accelerate at hand transformers loads models in another way, and imports it always.

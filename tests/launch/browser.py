@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import aiohttp
-import pytest
+
+from tests.conftest import missing
 
 # Without the middle ones Chromium asks for hosts of its own at every start.
 FLAGS = [
@@ -101,8 +102,8 @@ def program() -> str:
     """Its path; skips by name where there is none."""
     found = shutil.which("chromium") or shutil.which("google-chrome")
     if found is None:
-        pytest.skip("no browser here; apt-get install chromium")
-    return found
+        missing("a browser", "apt-get install chromium")
+    return str(found)
 
 
 @asynccontextmanager

@@ -1,8 +1,8 @@
 #!/bin/sh
-# Debian's packages that the tests of this folder need, where there are apt-get and root; elsewhere they skip by name.
+# Installs the named packages of Debian, where there are apt-get and root; elsewhere the tests that need them skip by name.
 set -eu
 missing=""
-for package in iproute2 openssh-server openssh-client pdsh slurm-wlm munge util-linux; do
+for package in "$@"; do
     dpkg-query --show --showformat '${Status}' "$package" 2>/dev/null | grep -q 'ok installed' || missing="$missing $package"
 done
 [ -n "$missing" ] || exit 0
@@ -11,7 +11,7 @@ if [ "$(id -u)" != 0 ] || ! command -v apt-get >/dev/null; then
     exit 0
 fi
 export DEBIAN_FRONTEND=noninteractive
+exec 9>/tmp/globallocal-install.lock && flock 9 # two make targets at once
 dpkg --configure -a # an installation that was cut off earlier
-apt-get update -qq
 # shellcheck disable=SC2086
-apt-get install --yes --quiet --no-install-recommends $missing
+apt-get update -qq && apt-get install --yes --quiet --no-install-recommends $missing || echo "not installed:$missing"
