@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_conte
 from transformers import GenerationMixin, PreTrainedModel
 from transformers import initialization as init
 
-from .configuration_globallocal import ROUTERS_PER_LAYER, GlobalLocalConfig, checkpointed_blocks
+from .configuration_globallocal import ROUTERS_PER_LAYER, GlobalLocalConfig
 from .decoding_globallocal import GlobalLocalCache, has_plain_weights, step_weights
 from .graphs_globallocal import StepGraphs
 from .layers_globallocal import CausalConvolution, DeltaSummary, FeedForward, GlobalLocalBlock, RunningSummary
@@ -25,6 +25,7 @@ from .ops_loss_globallocal import soft_capped, vocabulary_loss
 from .outputs_globallocal import GlobalLocalCausalLMOutput, GlobalLocalModelOutput
 from .router_globallocal import RouterScores, TensorRouter
 from .routing_globallocal import watched_routing
+from .values_globallocal import checkpointed_blocks
 
 # The seed scales each router's diversity loss by diversity_loss_scale, and their sum by this once more.
 DIVERSITY_LOSS_TOTAL_SCALE = 0.01

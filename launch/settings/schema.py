@@ -8,8 +8,9 @@ from typing import Any
 from pydantic import TypeAdapter
 
 from launch.settings.origins import FROM_THE_DATASET
-from model.configuration_globallocal import CHOICES, DERIVED, LARGEST, RANGES, GlobalLocalConfig
+from model.configuration_globallocal import GlobalLocalConfig
 from model.presets_globallocal import PRESETS
+from model.values_globallocal import CHOICES, DERIVED, LARGEST, RANGES
 from pipeline.config import RunConfig
 
 
