@@ -8,7 +8,7 @@ import os
 import signal
 import threading
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures import Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from multiprocessing import forkserver
@@ -18,6 +18,7 @@ from data_prep.errors import UserError
 from data_prep.sources.documents import Task
 
 MAX_WORKERS = 1024
+LOOK_SECONDS = 5.0  # between two looks at the workers, while one is waited for
 WINDOW = 4  # tasks in flight for each worker: bounds memory, hides uneven tasks
 
 # Maps tasks to results, in the order of the tasks; the first error of a task is raised in the caller.
@@ -55,8 +56,18 @@ class ProcessEngine:
         _start_forkserver()
         before = set(multiprocessing.active_children())
         pool = ProcessPoolExecutor(self.workers, context, initializer=_install, initargs=(function,))
+
+        def result(future: Future[Any]) -> Any:
+            """The pool never hears of a worker that was killed in the middle of writing a result: so look."""
+            while not future.done():
+                killed = not all(worker.is_alive() for worker in pool._processes.values())
+                wait([future], timeout=LOOK_SECONDS)  # the pool says it itself, where it can
+                if killed and not future.done():
+                    raise BrokenProcessPool
+            return future.result()
+
         try:
-            yield lambda tasks: windowed(tasks, lambda task: pool.submit(_run, task), self.workers * WINDOW)
+            yield lambda tasks: windowed(tasks, lambda task: pool.submit(_run, task), self.workers * WINDOW, result)
         except BaseException as error:
             for worker in set(multiprocessing.active_children()) - before:
                 worker.kill()  # asked to end, it would first finish its task
@@ -85,15 +96,20 @@ def _start_forkserver() -> None:
         signal.signal(signal.SIGINT, handler)
 
 
-def windowed(tasks: Iterable[Task], submit: Callable[[Task], Future[Any]], window: int) -> Iterator[Any]:
+def windowed(
+    tasks: Iterable[Task],
+    submit: Callable[[Task], Future[Any]],
+    window: int,
+    result: Callable[[Future[Any]], Any] = Future.result,
+) -> Iterator[Any]:
     """Results in order, with at most `window` tasks submitted and not yet taken."""
     waiting: collections.deque[Future[Any]] = collections.deque()
     for task in tasks:
         if len(waiting) >= window:
-            yield waiting.popleft().result()
+            yield result(waiting.popleft())
         waiting.append(submit(task))
     while waiting:
-        yield waiting.popleft().result()
+        yield result(waiting.popleft())
 
 
 _function: Callable[[Task], Any] | None = None

@@ -26,7 +26,7 @@ from data_prep.sources.documents import (
     select,
     share_problems,
 )
-from data_prep.sources.find import FoundFile, find_files, paths_by_split
+from data_prep.sources.find import FoundFile, find_files, large_documents, paths_by_split
 from data_prep.sources.text import beginning, columns_shown, decode_utf8, join_articles, row_document
 
 READ_BYTES = 1 << 18
@@ -110,6 +110,8 @@ class FilesSource:
             problems = [*error.problems, *problems]
         if problems:
             raise UserError(problems)
+        if settings.separator == "file":
+            self.notes += large_documents(self._files)
 
     @property
     def settings(self) -> dict[str, Any]:

@@ -28,6 +28,7 @@ FORMATS: dict[str, Format] = {
 }
 COMPRESSIONS = {".gz": "gzip", ".zst": "zstd"}
 GLOB = re.compile(r"[*?\[]")
+LARGE_DOCUMENT_BYTES = 1 << 30  # a document is whole in memory: its text, its tokens, and copies of both
 
 
 @dataclass(frozen=True)
@@ -287,3 +288,14 @@ def _fixed_part(path: str) -> str:
 
 def _hidden(path: str) -> bool:
     return any(part.startswith(".") for part in path.split("/"))
+
+
+def large_documents(files: dict[str, list[FoundFile]]) -> list[str]:
+    """A note for each file that is one document and will want much memory."""
+    return [
+        f"{file.shown}: one document of {file.size / 1e9:.1f} GB, which takes up to {9 * file.size / 1e9:.0f} GB of "
+        "memory; --separator blank-lines makes a document of each run of lines between blank ones"
+        for split in files.values()
+        for file in split
+        if file.format == "txt" and file.size > LARGE_DOCUMENT_BYTES
+    ]

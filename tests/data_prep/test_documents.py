@@ -275,6 +275,18 @@ def test_a_file_of_two_splits_is_left_out_of_train_or_refused(tmp_path):
         FilesSource(FilesSettings({"train": [f"{tmp_path}/*.txt"], "valid": held, "test": held}))
 
 
+def test_a_document_that_wants_much_memory_is_said(tmp_path):
+    with open(tmp_path / "all.txt", "wb") as file:
+        file.truncate(2 << 30)
+    (tmp_path / "small.txt").write_text("small")
+    paths = {"train": [f"{tmp_path}/*.txt"]}
+    assert FilesSource(FilesSettings(paths)).notes == [
+        f"{tmp_path}/all.txt: one document of 2.1 GB, which takes up to 19 GB of memory; --separator blank-lines makes "
+        "a document of each run of lines between blank ones"
+    ]
+    assert FilesSource(FilesSettings(paths, separator="blank-lines")).notes == []
+
+
 def test_a_line_longer_than_many_tasks_is_read_once(tmp_path, monkeypatch):
     """Each task looks for the end of a line that began before it in its own bytes alone."""
     monkeypatch.setattr("data_prep.sources.files.TASK_BYTES", 1000)

@@ -8,12 +8,14 @@ import signal
 import subprocess
 import sys
 import threading
+from multiprocessing.connection import Connection
 from pathlib import Path
 
 import psutil
 import pytest
 
 from data_prep.engines import ProcessEngine
+from data_prep.errors import UserError
 from data_prep.sources.documents import ReadCounts  # noqa: F401  imported once here, not in the time of the first test
 from tests.conftest import ROOT
 from tests.data_prep.conftest import sentences
@@ -93,19 +95,39 @@ def test_prepare_on_ray_ends_at_once_and_leaves_no_cluster(long_document, tokeni
 def test_an_error_ends_workers_that_are_in_the_middle_of_large_results():
     def first_results() -> None:
         with ProcessEngine(2).start(large_result) as run:
-            for count, _ in enumerate(run(range(1_000))):  # type: ignore[arg-type]
-                if count == 10:
+            for count, _ in enumerate(run(range(1_000))):
+                if count == 4:
                     raise KeyboardInterrupt
 
     before = set(threading.enumerate())
-    for _ in range(3):
+    for _ in range(2):
         with pytest.raises(KeyboardInterrupt):
             first_results()
     assert set(threading.enumerate()) <= before  # one that still read would keep the command from ending
 
 
+def test_a_worker_killed_in_the_middle_of_a_result_is_said(monkeypatch):
+    monkeypatch.setattr("data_prep.engines.LOOK_SECONDS", 0.5)
+    with pytest.raises(UserError, match="a worker process was killed"), ProcessEngine(2).start(half_result) as run:
+        list(run(range(8)))
+
+
+def half_result(number: int) -> bytes:
+    """As if the kernel killed the worker while it writes its result."""
+    if number == 3:
+        Connection._send = write_half_and_die  # type: ignore[attr-defined]
+    return bytes(1_000_000)
+
+
+def write_half_and_die(connection: Connection, content: bytes) -> None:
+    if len(content) > 100_000:
+        os.write(connection.fileno(), content[:5])
+        os.kill(os.getpid(), signal.SIGKILL)
+    os.write(connection.fileno(), content)
+
+
 def large_result(_: int) -> bytes:
-    return bytes(30_000_000)
+    return bytes(10_000_000)
 
 
 def name_of(process: psutil.Process) -> str:
