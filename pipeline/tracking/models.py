@@ -108,7 +108,7 @@ def _make(publication: Publication) -> str:
         client.finalize_logged_model(model.model_id, "READY")
     client.log_outputs(publication.run_id, [LoggedModelOutput(model.model_id, publication.step)])
     for name, value in publication.metrics.items():
-        client.log_metric(publication.run_id, f"exported/{name}", value, step=publication.step, model_id=model.model_id)
+        client.log_metric(publication.run_id, f"model/{name}", value, step=publication.step, model_id=model.model_id)
     return said
 
 

@@ -76,7 +76,7 @@ def test_an_export_is_a_model_of_its_run_and_registered_loads_back(
     assert model.tags["globallocal.step"] == "6"
     assert model.tags["globallocal.sha256"] == folder_hash(output) == folder_hash(exported)
     values = {metric.key: metric.value for metric in model.metrics}
-    assert values["exported/loss/valid"] == pytest.approx(state["evaluation"]["loss"])
+    assert values["model/loss/valid"] == pytest.approx(state["evaluation"]["loss"])
     run = client.get_run(state["mlflow_run_id"])
     assert [(item.model_id, item.step) for item in run.outputs.model_outputs] == [(model.model_id, 6)]
     assert run.info.status == "FINISHED"
