@@ -1,20 +1,18 @@
 """The hash that protects the files of a checkpoint.
 
-blake3 takes less than half of sha256's time, and shares it among threads. Folders of earlier versions, and those
-written where blake3 is not installed, hold sha256: each file's entry names its algorithm.
+blake3 takes less than half of sha256's time, and shares it among threads. Folders of earlier versions hold sha256:
+each file's entry names its algorithm.
 """
 
 import hashlib
-import importlib
-import importlib.util
 from collections.abc import Mapping
 from typing import Any, Protocol
 
-_blake3 = importlib.import_module("blake3") if importlib.util.find_spec("blake3") else None
+from blake3 import blake3
 
-ALGORITHM = "blake3" if _blake3 else "sha256"
+ALGORITHM = "blake3"
 """Of what is written here."""
-ALGORITHMS = ("blake3", "sha256")
+ALGORITHMS = (ALGORITHM, "sha256")
 
 
 class Hasher(Protocol):
@@ -26,16 +24,10 @@ def hasher(algorithm: str = ALGORITHM, all_cores: bool = False) -> Hasher:
     """
     Args:
         all_cores: blake3 shares a large piece among them; sha256 cannot.
-
-    Raises:
-        ValueError: blake3 is not installed.
     """
     if algorithm == "sha256":
         return hashlib.sha256()
-    if _blake3 is None:
-        raise ValueError("hashed with blake3, which is not installed; pip install blake3")
-    hasher: Hasher = _blake3.blake3(max_threads=_blake3.blake3.AUTO if all_cores else 1)
-    return hasher
+    return blake3(max_threads=blake3.AUTO if all_cores else 1)
 
 
 def recorded(entry: Mapping[str, Any]) -> tuple[str, str]:

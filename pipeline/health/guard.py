@@ -33,6 +33,7 @@ from pipeline.health.state import (
 )
 from pipeline.metrics.losses import LossMeter
 from pipeline.redact import failure_message
+from pipeline.settings.section import counted
 from pipeline.settings.sections import HealthSection
 from pipeline.tracking.tracker import NullTracker
 
@@ -233,7 +234,7 @@ class Guard:
         decision = decide_roll_back(self.state, step, batch, to_step, self.batch(to_step), limit)
         if decision is None:
             raise SharedUserError(
-                f"step {step:,}: a spike again, after {limit} roll backs to step {to_step:,} "
+                f"step {step:,}: a spike again, after {counted(limit, 'roll back')} to step {to_step:,} "
                 "(health.max_roll_backs): it is not the data; go on with a lower optimizer.learning_rate, from an "
                 "older checkpoint if need be (checkpoint.resume); what the batches were: "
                 f"{self.dump_folder(step).parent}"

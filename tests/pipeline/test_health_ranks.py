@@ -186,7 +186,7 @@ def test_a_roll_back_doubles_no_step_in_mlflow(runs: Runs, folder: Path) -> None
 def test_roll_backs_to_one_checkpoint_are_bounded(runs: Runs) -> None:
     assert runs["hopeless"]["code"] == 2
     (line,) = runs["hopeless"]["problems"]
-    assert "a spike again, after 1 roll backs to step 30 (health.max_roll_backs): it is not the data" in line
+    assert "a spike again, after 1 roll back to step 30 (health.max_roll_backs): it is not the data" in line
 
 
 @pytest.mark.skipif(not FP16, reason="DeepSpeed trains in fp16 on no CPU without AVX512-FP16 or AMX-FP16")
