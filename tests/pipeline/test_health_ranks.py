@@ -26,7 +26,10 @@ BAD = Poison({"2": "nan loss", "3": "inf loss", "5": "inf gradient"})
 COUNTERS = frozenset(("global_steps", "global_samples", "skipped_steps"))
 
 STEPS = 42
-LONG = [f"training.max_steps={STEPS}", "checkpoint.interval_steps=30", "health.spike_action=roll_back"]
+LONG = [
+    *(f"training.max_steps={STEPS}", "checkpoint.interval_steps=30", "health.spike_action=roll_back"),
+    *("training.micro_batch_size=4", "model.num_hidden_layers=1"),  # the median wants 32 steps: let them be short
+]
 SPIKES = Poison({"36": "spike", "37": "spike"})
 AROUND = ((35, 38),)
 LAST = f"checkpoints/step-{STEPS:08d}"
