@@ -10,6 +10,7 @@ import pytest
 
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported: a worker for each core is enough threads
+os.environ.setdefault("TORCHINDUCTOR_VEC_ISA_OK", "1")  # else torch compiles six programs to try the processor
 
 ROOT = Path(__file__).parents[1]
 REAL_TEXT = ROOT.parent / "shared" / "data"

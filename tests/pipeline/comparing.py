@@ -55,6 +55,19 @@ def assert_same_state(one: Path, other: Path, apart_from: frozenset[str] = froze
                 assert left[key] == right[key], f"{name}: {key} differs"
 
 
+def assert_resumed_is_unbroken(runs: Runs, folder: Path, resumed: str, unbroken: str) -> None:
+    """Of two runs of six steps, the one resumed at step 3 with the other's checkpoint."""
+    assert runs[unbroken]["code"] == 0, runs[unbroken]
+    assert runs[resumed]["code"] == 0, runs[resumed]
+    losses = losses_of(folder, unbroken)
+    assert sorted(losses) == [1, 2, 3, 4, 5, 6]
+    assert losses_of(folder, resumed) == {step: losses[step] for step in (4, 5, 6)}
+    step = Path("checkpoints/step-00000006")
+    assert_same_state(folder / unbroken / step, folder / resumed / step)
+    log = (folder / resumed / "logs" / "rank-00000.log").read_text()
+    assert "resume verified: bitwise (step 3, 24 samples consumed)" in log
+
+
 def living(folder: Path) -> list[psutil.Process]:
     """The processes that work for a folder, the oldest first."""
     found = []

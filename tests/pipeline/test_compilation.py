@@ -1,10 +1,14 @@
-"""Which runs compile their blocks, and what is refused by name."""
+"""Which runs compile their blocks, what is refused by name, and a compiled run that is resumed, on two real ranks."""
+
+from pathlib import Path
 
 import pytest
 import torch
 
 from data_prep.errors import UserError
 from pipeline.engine.compilation import resolve_compile
+from tests.pipeline.comparing import assert_resumed_is_unbroken
+from tests.pipeline.ranks import Run, run_ranks
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
 
@@ -26,3 +30,15 @@ def test_auto_leaves_alone_what_true_is_refused_for() -> None:
     assert len(caught.value.problems) == 2
     assert "ZeRO stage 3" in caught.value.problems[0]
     assert "model.activation_checkpointing = deepspeed" in caught.value.problems[1]
+
+
+def test_a_resumed_run_is_bitwise_the_unbroken_one(tmp_path: Path, small_dataset: Path) -> None:
+    few_kernels = ["model.conv_dilations=[[1]]", "model.router_context=token"]
+    settings = ["training.compile=true", *few_kernels]
+    plan = [
+        Run("unbroken", settings),
+        Run("resumed", settings, copy_checkpoint="unbroken/step-00000003"),
+    ]
+    runs = {result["name"]: result for result in run_ranks(plan, tmp_path, small_dataset)}
+    assert_resumed_is_unbroken(runs, tmp_path, "resumed", "unbroken")
+    assert "compiled in" in (tmp_path / "unbroken" / "logs" / "rank-00000.log").read_text()
