@@ -77,13 +77,19 @@ def train(case: dict[str, Any], folder: Path, rank: int, port: int) -> int:
 
 
 def end(pids: list[int]) -> list[int | None]:
-    """Exit codes, None of a rank that had to be killed, as a launcher would, some time after the others had ended."""
+    """Exit codes, None of a rank that had to be killed, as a launcher would, some time after the others had ended.
+
+    One under SIGSTOP will not end: it is killed as soon as the others have.
+    """
     codes: dict[int, int | None] = {}
+    stopped: set[int] = set()
     deadline = time.monotonic() + LIMIT_SECONDS
-    while len(codes) < len(pids) and time.monotonic() < deadline:
+    while codes.keys() | stopped != set(pids) and time.monotonic() < deadline:
         for pid in set(pids) - codes.keys():
-            ended, status = os.waitpid(pid, os.WNOHANG)
-            if ended:
+            ended, status = os.waitpid(pid, os.WNOHANG | os.WUNTRACED)
+            if ended and os.WIFSTOPPED(status):
+                stopped.add(pid)
+            elif ended:
                 codes[pid] = os.waitstatus_to_exitcode(status)
                 deadline = min(deadline, time.monotonic() + 40)
         time.sleep(0.1)
