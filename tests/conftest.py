@@ -21,6 +21,17 @@ TOGETHER = dict.fromkeys(
 """Modules that one worker runs: they share a fixture of minutes, or start Ray, which joins a cluster that it finds."""
 
 
+def scope(item_id: str) -> str:
+    """What a worker takes as one: a module, or those of `TOGETHER`."""
+    path = item_id.partition("::")[0]
+    return TOGETHER.get(Path(path).name, path)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The longest first, so that no worker begins it when the others are about to end: what trains on real ranks."""
+    items.sort(key=lambda item: (scope(item.nodeid) != "trained", "tests/pipeline/" not in item.nodeid))
+
+
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
     """A module stays on one worker, whose fixtures another would make again; so do those of `TOGETHER`."""
@@ -28,8 +39,7 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
 
     class ByModule(LoadScopeScheduling):
         def _split_scope(self, nodeid: str) -> str:
-            path = nodeid.partition("::")[0]
-            return TOGETHER.get(Path(path).name, path)
+            return scope(nodeid)
 
     return ByModule(config, log)
 
