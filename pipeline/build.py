@@ -121,7 +121,7 @@ def build_engine(context: RunContext, stop: StopRequest, clock: Clock) -> Machin
     parameters, buffers = (sum(map(torch.Tensor.numel, of)) for of in (model.parameters(), model.buffers()))
     expected_bytes = checkpoint_bytes(parameters, buffers, context.stage, context.precision, world.size)
     keep_beside_the_run(context)
-    groups = describe_groups(parameter_groups(model, config.optimizer.weight_decay))
+    groups = describe_groups(parameter_groups(model, config.optimizer.weight_decay, config.optimizer.name))
     for line in introduce(context, groups):
         log.info(line)
     clock.end_part("model")

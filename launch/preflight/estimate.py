@@ -56,6 +56,7 @@ class Estimate:
     sequence_length_tokens: int
     flops_per_token: float
     precision: str
+    optimizer: str
     zero_stage: int
     memory: dict[int, RankMemory]
     ranks: int
@@ -122,7 +123,9 @@ def estimate(config: RunConfig, machine: Machine) -> Estimate:
     if precision == "auto":
         precision = "bf16"
         notes.append("precision auto: taken as bf16; a CPU without bf16 units trains in fp32, at twice the memory")
-    size = measure(model, config.training.micro_batch_size, config.data.sequence_length, precision)
+    size = measure(
+        model, config.training.micro_batch_size, config.data.sequence_length, precision, config.optimizer.name
+    )
     accumulates = layout.gradient_accumulation_steps > 1
     tokens_per_step = config.training.global_batch_size * config.data.sequence_length
     samples = _samples(config, corpus)
@@ -141,6 +144,7 @@ def estimate(config: RunConfig, machine: Machine) -> Estimate:
         sequence_length_tokens=config.data.sequence_length,
         flops_per_token=flops,
         precision=precision,
+        optimizer=config.optimizer.name,
         zero_stage=int(zero.get("stage", 0)),
         memory={stage: _stage_memory(size, stage, machine, precision, zero, accumulates) for stage in range(4)},
         ranks=machine.ranks,
@@ -236,7 +240,7 @@ def show(result: Estimate, console: Console) -> None:
         parts.add_row(part, f"{count:,}", f"{count / total:.1%}")
     console.print(parts)
 
-    memory = Table(title=f"GiB per rank, {counted(result.ranks, 'rank')}, {result.precision}, AdamW")
+    memory = Table(title=f"GiB per rank, {counted(result.ranks, 'rank')}, {result.precision}, {result.optimizer}")
     offloads = any(item.offloaded for item in result.memory.values())
     columns = ("ZeRO", "weights", "grads", "optimizer", "buffers", "activations", "total")
     for column in (*columns, *(["offloaded"] if offloads else [])):

@@ -42,7 +42,9 @@ def time_line(config: RunConfig, fitted: Fitted, ranks: int, device: str, peak: 
 def memory_line(config: RunConfig, fitted: Fitted, ranks: int, precision: str, device: torch.device) -> str | None:
     if fitted.model is None:
         return None
-    size = measure(fitted.model, config.training.micro_batch_size, config.data.sequence_length, precision)
+    size = measure(
+        fitted.model, config.training.micro_batch_size, config.data.sequence_length, precision, config.optimizer.name
+    )
     zero = fitted.deepspeed.get("zero_optimization", {})
     accumulates = fitted.layout is not None and fitted.layout.gradient_accumulation_steps > 1
     needed = rank_memory(size, int(zero.get("stage", 0)), ranks, precision, zero, accumulates=accumulates)

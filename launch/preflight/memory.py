@@ -1,9 +1,11 @@
 """Bytes that one rank needs: model states under ZeRO by arithmetic, activations by a rehearsal without memory.
 
-The arithmetic is that of DeepSpeed 0.19 with AdamW (ZeRO: arXiv:1910.02054), for P parameters on N ranks.
+The arithmetic is that of DeepSpeed 0.19 with AdamW or Muon (ZeRO: arXiv:1910.02054), for P parameters on N ranks.
 """
 
+import math
 import weakref
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -15,6 +17,8 @@ from torch.utils._pytree import tree_leaves
 from model.configuration_globallocal import GlobalLocalConfig
 from model.modeling_globallocal import GlobalLocalForCausalLM
 from pipeline.engine.deepspeed_json import device
+from pipeline.engine.muon import parameters_at_once
+from pipeline.engine.optim import is_matrix
 
 FP32_BYTES = 4
 DTYPE_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
@@ -47,15 +51,21 @@ class ModelSize:
         frozen: elements of buffers, kept whole on every rank (the tensor pool).
         largest_block: parameters of the largest block; ZeRO-3 gathers as much at once.
         activations: bytes at the peak of a forward and backward pass, gradients of parameters not counted.
+        matrices: parameters that Muon moves; 0 under AdamW.
+        matrices_at_once: the most of them that a step puts together.
     """
 
     parameters: int
     frozen: int
     largest_block: int
     activations: int
+    matrices: int = 0
+    matrices_at_once: int = 0
 
 
-def measure(config: GlobalLocalConfig, micro_batch_size: int, sequence_length: int, precision: str) -> ModelSize:
+def measure(
+    config: GlobalLocalConfig, micro_batch_size: int, sequence_length: int, precision: str, optimizer: str
+) -> ModelSize:
     """Build the model and run it forward and backward on torch's meta device: exact sizes, no memory, no work."""
     with torch.device("meta"):
         model = GlobalLocalForCausalLM(config)
@@ -65,11 +75,18 @@ def measure(config: GlobalLocalConfig, micro_batch_size: int, sequence_length: i
     tokens = torch.zeros(micro_batch_size, sequence_length, dtype=torch.long, device="meta")
     with LiveBytes([*model.parameters(), *model.buffers(), tokens]) as memory:
         model(tokens, shift_labels=tokens).loss.backward()
+    by_shape = Counter(
+        tuple(item.shape) for name, item in model.named_parameters() if optimizer == "muon" and is_matrix(name, item)
+    )
     return ModelSize(
         parameters=sum(parameter.numel() for parameter in model.parameters()),
         frozen=sum(buffer.numel() for buffer in model.buffers()),
         largest_block=max(sum(p.numel() for p in block.parameters()) for block in model.model.layers),
         activations=memory.peak,
+        matrices=sum(math.prod(shape) * count for shape, count in by_shape.items()),
+        matrices_at_once=max(
+            (math.prod(shape) * min(count, parameters_at_once(shape)) for shape, count in by_shape.items()), default=0
+        ),
     )
 
 
@@ -124,7 +141,8 @@ def rank_memory(
     keeps a master copy all the same. Stage 1 keeps whole gradients between the micro-batches of a step, where there
     are several (`accumulates`). The peak is in backward, or in the optimizer's step where that needs more than
     activations and buckets do: the partition's gradients once more, as one tensor, and at stage 2 those that the last
-    micro-batch adds. One rank alone has nothing to gather.
+    micro-batch adds. One rank alone has nothing to gather. Muon keeps one moment of its matrices; a step puts some of
+    them together on every rank, of which each rank orthogonalizes its share (five tensors of that size).
     """
     width, p = DTYPE_BYTES[precision], size.parameters
     mixed = width < FP32_BYTES
@@ -135,7 +153,10 @@ def rank_memory(
     weights = width * share(p, 3)
     gradients = FP32_BYTES * share(p, 2 if accumulates else 1)
     optimizer = MOMENTS_BYTES * share(p, 1) + (FP32_BYTES * share(p, 1) if mixed or stage else 0)
+    optimizer -= MOMENTS_BYTES // 2 * share(size.matrices, 1)
     step = (2 if stage == 2 and accumulates else 1) * FP32_BYTES * share(p, 1) if stage else 0
+    together = (2 if precision == "bf16" else FP32_BYTES) * size.matrices_at_once
+    step += together + 5 * together // ranks
     released = gradients - FP32_BYTES * share(p, 1)  # stage 1 keeps its part alone once they are reduced
     offloaded = gathered = 0
     if stage == 3:

@@ -14,7 +14,7 @@ from pipeline.checkpoints import zero_layout
 from pipeline.checkpoints.folder import read_state, verify
 from pipeline.checkpoints.reshard import ParameterReader
 from pipeline.checkpoints.write import commit, write_files
-from pipeline.engine.internals import MOMENTS, Piece
+from pipeline.engine.internals import Piece
 from pipeline.files import locked
 
 MODEL_FILE = "mp_rank_00_model_states.pt"
@@ -67,7 +67,7 @@ def _contents(reader: ParameterReader, say: Callable[[str], None]) -> dict[str, 
     for index, (name, elements) in enumerate(reader.elements.items()):
         shape = reader.shapes[name]
         module[name] = reader.read(name, 0, elements).view(shape)
-        states[index] = {kind: reader.read(name, 0, elements, kind).view(shape) for kind in MOMENTS}
+        states[index] = {kind: reader.read(name, 0, elements, kind).view(shape) for kind in reader.moments(name)}
         states[index]["step"] = torch.tensor(reader.optimizer_step)
         pieces.append(Piece(name, 0, index, 0, elements))
         if time.monotonic() - said > LINE_SECONDS:

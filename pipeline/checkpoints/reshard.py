@@ -15,6 +15,7 @@ from data_prep.errors import UserError
 from pipeline.checkpoints import zero_layout
 from pipeline.checkpoints.folder import CheckpointState
 from pipeline.engine.internals import (
+    MOMENTS,
     Engine,
     Piece,
     begin_filling,
@@ -102,6 +103,11 @@ class ParameterReader:
                 result[low - start : high - start] = flat.view(-1)[inside : inside + high - low]
         return result
 
+    def moments(self, parameter: str) -> list[str]:
+        """Which moments of a parameter are held: Muon has one, AdamW two, and neither has any before its first step."""
+        states = [self._states[rank].get(piece.flat, {}) for rank, piece in self._pieces[parameter]]
+        return [kind for kind in MOMENTS if any(kind in state for state in states)]
+
     def _flat(self, rank: int, piece: Piece, kind: str) -> torch.Tensor | None:
         """None: the moment of a parameter that has had no gradient yet, which counts as zero."""
         if kind != "fp32":
@@ -158,7 +164,7 @@ def _fill_buffers(model: torch.nn.Module, reader: ParameterReader) -> None:
 
 @torch.no_grad()
 def restore(engine: Engine, reader: ParameterReader) -> None:
-    """Weights, both moments, step counts, buffers, loss scale and counters of a checkpoint into an engine that fits.
+    """Weights, moments, step counts, buffers, loss scale and counters of a checkpoint into an engine that fits.
 
     Learning rate, weight decay and betas stay those of the engine's own groups. All ranks call this.
     """

@@ -34,8 +34,10 @@ FIXED = (
     "data.order_seed",
     "data.window_tokens",
     "training.global_batch_size",
+    "optimizer.name",
 )
-"""Settings that a resumed run may not change: they decide what the model is and which samples come next."""
+"""Settings that a resumed run may not change: they decide what the model is, which samples come next, and what the
+optimizer remembers."""
 
 
 @dataclass(frozen=True)
@@ -220,7 +222,7 @@ def compare(state: checkpoint.CheckpointState, context: RunContext) -> tuple[lis
         )
         if then != now
     ]
-    then, now = flatten(state.config), context.config.flat()
+    then, now = {"optimizer.name": "adamw"} | flatten(state.config), context.config.flat()  # as earlier versions had it
     changes = [
         f"{name} {old} → {new}"
         for name, old, new in zip(("world size", "ZeRO stage", "precision"), Shape.of(state), shape, strict=True)

@@ -19,10 +19,13 @@ from pipeline.engine.internals import (
     Engine,
     clip_by_the_norm_that_is_checked,
     let_the_loss_scale_fall,
+    let_zero_take,
     look_at_all_gradients_at_once,
+    parts_of,
 )
+from pipeline.engine.muon import Muon
 from pipeline.engine.operators import load_operator
-from pipeline.engine.optim import build_optimizer, parameter_groups
+from pipeline.engine.optim import build_optimizer, is_matrix, parameter_groups
 from pipeline.engine.schema import OWNED, knob_problems
 from pipeline.settings.section import counted, short
 from pipeline.settings.sections import OptimizerSection
@@ -69,6 +72,7 @@ def deepspeed_config(config: RunConfig, layout: BatchLayout | None, precision: s
             problems.append(_clash(f"{key}.enabled", given["enabled"], "training.precision", wanted))
     left = autos({**knobs, **owned})
     problems += [f'{key} = "auto" cannot be filled in by the run; give a value' for key in left]
+    problems += _muon_offloaded(knobs) if config.optimizer.name == "muon" else []
     problems += [] if left or misspelt else faults({**knobs, **owned}) + _unchecked({**knobs, **owned})
     if problems:
         raise UserError([f"{path}: {problem}" for problem in problems])
@@ -128,7 +132,7 @@ def _batch_clash(knobs: dict[str, Any], layout: BatchLayout | None) -> list[str]
 
 
 def _optimizer_clashes(knobs: dict[str, Any], section: OptimizerSection) -> list[str]:
-    """Takes `optimizer` and `scheduler` out of `knobs`: AdamW may be repeated there, another one not."""
+    """Takes `optimizer` and `scheduler` out of `knobs`: the run's may be repeated there, another one not."""
     problems = []
     if (scheduler := knobs.pop("scheduler", "auto")) != "auto":
         problems.append(
@@ -139,10 +143,11 @@ def _optimizer_clashes(knobs: dict[str, Any], section: OptimizerSection) -> list
     if given == "auto":
         return problems
     name = given.get("type") if isinstance(given, dict) else given
-    if name != "AdamW":
+    if str(name).lower() != section.name:
         return [
             *problems,
-            f"optimizer.type = {str(name)[:60]}, but `optimizer` in the run file is AdamW; remove it from the JSON",
+            f"optimizer.type = {str(name)[:60]}, but optimizer.name in the run file is {section.name}; remove it from "
+            "the JSON",
         ]
     owned = {
         "lr": ("learning_rate", section.learning_rate),
@@ -150,6 +155,9 @@ def _optimizer_clashes(knobs: dict[str, Any], section: OptimizerSection) -> list
         "eps": ("epsilon", section.epsilon),
         "weight_decay": ("weight_decay", section.weight_decay),
     }
+    if section.name == "muon":
+        owned["momentum"] = "momentum", section.momentum
+        owned |= dict.fromkeys(("muon_lr", "adam_lr"), owned["lr"])
     parameters = given.get("params", {}) if isinstance(given, dict) else {}
     if not isinstance(parameters, dict):
         return [*problems, f"optimizer.params = {short(parameters)}: must be an object; remove it from the JSON"]
@@ -160,6 +168,19 @@ def _optimizer_clashes(knobs: dict[str, Any], section: OptimizerSection) -> list
             setting, ours = owned[key]
             problems.append(_clash(f"optimizer.params.{key}", value, f"optimizer.{setting}", ours))
     return problems
+
+
+def _muon_offloaded(knobs: dict[str, Any]) -> list[str]:
+    zero = knobs.get("zero_optimization")
+    if not isinstance(zero, dict) or not isinstance(zero.get("offload_optimizer"), dict):
+        return []
+    where = device(zero, "offload_optimizer")
+    if where == "none":
+        return []
+    return [
+        f"zero_optimization.offload_optimizer.device = {where}, but optimizer.name = muon, whose products of whole "
+        "matrices want the device; remove the one, or set optimizer.name to adamw"
+    ]
 
 
 def _unchecked(knobs: dict[str, Any]) -> list[str]:
@@ -195,7 +216,7 @@ def zero_stage(settings: dict[str, Any]) -> int:
 def initialize(
     model: nn.Module, config: RunConfig, settings: dict[str, Any], stop: StopRequest | None = None
 ) -> Engine:
-    """The DeepSpeed engine around `model`, with AdamW over its decay and no-decay groups.
+    """The DeepSpeed engine around `model`, with the run's optimizer over its groups of parameters.
 
     Raises:
         Stopped: asked to stop while an operator was compiled.
@@ -205,11 +226,16 @@ def initialize(
     for operator in operators(zero):
         load_operator(operator, stop)  # compiled under our lock, which a killed process does not leave behind
     offload = device(zero, "offload_optimizer")
-    groups = parameter_groups(model, config.optimizer.weight_decay)
+    groups = parameter_groups(model, config.optimizer.weight_decay, config.optimizer.name)
     optimizer = build_optimizer(groups, config.optimizer, offload != "none")
+    shapes = {name: tuple(item.shape) for name, item in model.named_parameters() if is_matrix(name, item)}
+    let_zero_take(Muon)
     engine: Engine = deepspeed.initialize(model=model, optimizer=optimizer, config=settings)[0]
     deepspeed.checkpointing.configure(None, deepspeed_config=settings)  # its activation_checkpointing section
     clip_by_the_norm_that_is_checked(engine)
     let_the_loss_scale_fall(engine)
     look_at_all_gradients_at_once(engine)
+    if isinstance(optimizer, Muon):
+        dtype = torch.bfloat16 if settings["bf16"]["enabled"] else torch.float32
+        optimizer.attach(parts_of(engine, shapes), cut_up=zero_stage(settings) > 0, dtype=dtype)
     return engine

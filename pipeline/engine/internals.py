@@ -7,7 +7,9 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple, Protocol
 
 import torch
+import torch.distributed as dist
 
+from pipeline.engine.muon import Muon, Part
 from pipeline.random_state import random_state, set_random_state
 
 PRIVATE_NAMES = {
@@ -190,14 +192,40 @@ def moments_of(engine: Engine, flat: torch.Tensor, step: float) -> dict[str, tor
     """The optimizer's state of one flat tensor, made where it is not there yet, with a step tensor of its own."""
     base = getattr(engine.optimizer, "optimizer", engine.optimizer)
     state: dict[str, Any] = base.state[flat]
+    kinds = MOMENTS[:1] if isinstance(base, Muon) and base.has_one_moment(flat) else MOMENTS
     if isinstance(base, torch.optim.AdamW):
         fused = base.defaults.get("fused")
         state["step"] = torch.tensor(step, dtype=torch.float32, device=flat.device if fused else "cpu")
     else:  # DeepSpeedCPUAdam counts in an int
         state["step"] = int(step)
-    for name in MOMENTS:
+    for name in kinds:
         state.setdefault(name, torch.zeros_like(flat)).zero_()
-    return {name: state[name] for name in MOMENTS}
+    return {name: state[name] for name in kinds}
+
+
+def parts_of(engine: Engine, shapes: dict[str, tuple[int, ...]]) -> dict[torch.Tensor, list[Part]]:
+    """Where the parameters that `shapes` names lie in this rank's flat tensors; all ranks call it.
+
+    A parameter of which this rank holds nothing is named too: so every rank has the same ones in the same order.
+    """
+    own = {(piece.flat, piece.parameter): piece for piece in pieces_of(engine) if piece.parameter in shapes}
+    by_rank: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(by_rank, list(own))
+    flats = flat_tensors(engine)
+    parts: dict[torch.Tensor, list[Part]] = {}
+    for flat, name in sorted({place for places in by_rank for place in places}):
+        piece = own.get((flat, name), Piece(name, 0, flat, 0, 0))
+        part = Part(shapes[name], piece.parameter_start, piece.flat_start, piece.elements)
+        parts.setdefault(flats[flat], []).append(part)
+    return parts
+
+
+def let_zero_take(kind: type[torch.optim.Optimizer]) -> None:
+    """DeepSpeed has a list of the optimizers whose tensors it cuts up, and calls others untested."""
+    from deepspeed.runtime.zero.utils import ZERO_SUPPORTED_OPTIMIZERS
+
+    if kind not in ZERO_SUPPORTED_OPTIMIZERS:
+        ZERO_SUPPORTED_OPTIMIZERS.append(kind)
 
 
 def begin_filling(engine: Any) -> None:

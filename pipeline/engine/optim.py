@@ -6,23 +6,42 @@ from typing import Any
 import torch
 from torch import nn
 
+from pipeline.engine.muon import MATRICES, Muon
 from pipeline.settings.sections import OptimizerSection
 
 ALIGNED_ELEMENTS = 8  # 16 bytes of half precision
 
 
-def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Matrices decay; norms, biases and scalars (fewer than two dimensions) do not.
+NO_MATRICES = (
+    *("embed_tokens.weight", "lm_head.weight"),  # tables: a row per token
+    *("keys_weight", "left_weight", "right_weight", "pool"),  # tables: a row per row of the pool
+    *(".gate.weight", ".taps"),  # vectors, one beside the other
+)
+"""How the names end of what has two dimensions and is no map from one hidden state to another: AdamW moves it."""
+
+
+def is_matrix(name: str, parameter: torch.Tensor) -> bool:
+    """Whether Muon moves the parameter, where it is the optimizer."""
+    return parameter.requires_grad and parameter.ndim == 2 and not name.endswith(NO_MATRICES)
+
+
+def parameter_groups(model: nn.Module, weight_decay: float, optimizer: str = "adamw") -> list[dict[str, Any]]:
+    """What has two dimensions or more decays; norms, biases and scalars do not. Muon has its own group of matrices.
 
     ZeRO lays a group's parameters one behind the other. Those whose size is no multiple of `ALIGNED_ELEMENTS` come
     last, so that all before them begin where a GPU reads 16 bytes at once: products with a misaligned weight or bias
     took three times as long.
     """
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    trained.sort(key=lambda parameter: parameter.numel() % ALIGNED_ELEMENTS != 0)
-    decay = [parameter for parameter in trained if parameter.ndim >= 2]
-    no_decay = [parameter for parameter in trained if parameter.ndim < 2]
+    trained = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
+    trained.sort(key=lambda item: item[1].numel() % ALIGNED_ELEMENTS != 0)
+    matrices, decay, no_decay = [], [], []
+    for name, parameter in trained:
+        if optimizer == "muon" and is_matrix(name, parameter):
+            matrices.append(parameter)
+        else:
+            (decay if parameter.ndim >= 2 else no_decay).append(parameter)
     groups = [
+        {"name": MATRICES, "params": matrices, "weight_decay": weight_decay},
         {"name": "decay", "params": decay, "weight_decay": weight_decay},
         {"name": "no_decay", "params": no_decay, "weight_decay": 0.0},
     ]
@@ -40,13 +59,17 @@ def describe_groups(groups: list[dict[str, Any]]) -> list[str]:
 
 
 def build_optimizer(groups: list[dict[str, Any]], settings: OptimizerSection, offload: bool) -> torch.optim.Optimizer:
-    """AdamW in one pass; DeepSpeed's CPU version where optimizer states live in host memory."""
+    """AdamW in one pass, with Muon for matrices where it is chosen; DeepSpeed's CPU version of AdamW where optimizer
+    states live in host memory."""
     shared: dict[str, Any] = {"lr": settings.learning_rate, "betas": settings.betas, "eps": settings.epsilon}
     if offload:
         from deepspeed.ops.adam import DeepSpeedCPUAdam
 
         offloaded: torch.optim.Optimizer = DeepSpeedCPUAdam(groups, adamw_mode=True, **shared)
         return offloaded
+    if settings.name == "muon":
+        groups = [{**group, "momentum": settings.momentum} for group in groups]
+        return Muon(groups, fused=True, **shared)
     return torch.optim.AdamW(groups, fused=True, **shared)
 
 

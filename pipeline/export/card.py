@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from model.configuration_globallocal import GlobalLocalConfig
     from pipeline.evaluation.figures import Evaluation, Figures
 
+OPTIMIZERS = {"adamw": "AdamW", "muon": "Muon for hidden matrices and AdamW"}
 TEMPLATE = Path(__file__).parent / "templates" / "model_card.md"
 LICENCES = {
     "sample": "CC BY-SA 3.0 and GFDL (English Wikipedia)",
@@ -154,8 +155,8 @@ def training_rows(facts: CardFacts) -> dict[str, str]:
         "optimizer steps": f"{state.step:,}",
         "training tokens": number(state.consumed_tokens),
         "global batch": f"{training.global_batch_size:,} samples of {run.data.sequence_length:,} tokens",
-        "optimizer": f"AdamW, peak learning rate {optimizer.learning_rate:g}, betas {optimizer.betas[0]:g} and "
-        f"{optimizer.betas[1]:g}, weight decay {optimizer.weight_decay:g} (matrices only)",
+        "optimizer": f"{OPTIMIZERS[optimizer.name]}, peak learning rate {optimizer.learning_rate:g}, betas "
+        f"{optimizer.betas[0]:g} and {optimizer.betas[1]:g}, weight decay {optimizer.weight_decay:g} (matrices only)",
         "schedule": f"linear warm-up over {optimizer.warmup_steps:,} steps, then {optimizer.schedule} down to "
         f"{optimizer.min_learning_rate_ratio:g} of the peak",
         "gradient norm": f"at most {optimizer.max_gradient_norm:g}",

@@ -105,10 +105,15 @@ class DataSection(Section):
 
 
 class OptimizerSection(Section):
-    """AdamW (arXiv:1711.05101) under linear warm-up, and a schedule behind it."""
+    """AdamW (arXiv:1711.05101) or Muon under linear warm-up, and a schedule behind it."""
 
+    name: Literal["adamw", "muon"] = "adamw"
+    """`muon` (arXiv:2502.16982) moves hidden matrices by orthogonal updates, as long as AdamW's usual ones, so that all
+    else here serves both; embedding, head, router keys, gates, convolutions, norms and biases stay with AdamW."""
     learning_rate: float = Field(5e-4, gt=0, le=10)
     """The peak, reached after `warmup_steps`."""
+    momentum: float = Field(0.95, ge=0, lt=1)
+    """Of Muon's averaged gradient; `betas` and `epsilon` are AdamW's."""
     betas: tuple[float, float] = (0.9, 0.95)
     epsilon: float = Field(1e-8, gt=0, le=1)
     weight_decay: float = Field(0.1, ge=0, le=10)

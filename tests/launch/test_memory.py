@@ -13,6 +13,7 @@ from tests.pipeline.ranks import outputs, start_ranks, wait
 from tests.variants import some_of
 
 STAGES = (0, 1, 2, 3)
+MUON_STAGES = some_of([2], [0, 1, 3])
 
 
 @pytest.fixture(scope="module")
@@ -34,13 +35,15 @@ def test_the_forecast_is_within_a_tenth_of_what_training_holds(
     ranks: int, stages: list[int], knobs: dict[int, Path], tmp_path: Path
 ) -> None:
     plan = {str(stage): [*MODEL, f"deepspeed.config={knobs[stage]}"] for stage in stages}
+    if ranks == 2:
+        plan |= {f"{stage}, muon": [*plan[str(stage)], "optimizer.name=muon"] for stage in MUON_STAGES}
     (tmp_path / "plan.json").write_text(json.dumps(plan))
     arguments = ["-m", "tests.launch.memory_ranks", str(tmp_path / "plan.json"), str(tmp_path / "result.json")]
     codes = wait(start_ranks(arguments, tmp_path, ranks), tmp_path, 600)
     assert codes == [0] * ranks, outputs(tmp_path)
     measured = json.loads((tmp_path / "result.json").read_text())
     forecasts = {}
-    for stage in stages:
-        result = estimate(load_config("launch/runs/quickstart.yaml", plan[str(stage)]), Machine(ranks=ranks))
-        forecasts[str(stage)] = result.memory[stage].total
+    for name, overrides in plan.items():
+        result = estimate(load_config("launch/runs/quickstart.yaml", overrides), Machine(ranks=ranks))
+        forecasts[name] = result.memory[result.zero_stage].total
     assert forecasts == pytest.approx(measured, rel=0.1)

@@ -59,7 +59,7 @@ def table() -> str:
         "| GPUs | DeepSpeed JSON | batch: samples × accumulation | tokens per step | GiB per rank | tokens per second "
         "| days | checkpoint, GiB per node |\n|--:|---|--:|--:|--:|--:|--:|--:|\n"
     )
-    size = measure(model, MICRO_BATCH, model.max_position_embeddings, "bf16")
+    size = measure(model, MICRO_BATCH, model.max_position_embeddings, "bf16", "adamw")
     return head + "\n".join(row(gpus, model, size) for gpus in SIZES) + "\n"
 
 

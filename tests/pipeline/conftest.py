@@ -70,6 +70,7 @@ def runs(trained: Path, small_dataset: Path) -> dict[str, dict[str, Any]]:
     (damaged / "train-000000.tar").write_bytes(bytes(shard))
     other = copy_with_another_id(small_dataset, trained / "other-data")
     bf16 = ["training.precision=bf16"]
+    muon = ["optimizer.name=muon", "deepspeed.config=ds_configs/zero3.json"]
     for policy in POLICIES:
         recomputing = write_engine(trained / f"{policy}.json", POLICIES[policy])
         settings = [f"deepspeed.config={recomputing}", f"model.activation_checkpointing={policy.partition('.')[0]}"]
@@ -80,12 +81,15 @@ def runs(trained: Path, small_dataset: Path) -> dict[str, dict[str, Any]]:
     plan += [
         Run("unbroken-bf16", bf16),
         Run("resumed-bf16", bf16, copy_checkpoint="unbroken-bf16/step-00000003"),
+        Run("unbroken-muon", muon),
+        Run("resumed-muon", muon, copy_checkpoint="unbroken-muon/step-00000003"),
         Run("whole-batch", ["training.micro_batch_size=4", *comparable]),
         Run("accumulated", ["training.micro_batch_size=1", *comparable]),
         Run("damaged", [f"data.dataset={damaged}"]),
         Run("indivisible", ["training.micro_batch_size=3"]),
         Run("wrong-dataset", [f"data.dataset={other}"], copy_checkpoint="unbroken-2/step-00000003"),
         Run("wrong-model", ["model.hidden_size=64"], copy_checkpoint="unbroken-2/step-00000003"),
+        Run("wrong-optimizer", ["optimizer.name=muon"], copy_checkpoint="unbroken-2/step-00000003"),
         Run("new-rate", ["optimizer.learning_rate=1.0e-4"], copy_checkpoint="unbroken-2/step-00000003"),
         Run("tied", ["model.tie_word_embeddings=true", "tracking.routers_per_layer=true"]),
     ]

@@ -21,10 +21,10 @@ from tests.conftest import ROOT
 LAYOUT = BatchLayout(global_batch_size=16, micro_batch_size=4, world_size=2)
 
 
-def merged(tmp_path: Path, knobs: Any, precision: str = "fp32") -> dict[str, Any]:
+def merged(tmp_path: Path, knobs: Any, precision: str = "fp32", *overrides: str) -> dict[str, Any]:
     path = tmp_path / "ds.json"
     path.write_text(knobs if isinstance(knobs, str) else json.dumps(knobs))
-    config = load_config("launch/runs/quickstart.yaml", [f"deepspeed.config={path}"])
+    config = load_config("launch/runs/quickstart.yaml", [f"deepspeed.config={path}", *overrides])
     return deepspeed_config(config, LAYOUT, precision)
 
 
@@ -63,7 +63,7 @@ def test_every_contradiction_is_told_naming_both_sides(tmp_path: Path) -> None:
         "training.micro_batch_size 4 × 2 ranks × 2 accumulation steps"
     ) in problems
     assert "fp16.enabled = True, but training.precision gives False" in problems
-    assert "optimizer.type = Lamb, but `optimizer` in the run file is AdamW" in problems
+    assert "optimizer.type = Lamb, but optimizer.name in the run file is adamw; remove it from the JSON" in problems
     assert "gradient_clipping = 5, but optimizer.max_gradient_norm gives 1.0" in problems
     assert len(problems.splitlines()) == 4
 
@@ -104,6 +104,17 @@ def test_every_contradiction_is_told_naming_both_sides(tmp_path: Path) -> None:
 def test_what_deepspeed_would_ignore_is_refused(tmp_path: Path, knobs: Any, line: str) -> None:
     (problem,) = problems_of(tmp_path, knobs)
     assert line in problem
+
+
+def test_muon_takes_no_offloaded_states_and_may_be_repeated(tmp_path: Path) -> None:
+    repeated = {"optimizer": {"type": "Muon", "params": {"momentum": 0.95, "muon_lr": 0.1, "adam_lr": "auto"}}}
+    offloaded = {"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu"}}}
+    with pytest.raises(UserError) as caught:
+        merged(tmp_path, repeated | offloaded, "bf16", "optimizer.name=muon")
+    rate, offload = caught.value.problems
+    assert "optimizer.params.muon_lr = 0.1, but optimizer.learning_rate gives " in rate
+    assert "zero_optimization.offload_optimizer.device = cpu, but optimizer.name = muon, whose products of " in offload
+    assert "remove the one, or set optimizer.name to adamw" in offload
 
 
 USERS_OWN = {

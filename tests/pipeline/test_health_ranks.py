@@ -18,8 +18,8 @@ from tests.variants import some_of
 Runs = dict[str, dict[str, Any]]
 
 FP16 = get_accelerator().is_fp16_supported()
-KINDS = some_of(["0-bf16", "2", "3"], ["0", "1", "2-bf16"])
-ROLLED = some_of(["2", "3"], ["0"])
+KINDS = some_of(["0-bf16", "2", "3"], ["0", "1", "2-bf16", "1-fp32-muon"])
+ROLLED = some_of(["2", "3"], ["0", "2-fp32-muon"])
 PLAIN = ["tracking.enabled=false", "evaluation.split=null"]
 SHORT = [*PLAIN, "checkpoint.interval_steps=6"]
 BAD = Poison({"2": "nan loss", "3": "inf loss", "5": "inf gradient"})
@@ -36,8 +36,12 @@ LAST = f"checkpoints/step-{STEPS:08d}"
 
 
 def engine(kind: str) -> list[str]:
-    stage, _, precision = kind.partition("-")
-    return [f"deepspeed.config=ds_configs/zero{stage}.json", f"training.precision={precision or 'fp32'}"]
+    stage, precision, optimizer = kind.split("-") + ["fp32", "adamw"][kind.count("-") :]
+    return [
+        f"deepspeed.config=ds_configs/zero{stage}.json",
+        f"training.precision={precision}",
+        f"optimizer.name={optimizer}",
+    ]
 
 
 @pytest.fixture(scope="module")

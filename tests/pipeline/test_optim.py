@@ -1,5 +1,6 @@
 """The learning rate is a function of the step; groups part matrices from the rest."""
 
+from copy import deepcopy
 from typing import Any
 
 import pytest
@@ -11,9 +12,11 @@ from data_prep.errors import UserError
 from model.configuration_globallocal import GlobalLocalConfig
 from model.modeling_globallocal import GlobalLocalForCausalLM
 from pipeline.config import load_config
+from pipeline.engine.muon import Muon, orthogonal
 from pipeline.engine.optim import ALIGNED_ELEMENTS, build_optimizer, describe_groups, learning_rate, parameter_groups
 from pipeline.settings.sections import OptimizerSection
 
+ROUTER_MATRICES = ("input_weight", "mapping_weight", "output_weight", "scores.hidden_weight")
 SCHEDULES = ("cosine", "linear", "wsd")
 
 
@@ -88,6 +91,58 @@ def test_matrices_decay_and_the_rest_does_not() -> None:
         "decay: 2 tensors, 44 parameters, weight_decay 0.1",
         "no_decay: 3 tensors, 12 parameters, weight_decay 0",
     ]
+
+
+def test_muon_moves_the_matrices_of_the_blocks_and_nothing_else() -> None:
+    model = GlobalLocalForCausalLM(GlobalLocalConfig.from_preset("quickstart", num_hidden_layers=1, vocab_size=64))
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    groups = {
+        group["name"]: [names[item] for item in group["params"]] for group in parameter_groups(model, 0.1, "muon")
+    }
+    assert sorted(name.removeprefix("model.layers.0.") for name in groups["matrices"]) == [
+        "attention.local.projection.weight",
+        *(f"attention.router.{name}" for name in ROUTER_MATRICES),
+        "attention.summary.input.weight",
+        "attention.summary.output.weight",
+        "feed_forward.expansion.weight",
+        "feed_forward.projection.weight",
+        *(f"router.{name}" for name in ROUTER_MATRICES),
+    ]
+    plain = parameter_groups(model, 0.1)
+    assert sorted(groups["matrices"] + groups["decay"]) == sorted(names[item] for item in plain[0]["params"])
+    assert groups["no_decay"] == [names[item] for item in plain[1]["params"]]
+
+
+def test_muon_takes_torchs_own_steps_and_leaves_adamws_to_adamw() -> None:
+    torch.manual_seed(0)
+    settings = OptimizerSection(name="muon", learning_rate=0.01, momentum=0.9)
+    ours = torch.nn.Sequential(*(torch.nn.Linear(24, 40) for _ in range(2)), torch.nn.Linear(40, 16))
+    theirs = deepcopy(ours)
+    optimizer = build_optimizer(parameter_groups(ours, 0.1, "muon"), settings, offload=False)
+    assert isinstance(optimizer, Muon)
+    optimizer.attach({}, cut_up=False, dtype=torch.bfloat16)
+    matrices, vectors = ([item for item in theirs.parameters() if item.ndim == ndim] for ndim in (2, 1))
+    others = (
+        torch.optim.Muon(matrices, lr=0.01, weight_decay=0.1, momentum=0.9, adjust_lr_fn="match_rms_adamw"),
+        torch.optim.AdamW(vectors, lr=0.01, weight_decay=0.0, betas=(0.9, 0.95), fused=True),
+    )
+    begin = [parameter.detach().clone() for parameter in ours.parameters()]
+    for _ in range(3):
+        for mine, other in zip(ours.parameters(), theirs.parameters(), strict=True):
+            mine.grad = torch.randn_like(mine)
+            other.grad = mine.grad.clone()
+        for each in (optimizer, *others):
+            each.step()
+    for mine, other, first in zip(ours.parameters(), theirs.parameters(), begin, strict=True):
+        moved = (other - first).abs().max()
+        assert (mine - other).abs().max() <= (0.02 * moved if mine.ndim == 2 else 0)  # bfloat16 has 8 bits
+
+
+def test_an_orthogonal_update_has_singular_values_near_one() -> None:
+    for shape in ((3, 16, 40), (2, 40, 16), (1, 24, 24)):
+        values = torch.linalg.svdvals(orthogonal(torch.randn(shape, generator=torch.Generator().manual_seed(0))))
+        assert values.min() > 0.3
+        assert values.max() < 1.3
 
 
 def test_no_decay_tensors_without_a_gradient_signal_do_not_shrink() -> None:

@@ -20,7 +20,7 @@ from pipeline.checkpoints.consolidate import consolidate
 from pipeline.checkpoints.reshard import ParameterReader, read_loss_scale
 from pipeline.engine.internals import MOMENTS, set_loss_scale
 from tests.pipeline.only_weights import only_weights
-from tests.pipeline.reshard_ranks import ALL_STEPS, FIRST_STEPS, ONE_FILE, parse, run_pairs
+from tests.pipeline.reshard_ranks import ALL_STEPS, FIRST_STEPS, ONE_FILE, has_muon, parse, run_pairs
 from tests.variants import some_of
 
 pytestmark = pytest.mark.timeout(1800)  # seven processes start at once
@@ -31,6 +31,7 @@ PAIRS = some_of(
         *[("z0r1", "z3r2"), ("z1r4", "z2r1"), ("z2r2", "z1r1"), ("z3r2", "z2r4")],
         ("z3r2", "z0r2"),  # keeps its ranks
         *[("z2r2-bf16", "z3r1-bf16"), ("z3r1-bf16", "z2r2")],
+        ("m3r2", "m2r1"),
     ],
     # Every stage into every stage, every number of ranks into every other.
     [
@@ -39,6 +40,7 @@ PAIRS = some_of(
         *(("z2r2", target) for target in ("z0r4", "z2r4", "z3r1")),
         *(("z3r2", target) for target in ("z1r1", "z3r4")),
         ("z2r2", "z1r1-bf16"),
+        *[("m0r2", "m3r1"), ("m1r2", "m0r1"), ("m2r1", "m1r4"), ("m1r2-bf16", "m3r1-bf16")],
     ],
 )
 FROM_ONE_FILE = (f"z3r2{ONE_FILE}", "z2r1")
@@ -74,7 +76,9 @@ def test_losses_and_gradients_go_on_as_if_unbroken(folder: Path, pair: tuple[str
     unbroken, resumed = results(folder, pair)
     assert len(resumed["loss"]) == ALL_STEPS - FIRST_STEPS
     assert resumed["loss"] == pytest.approx(unbroken["loss"], rel=1e-5)
-    assert resumed["gradient_norm"] == pytest.approx(unbroken["gradient_norm"], rel=1e-4)
+    # Muon makes the small singular values of a gradient large, and so their rounding errors.
+    within = 1e-3 if has_muon(pair[0]) else 1e-4
+    assert resumed["gradient_norm"] == pytest.approx(unbroken["gradient_norm"], rel=within)
 
 
 @pytest.mark.parametrize("pair", [pair for pair in PAIRS if pair not in FP32_PAIRS], ids="-to-".join)
@@ -89,7 +93,7 @@ def test_the_same_samples_rates_and_decays_for_ten_steps(folder: Path, pair: tup
     assert resumed["batch"] == unbroken["batch"]
     assert len(set(resumed["batch"])) == len(resumed["batch"]) == 10
     assert resumed["groups"] == unbroken["groups"]
-    assert [decay for _, _, decay in resumed["groups"][0]] == [0.1, 0.0]
+    assert [decay for _, _, decay in resumed["groups"][0]] == ([0.1, 0.1, 0.0] if has_muon(pair[0]) else [0.1, 0.0])
     assert len({rate for step in resumed["groups"] for _, rate, _ in step}) == 10
 
 
@@ -101,8 +105,10 @@ def test_weights_moments_steps_and_buffers_are_bitwise_those_saved(folder: Path,
     assert before.counters == after.counters
     assert before.elements == after.elements
     assert len(before.elements) > 20
+    assert {len(before.moments(name)) for name in before.elements} == ({1, 2} if has_muon(source) else {2})
     for name, elements in before.elements.items():
-        for kind in ("fp32", *MOMENTS):
+        assert before.moments(name) == after.moments(name)
+        for kind in ("fp32", *before.moments(name)):
             there, here = (item.read(name, 0, elements, kind) for item in (before, after))
             assert there.abs().sum() > 0 or name.endswith("bias")
             assert torch.equal(there, here), f"{kind} of {name}"

@@ -13,7 +13,7 @@ from tests.pipeline.comparing import Runs, assert_resumed_is_unbroken, losses_of
 from tests.pipeline.conftest import POLICIES, STAGES
 
 
-@pytest.mark.parametrize("kind", [*map(str, STAGES), "bf16"])
+@pytest.mark.parametrize("kind", [*map(str, STAGES), "bf16", "muon"])
 def test_a_resumed_run_is_bitwise_the_unbroken_one(runs: Runs, trained: Path, kind: str) -> None:
     assert_resumed_is_unbroken(runs, trained, f"resumed-{kind}", f"unbroken-{kind}")
 
@@ -101,7 +101,9 @@ def test_what_a_resume_may_not_change_is_refused_by_name(runs: Runs) -> None:
     assert "give data.dataset the same dataset, or mixture" in dataset
     (model,) = runs["wrong-model"]["problems"]
     assert "model.hidden_size 32 → 64: a resumed run may not change it" in model
-    assert runs["wrong-dataset"]["code"] == runs["wrong-model"]["code"] == 2
+    (optimizer,) = runs["wrong-optimizer"]["problems"]
+    assert "optimizer.name adamw → muon: a resumed run may not change it" in optimizer
+    assert {runs[f"wrong-{what}"]["code"] for what in ("dataset", "model", "optimizer")} == {2}
 
 
 def test_a_new_learning_rate_is_said_and_used(runs: Runs, trained: Path) -> None:
