@@ -154,7 +154,8 @@ def rank_memory(
     gradients = FP32_BYTES * share(p, 2 if accumulates else 1)
     optimizer = MOMENTS_BYTES * share(p, 1) + (FP32_BYTES * share(p, 1) if mixed or stage else 0)
     optimizer -= MOMENTS_BYTES // 2 * share(size.matrices, 1)
-    step = (2 if stage == 2 and accumulates else 1) * FP32_BYTES * share(p, 1) if stage else 0
+    group = max(size.matrices, p - size.matrices)  # one after the other is stepped
+    step = FP32_BYTES * (share(group, 1) + (share(p, 1) if stage == 2 and accumulates else 0)) if stage else 0
     together = (2 if precision == "bf16" else FP32_BYTES) * size.matrices_at_once
     step += together + 5 * together // ranks
     released = gradients - FP32_BYTES * share(p, 1)  # stage 1 keeps its part alone once they are reduced

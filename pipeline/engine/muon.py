@@ -64,7 +64,7 @@ class Muon(torch.optim.AdamW):
         return flat in self._parts
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """All ranks call it, and each with the same tensors; one without a gradient stays as it is.
 
         Gradients of matrices become their updates, in place.
@@ -72,7 +72,7 @@ class Muon(torch.optim.AdamW):
         groups = self.param_groups
         self.param_groups = [group for group in groups if group["name"] != MATRICES]
         try:
-            loss = super().step(closure)  # type: ignore[arg-type]
+            loss = super().step(closure)
         finally:
             self.param_groups = groups
         for group in groups:
