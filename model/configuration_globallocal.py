@@ -15,7 +15,6 @@ from transformers import PreTrainedConfig
 from .presets_globallocal import PRESETS
 from .values_globallocal import short, value_wanted
 
-ROUTERS_PER_LAYER = 2
 PIECE_ENTRIES = 64  # of the tokens that chose one pool row: what one program of a kernel sums
 SUMMARY_CHUNK = 64  # positions that attend to each other, before a state stands for them
 SUMMARY_TAPS = 4  # of the short convolution of a delta summary: this position and three before it
@@ -53,6 +52,9 @@ class GlobalLocalConfig(PreTrainedConfig):
             its own share and corrects what it holds under the new key; keys, queries and values are mixed by a short
             convolution first). Only the latter recalls what followed a word that it has seen once.
         summary_key_heads: sets of keys and queries, one for neighbouring heads each; above 1 with "delta" alone.
+        block_router: a router of its own in front of the feed-forward, beside the attention's, as the seed has it.
+        branch_gain: factor of both branches in the residual sum. The seed's is 1: its gate, near a half, halves them; 2
+            makes up for that.
         dropout: probability, applied where the seed applies it.
         diversity_loss_scale: factor of each router's loss; the sum over routers is scaled by a further 0.01.
         norm_placement: "pre" (norm in front of each sublayer) or "post" (norm after the residual sum).
@@ -92,6 +94,8 @@ class GlobalLocalConfig(PreTrainedConfig):
     summary_key_size: int = 64
     summary_rule: str = "average"
     summary_key_heads: int = 1
+    block_router: bool = True
+    branch_gain: float | int = 1.0
     dropout: float | int = 0.0
     diversity_loss_scale: float | int = 0.01
     norm_placement: str = "pre"
@@ -136,6 +140,11 @@ class GlobalLocalConfig(PreTrainedConfig):
         if problems := setting_problems(overrides):
             raise ValueError("\n".join(problems))
         return cls(**(PRESETS[name] | overrides))
+
+    @property
+    def routers_per_layer(self) -> int:
+        """The attention's, and the block's own where it has one."""
+        return 2 if self.block_router else 1
 
     def dilations_of_layer(self, layer: int) -> list[int]:
         """Dilations of the parallel convolutions of block `layer`."""
@@ -212,11 +221,11 @@ class GlobalLocalConfig(PreTrainedConfig):
         return {
             "embedding": self.vocab_size * h,
             "convolutions": convolution,
-            "routers": layers * ROUTERS_PER_LAYER * router,
+            "routers": layers * self.routers_per_layer * router,
             "summaries": self._summary_parameters,
             "gates": layers * (h + 1),
             "feed_forward": layers * (2 * h * ffn + ffn + h),
-            "norms": (3 * layers + 1) * 2 * h,
+            "norms": ((1 + self.routers_per_layer) * layers + 1) * 2 * h,
             "head": self.vocab_size * (self.head_bias + (0 if self.tie_word_embeddings else h)),
         }
 
@@ -237,11 +246,11 @@ class GlobalLocalConfig(PreTrainedConfig):
         convolution = branches * (self.conv_kernel_size + 1) * h * h
         # The input's two products, folded or not; the pool scores are needed in the forward pass only.
         router = 2 * h * min(h, dim) + dim * h + h * score + 2 * self.router_top_k * score
-        routers = self.num_hidden_layers * ROUTERS_PER_LAYER * router
+        routers = self.num_hidden_layers * self.routers_per_layer * router
         feed_forward = self.num_hidden_layers * 2 * h * self.intermediate_size
         rest = self._summary_parameters + self._state_products + self.num_hidden_layers * h + self.vocab_size * h
         trained = convolution + routers + feed_forward + rest
-        forward_only = self.num_hidden_layers * ROUTERS_PER_LAYER * self._key_parameters
+        forward_only = self.num_hidden_layers * self.routers_per_layer * self._key_parameters
         return 6.0 * trained + 2.0 * forward_only
 
     def _problems(self) -> list[str]:

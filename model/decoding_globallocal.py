@@ -109,7 +109,7 @@ class BlockWeights(NamedTuple):
     input_weight: Tensor
     input_bias: Tensor
     attention: RouterWeights
-    router: RouterWeights
+    router: RouterWeights | None  # of the block's own, where it has one
     lags: Tensor  # int64 [n · K], how far back each tap of each convolution lies
     length: Tensor  # int64 scalar, of the ring
 
@@ -152,10 +152,11 @@ def _block(
     else:
         answer = _summarise(attention.summary, projected, state, recent)
         routed = _route(attention.router, before + answer, pool, weights.attention).add_(answer)
-    x = x + torch.lerp(routed, local, torch.sigmoid(projected[:, -1:]))
+    x = torch.add(x, torch.lerp(routed, local, torch.sigmoid(projected[:, -1:])), alpha=block.branch_gain)
     x = x if first else block.attention_norm(x)
-    x = x + _route(block.router, block.router_norm(x) if first else x, pool, weights.router)
-    x = x if first else block.router_norm(x)
+    if weights.router is not None:
+        x = x + _route(block.router, block.router_norm(x) if first else x, pool, weights.router)
+        x = x if first else block.router_norm(x)
     if first:
         return x + block.feed_forward(block.feed_forward_norm(x))
     return block.feed_forward_norm(x + block.feed_forward(x))
@@ -251,7 +252,7 @@ def _block_weights(block: Any, folds: dict[nn.Module, FoldedRouter]) -> BlockWei
         input_weight=weight,
         input_bias=bias,
         attention=_router_weights(attention.router, folds),
-        router=_router_weights(block.router, folds),
+        router=None if block.router is None else _router_weights(block.router, folds),
         lags=torch.tensor(lags, device=weight.device),
         length=torch.tensor(local.reach + 1, device=weight.device),
     )

@@ -1,5 +1,7 @@
 """The parts of a GlobalLocal block. Shapes and symbols as in `configuration_globallocal.py`."""
 
+from functools import partial
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -177,37 +179,40 @@ class FeedForward(nn.Module):
 
 
 class GlobalLocalBlock(nn.Module):
-    """Attention replacement, router, feed-forward: three residual sublayers with a norm each."""
+    """Attention replacement, router where the block has one, feed-forward: residual sublayers with a norm each."""
 
     def __init__(self, config: GlobalLocalConfig, layer: int) -> None:
         super().__init__()
-        self.norm_first = config.norm_placement == "pre"
+        self.norm_first, self.branch_gain = config.norm_placement == "pre", config.branch_gain
         self.attention = GlobalLocalAttention(config, layer)
-        self.router = TensorRouter(config)
+        self.router = TensorRouter(config) if config.block_router else None
         self.feed_forward = FeedForward(config)
-        self.attention_norm, self.router_norm, self.feed_forward_norm = (
-            nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps) for _ in range(3)
-        )
+        norm = partial(nn.LayerNorm, config.hidden_size, eps=config.layer_norm_eps)
+        self.attention_norm = norm()
+        self.router_norm = norm() if config.block_router else None
+        self.feed_forward_norm = norm()
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(
         self, x: Tensor, pool: Tensor, mask: Tensor | None = None, cache: GlobalLocalCache | None = None
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """x [B, S, h], pool [N, D], mask [B, S, 1] → x, diversity loss, mean gate and both usages [1 + 2N]."""
-        folds = None if cache is None else cache.folds
+        """x [B, S, h], pool [N, D], mask [B, S, 1] → x, diversity loss, mean gate and n routers' usage [1 + n · N]."""
         before = self.attention_norm(x) if self.norm_first else x
-        update, diversity, attention_usage, gate = self.attention(before, pool, mask, cache)
-        x = x + self.dropout(update)
+        update, diversity, usage, gate = self.attention(before, pool, mask, cache)
+        x = torch.add(x, self.dropout(update), alpha=self.branch_gain)
         x = x if self.norm_first else self.attention_norm(x)
 
-        before = self.router_norm(x) if self.norm_first else x
-        update, router_diversity, router_usage = self.router(before, pool, mask, folds)
-        x = x + self.dropout(update)
-        x = x if self.norm_first else self.router_norm(x)
+        statistics = [gate.reshape(1), usage]
+        if self.router is not None and self.router_norm is not None:
+            before = self.router_norm(x) if self.norm_first else x
+            update, more, usage = self.router(before, pool, mask, None if cache is None else cache.folds)
+            x = x + self.dropout(update)
+            x = x if self.norm_first else self.router_norm(x)
+            diversity = diversity + more
+            statistics.append(usage)
 
         if self.norm_first:
             x = x + self.feed_forward(self.feed_forward_norm(x))
         else:
             x = self.feed_forward_norm(x + self.feed_forward(x))
-        statistics = torch.cat([gate.reshape(1), attention_usage, router_usage])
-        return x, diversity + router_diversity, statistics
+        return x, diversity, torch.cat(statistics)

@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_conte
 from transformers import GenerationMixin, PreTrainedModel
 from transformers import initialization as init
 
-from .configuration_globallocal import ROUTERS_PER_LAYER, GlobalLocalConfig
+from .configuration_globallocal import GlobalLocalConfig
 from .decoding_globallocal import GlobalLocalCache, has_plain_weights, step_weights
 from .graphs_globallocal import StepGraphs
 from .layers_globallocal import CausalConvolution, DeltaSummary, FeedForward, GlobalLocalBlock, RunningSummary
@@ -73,7 +73,7 @@ class GlobalLocalPreTrainedModel(PreTrainedModel):
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         """Weights of deviation 1/√fan_in, those that write to the residual stream less by its depth."""
-        residual = 1.0 / math.sqrt((1 + ROUTERS_PER_LAYER) * self.config.num_hidden_layers)
+        residual = 1.0 / math.sqrt((1 + self.config.routers_per_layer) * self.config.num_hidden_layers)
         if isinstance(module, nn.Embedding):
             init.normal_(module.weight, std=self.config.initializer_range)
         elif isinstance(module, nn.LayerNorm):
@@ -175,7 +175,7 @@ class GlobalLocalModel(GlobalLocalPreTrainedModel):
         return GlobalLocalModelOutput(
             last_hidden_state=self.norm(x),
             diversity_loss=torch.stack(diversity_losses).sum() * DIVERSITY_LOSS_TOTAL_SCALE,
-            router_statistics=_router_statistics(torch.stack(statistics)),
+            router_statistics=_router_statistics(torch.stack(statistics), len(self.pool)),
             cache=cache,
             hidden_states=tuple(all_states) if output_hidden_states else None,
         )
@@ -189,9 +189,9 @@ class GlobalLocalModel(GlobalLocalPreTrainedModel):
 
 
 @torch.no_grad()
-def _router_statistics(numbers: Tensor) -> dict[str, Tensor]:
-    """numbers [L, 1 + 2N], a row a block → see `GlobalLocalCausalLMOutput`; nothing is read by the host."""
-    usage = numbers[:, 1:].unflatten(1, (ROUTERS_PER_LAYER, -1))
+def _router_statistics(numbers: Tensor, pool_size: int) -> dict[str, Tensor]:
+    """numbers [L, 1 + n · N], a row a block → see `GlobalLocalCausalLMOutput`; nothing is read by the host."""
+    usage = numbers[:, 1:].unflatten(1, (-1, pool_size))
     fraction = usage / usage.sum(dim=-1, keepdim=True).clamp_min(1e-8)
     return {
         "gate_mean": numbers[:, 0],

@@ -15,12 +15,12 @@ from .decoding_globallocal import GlobalLocalCache
 class Routing(NamedTuple):
     """What each token read: where its blocks looked, and which pool rows its routers chose.
 
-    Per block there are two routers, the attention's and the block's own; padding has values too.
+    Per block there are n routers, the attention's and the block's own, if it has one; padding has values too.
     """
 
     gates: Tensor  # at least float32 [B, S, L], 1 is local, 0 global
-    rows: Tensor  # int64 [B, S, L, 2, k], the largest share first
-    shares: Tensor  # at least float32 [B, S, L, 2, k], of the mixture; their sum is 1
+    rows: Tensor  # int64 [B, S, L, n, k], the largest share first
+    shares: Tensor  # at least float32 [B, S, L, n, k], of the mixture; their sum is 1
 
 
 @dataclass
@@ -52,9 +52,9 @@ class GlobalLocalCausalLMOutput(ModelOutput):
         language_loss: mean cross entropy in nats over the valid targets, float32.
         diversity_loss: float32 scalar, summed over all routers and scaled.
         router_statistics: float32 tensors without gradient: `gate_mean` [L] (1 is local, 0 global), and per
-            layer and router (the attention's, the block's own): `pool_usage` [L, 2, N], the mixture weight that
+            layer and router (the attention's, the block's own): `pool_usage` [L, n, N], the mixture weight that
             each row got in this batch, `pool_entropy_nats` of it and `pool_hit_rate`, the fraction of rows in
-            use, [L, 2] each.
+            use, [L, n] each.
         cache: state for the next tokens, if asked for.
         hidden_states: the embedding and every block's output, if asked for.
         routing: what each token read, if asked for.

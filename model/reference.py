@@ -143,13 +143,13 @@ def attention(
 def block(
     weights: Weights, config: GlobalLocalConfig, layer: int, x: Tensor, pool: Tensor, mask: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Three residual sublayers; the norm stands before each of them, or behind each sum."""
+    """Residual sublayers, without the router two; the norm stands before each of them, or behind each sum."""
     diversity_losses = []
 
     def attend(y: Tensor) -> Tensor:
         output, diversity = attention(part(weights, "attention"), config, layer, y, pool, mask)
         diversity_losses.append(diversity)
-        return output
+        return config.branch_gain * output
 
     def route(y: Tensor) -> Tensor:
         output, diversity = router(part(weights, "router"), config, y, pool, mask)
@@ -160,13 +160,14 @@ def block(
         layers = part(weights, "feed_forward")
         return linear(part(layers, "projection"), F.gelu(linear(part(layers, "expansion"), y)))
 
-    for name, sublayer in (("attention", attend), ("router", route), ("feed_forward", feed)):
+    routers = [("router", route)] if config.block_router else []
+    for name, sublayer in [("attention", attend), *routers, ("feed_forward", feed)]:
         norm = part(weights, f"{name}_norm")
         if config.norm_placement == "pre":
             x = x + sublayer(layer_norm(norm, x, config.layer_norm_eps))
         else:
             x = layer_norm(norm, x + sublayer(x), config.layer_norm_eps)
-    return x, diversity_losses[0] + diversity_losses[1]
+    return x, torch.stack(diversity_losses).sum()
 
 
 def forward(

@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .configuration_globallocal import ROUTERS_PER_LAYER
 from .outputs_globallocal import Routing
 from .router_globallocal import TensorRouter, at_least_float32
 
@@ -39,7 +38,7 @@ class RoutingWatch:
         gates = torch.stack(self._gates, dim=-1)
 
         def stacked(parts: list[Tensor]) -> Tensor:
-            by_token = torch.stack(parts, dim=1).unflatten(1, (-1, ROUTERS_PER_LAYER))
+            by_token = torch.stack(parts, dim=1).unflatten(1, (len(self._gates), -1))
             return by_token.unflatten(0, gates.shape[:2])
 
         return Routing(gates, stacked(self._rows), stacked(self._shares))

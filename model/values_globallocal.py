@@ -71,6 +71,7 @@ RANGES: dict[str, tuple[float, float]] = {
     "pool_seed": (0, 2**63 - 1),
     "router_temperature": (0.1, 5),
     "router_balance": (0, 1000),
+    "branch_gain": (0.1, 100),
     "diversity_loss_scale": (0, 1e6),
     "layer_norm_eps": (1e-12, 1),
     "initializer_range": (1e-6, 10),

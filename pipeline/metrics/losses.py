@@ -76,7 +76,7 @@ class RouterMeter:
         self.count = 0
 
     def read(self) -> dict[str, float]:
-        """Of each figure the minimum, mean and maximum over all layers and their two routers; a collective.
+        """Of each figure the minimum, mean and maximum over all layers and their routers; a collective.
 
         `gate` is the mean gate of a layer (1 is local, 0 global); `hit_rate` the part of the pool that a micro-batch
         uses; `entropy_nats` of the rows' use over the interval, `dead_rows` the part of them that no token chose.
@@ -120,4 +120,4 @@ def _per_layer(figures: dict[str, torch.Tensor]) -> dict[str, float]:
 
 
 def _of_routers(name: str, values: Sequence[float]) -> dict[str, float]:
-    return {f"{router}_{name}": value for router, value in zip(("attention", "block"), values, strict=True)}
+    return {f"{router}_{name}": value for router, value in zip(("attention", "block"), values, strict=False)}

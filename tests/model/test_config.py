@@ -9,7 +9,7 @@ from model.presets_globallocal import PRESETS
 from tests.model.helpers import tiny_config
 from tests.model.preset_table import PAGE, preset_table
 
-EXTRAS = {"router_scores": "product_key", "pool_size": 10_000, "router_context": "summary"}
+EXTRAS = {"router_scores": "product_key", "pool_size": 10_000, "router_context": "summary", "block_router": False}
 DELTA = {"router_context": "summary", "summary_rule": "delta", "head_bias": False, "router_balance": 6.0}
 
 

@@ -13,10 +13,10 @@ def test_gates_and_rows_of_tokens_add_up_to_the_statistics_of_the_batch(layout):
     ids = random_ids(model.config, 3, 9)
     output = model(ids, output_routing=True, use_cache=False)
     gates, rows, shares = output.routing
-    layers, k = model.config.num_hidden_layers, model.config.router_top_k
-    assert (gates.shape, rows.shape, shares.shape) == ((3, 9, layers), *[(3, 9, layers, 2, k)] * 2)
+    layers, routers, k = model.config.num_hidden_layers, model.config.routers_per_layer, model.config.router_top_k
+    assert (gates.shape, rows.shape, shares.shape) == ((3, 9, layers), *[(3, 9, layers, routers, k)] * 2)
     assert torch.allclose(gates.mean(dim=(0, 1)), output.router_statistics["gate_mean"])
-    usage = torch.zeros(layers, 2, model.config.pool_size, dtype=shares.dtype)
+    usage = torch.zeros(layers, routers, model.config.pool_size, dtype=shares.dtype)
     usage.scatter_add_(2, rows.movedim((0, 1), (2, 3)).flatten(2), shares.movedim((0, 1), (2, 3)).flatten(2))
     assert torch.allclose(usage, output.router_statistics["pool_usage"])
     assert (shares.diff(dim=-1) <= 0).all()
