@@ -19,7 +19,7 @@ import torch
 from data_prep.manifest import Dataset
 from pipeline.engine.optim import parameter_groups
 from tests.benchmarks.quality import page
-from tests.benchmarks.quality.plan import SIZES, Size, ablations, finals, sweep, swept, widths
+from tests.benchmarks.quality.plan import SIZES, Size, ablations, candidates, finals, sweep, swept, widths
 from tests.benchmarks.quality.text import CACHE, VOCAB_SIZE, dataset
 from tests.benchmarks.quality.training import DEVICE, Run, held_out, rounded_copy, say, train, train_step
 
@@ -42,6 +42,7 @@ def stages(sizes: list[Size]) -> list[Callable[[], list[Run]]]:
     """In this order; what a later one trains depends on what the earlier ones found."""
     return [
         lambda: [item for size in sizes for runs in sweep(size).values() for item in runs],
+        lambda: [item for size in sizes for runs in candidates(size).values() for item in runs],
         lambda: [item for size in sizes for seeds in finals(size).values() for item in seeds],
         lambda: [item for size in sizes for item in ablations(size).values()],
         lambda: [item for runs in widths().values() for item in runs if SIZES["A"] in sizes],

@@ -6,7 +6,18 @@ from typing import Any
 import numpy as np
 
 from tests.benchmarks.__main__ import machine
-from tests.benchmarks.quality.plan import SIZES, Size, ablations, chosen, finals, sweep, widths
+from tests.benchmarks.quality.plan import (
+    SIZES,
+    Size,
+    ablations,
+    candidates,
+    chosen,
+    finals,
+    label_of,
+    sweep,
+    swept,
+    widths,
+)
 from tests.benchmarks.quality.text import CACHE
 from tests.benchmarks.quality.training import Run
 from tests.conftest import ROOT
@@ -33,10 +44,10 @@ depth; its loss runs through the same chunked kernel as GlobalLocal's. It is beg
 counts: all with deviation 0.02; the embedding with 0.5/√width (on a GPU only the first). Matrices with 1/√fan_in, as
 GlobalLocal's, cost it 0.17 at size A and 0.16 at B, each at its best rate, and are not trained any more.
 
-Sizes are matched in FLOPs per token, to within 8 %. Each model has the best of its own learning rates: of a sweep of
-its own at sizes A, B and C; A4 and A16 take those of A, C4 those of C, and their seconds per step. At equal tokens,
-FLOPs or seconds, the model that has more of them at its end is read where the other one ends, before its learning rate
-has come down.
+Sizes are matched in FLOPs per token, to within 10 %, and GlobalLocal has the fewer. Each model has the best of its own learning rates: of a sweep of
+its own at sizes A, B and C; A4 and A16 try the best one of A and half of it, C4 those of C, and take their seconds per
+step. At equal tokens, FLOPs or seconds, the model that has more of them at its end is read where the other one ends,
+before its learning rate has come down.
 
 On a CPU, seconds are those of the processor in a training step of both models, taken in turns in one process, times the
 number of steps: curves over steps do not depend on what else the machine does, and so neither do these.
@@ -199,16 +210,15 @@ def draw(size: Size, runs: dict[str, list[Run]], results: dict[str, Any], speed:
 
 
 def learning_rates(size: Size, results: dict[str, Any]) -> dict[str, str]:
+    runs = sweep(size) if size.learning_rates else {label_of(each[0]): each for each in candidates(size).values()}
     losses = {
-        label: [f"{results[r.name]['valid']['loss']:.3f}" if r.name in results else "–" for r in runs]
-        for label, runs in sweep(size).items()
+        label: [f"{results[r.name]['valid']['loss']:.3f}" if r.name in results else "–" for r in each]
+        for label, each in runs.items()
     }
     if all(cell == "–" for cells in losses.values() for cell in cells):
         return {}
-    lines = [
-        "| | " + " | ".join(f"{rate:g}" for rate in size.learning_rates) + " |",
-        "|---" * (len(size.learning_rates) + 1) + "|",
-    ]
+    rates = [f"{rate:g}" for rate in size.learning_rates] or [f"size {swept(size).name}'s best", "half of it"]
+    lines = [f"| | {' | '.join(rates)} |", "|---" * (len(rates) + 1) + "|"]
     lines += [f"| {BEGINNINGS[label]} | {' | '.join(cells)} |" for label, cells in losses.items()]
     return {f"Learning rates, size {size.name}, seed 0": "\n".join(lines)}
 
@@ -291,6 +301,7 @@ def finished() -> dict[str, dict[str, Any]]:
     import json
 
     wanted = [run for size in SIZES.values() for runs in sweep(size).values() for run in runs]
+    wanted += [run for size in SIZES.values() for runs in candidates(size).values() for run in runs]
     wanted += [run for size in SIZES.values() for seeds in finals(size).values() for run in seeds]
     wanted += [run for size in SIZES.values() for run in ablations(size).values()]
     wanted += [run for runs in widths().values() for run in runs]

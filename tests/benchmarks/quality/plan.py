@@ -19,7 +19,7 @@ class Size:
     sequence_length: int
     batch_size: int
     steps: int
-    learning_rates: tuple[float, ...] = ()  # of its own sweep; without one, size A's best counts
+    learning_rates: tuple[float, ...] = ()  # of its own sweep; without one, a shorter training's best and half of it
     on_gpu: bool = False
 
     def run(self, label: str, contender: Contender, learning_rate: float, seed: int = 0) -> Run:
@@ -69,8 +69,10 @@ def gpt(hidden_size: int, num_layers: int, head_dim: int) -> dict[str, Any]:
 
 _WIDENING = [[1, 2], [4, 8], [16, 64], [128, 512]]  # the presets' schedule
 
+_RATES = (2e-3, 4e-3, 8e-3, 1.6e-2, 3.2e-2)
+
 SIZES: dict[str, Size] = {
-    "A": Size("A", globallocal(128, 2, [[1, 2], [4, 8]]), gpt(128, 4, 32), 256, 2, 300, (2e-3, 4e-3, 8e-3, 1.6e-2)),
+    "A": Size("A", globallocal(128, 2, [[1, 2], [4, 8]]), gpt(128, 4, 32), 256, 2, 300, _RATES),
     "B": Size("B", globallocal(192, 3, [[1, 2], [4, 8]]), gpt(192, 6, 48), 256, 2, 200, (1e-3, 2e-3, 4e-3, 8e-3)),
     # All the training text once; blocks of the preset `small`.
     "C": Size(
@@ -139,24 +141,41 @@ def swept(size: Size) -> Size:
     return size if size.learning_rates else SIZES["C" if size.on_gpu else "A"]
 
 
-def chosen(size: Size) -> dict[str, Run]:
-    """The best run of GlobalLocal and of the GPT, as far as the sweep has come."""
+def candidates(size: Size) -> dict[str, list[Run]]:
+    """The runs of GlobalLocal and of the GPT among which a learning rate is chosen.
+
+    Those of the sweep; without one, at the best rate of the size that has one, and at half of it: a longer training may
+    want less.
+    """
     runs = sweep(swept(size))
     gpts = [run for label, of_label in runs.items() if label != "globallocal" for run in of_label]
-    found = {"globallocal": best(runs["globallocal"]), "gpt": best(gpts)}
+    found = {"globallocal": runs["globallocal"], "gpt": gpts}
+    if size.learning_rates:
+        return found
+    shorter = {name: run for name, of_name in found.items() if (run := best(of_name)) is not None}
+    return {
+        name: [size.run(label_of(run), run.contender, rate) for rate in (run.learning_rate, run.learning_rate / 2)]
+        for name, run in shorter.items()
+    }
+
+
+def label_of(run: Run) -> str:
+    """The contender's, from the run's name."""
+    return run.name.partition("-")[2].partition("-lr")[0]
+
+
+def chosen(size: Size) -> dict[str, Run]:
+    """The best run of GlobalLocal and of the GPT, as far as the candidates have come."""
+    found = {name: best(runs) for name, runs in candidates(size).items()}
     return {name: run for name, run in found.items() if run is not None}
 
 
 def finals(size: Size) -> dict[str, list[Run]]:
     """Each contender at its best learning rate, one run a seed."""
-    result = {}
-    for name, run in chosen(size).items():
-        label = next(label for label, contender in swept(size).contenders.items() if contender == run.contender)
-        first = size.run(label, size.contenders[label], run.learning_rate)
-        result[name] = [
-            replace(first, seed=seed, name=first.name.replace("-seed0-", f"-seed{seed}-")) for seed in SEEDS
-        ]
-    return result
+    return {
+        name: [size.run(label_of(run), run.contender, run.learning_rate, seed) for seed in SEEDS]
+        for name, run in chosen(size).items()
+    }
 
 
 def ablations(size: Size) -> dict[str, Run]:
