@@ -44,10 +44,10 @@ depth; its loss runs through the same chunked kernel as GlobalLocal's. It is beg
 counts: all with deviation 0.02; the embedding with 0.5/√width (on a GPU only the first). Matrices with 1/√fan_in, as
 GlobalLocal's, cost it 0.17 at size A and 0.16 at B, each at its best rate, and are not trained any more.
 
-Sizes are matched in FLOPs per token, to within 10 %, and GlobalLocal has the fewer. Each model has the best of its own learning rates: of a sweep of
-its own at sizes A, B and C; A4 and A16 try the best one of A and half of it, C4 those of C, and take their seconds per
-step. At equal tokens, FLOPs or seconds, the model that has more of them at its end is read where the other one ends,
-before its learning rate has come down.
+Sizes are matched in FLOPs per token, to within 10 %, and GlobalLocal has the fewer. Each model has the best of its own
+learning rates: of a sweep of its own at sizes A, B and C; A4 and A16 try the best one of A and half of it, C4 those of
+C, and take their seconds per step. At equal tokens, FLOPs or seconds, the model that has more of them at its end is
+read where the other one ends, before its learning rate has come down.
 
 On a CPU, seconds are those of the processor in a training step of both models, taken in turns in one process, times the
 number of steps: curves over steps do not depend on what else the machine does, and so neither do these.
