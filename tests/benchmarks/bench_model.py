@@ -1,7 +1,7 @@
 """Ratios of the model's fast paths over what they replace, side by side in one run; float32, one thread.
 
 Seconds are the processor's, and not the clock's: other work on the machine then counts for little. Each pair
-alternates, and the least of its rounds counts.
+alternates, and the least of its rounds counts; the spread is that of the rounds.
 """
 
 import sys
@@ -18,6 +18,7 @@ from tests.benchmarks.memory import peak_bytes
 from tests.benchmarks.quality.contenders import Contender
 from tests.benchmarks.quality.plan import gpt
 from tests.benchmarks.quality.text import VOCAB_SIZE
+from tests.benchmarks.turns import over, spread
 
 # preset → overrides, batch, sequence: blocks at their full width, two of them; the head is counted once.
 STEPS: dict[str, tuple[dict[str, Any], int, int]] = {
@@ -35,16 +36,20 @@ TARGETS = {
 }
 
 
-def best_seconds(functions: dict[str, Callable[[], Any]], rounds: int) -> dict[str, float]:
-    """The least CPU seconds of each function, taken in turns after one warm-up."""
-    best = {name: float("inf") for name in functions}
+def in_turns(functions: dict[str, Callable[[], Any]], rounds: int) -> dict[str, list[float]]:
+    """CPU seconds of each function in each turn, after one warm-up."""
+    seconds: dict[str, list[float]] = {name: [] for name in functions}
     for turn in range(rounds + 1):
         for name, function in functions.items():
             start = time.process_time()
             function()
             if turn:
-                best[name] = min(best[name], time.process_time() - start)
-    return best
+                seconds[name].append(time.process_time() - start)
+    return seconds
+
+
+def best_seconds(functions: dict[str, Callable[[], Any]], rounds: int) -> dict[str, float]:
+    return {name: min(turns) for name, turns in in_turns(functions, rounds).items()}
 
 
 def say(text: str) -> None:
@@ -80,14 +85,16 @@ def training_step(preset: str, rounds: int) -> dict:
             tensor.grad = None
         reference.loss(weights, config, ids, labels).backward()
 
-    seconds = best_seconds({"fast": fast, "as_written": as_written, **products(config, batch * length)}, rounds)
+    turns = in_turns({"fast": fast, "as_written": as_written, **products(config, batch * length)}, rounds)
+    seconds = {name: min(values) for name, values in turns.items()}
     shapes = product_shapes(config)
     at_best = sum(3 * seconds[str(shape)] * count for shape, count in shapes.items())
     flops = config.flops_per_token(length) * batch * length
     return {
         "fast_seconds": seconds["fast"],
         "as_written_seconds": seconds["as_written"],
-        "ratio": seconds["as_written"] / seconds["fast"],
+        "ratio": over(turns["fast"], turns["as_written"]),
+        "ratio_by_turns": spread(turns["fast"], turns["as_written"]),
         "fast_gflop_per_second": flops / seconds["fast"] / 1e9,
         "products_gflop_per_second": products_flops(shapes, batch * length) / at_best / 1e9,
         "mfu": flops / seconds["fast"] / (products_flops(shapes, batch * length) / at_best),
@@ -249,12 +256,16 @@ def compilation(rounds: int) -> dict:
 
         return run
 
-    seconds = best_seconds({"plain": step(block), "compiled": step(compiled)}, rounds)
-    return {"plain_seconds": seconds["plain"], "compiled_seconds": seconds["compiled"],
-            "ratio": seconds["plain"] / seconds["compiled"]}  # fmt: skip
+    seconds = in_turns({"plain": step(block), "compiled": step(compiled)}, rounds)
+    return {
+        "plain_seconds": min(seconds["plain"]),
+        "compiled_seconds": min(seconds["compiled"]),
+        "ratio": over(seconds["compiled"], seconds["plain"]),
+        "ratio_by_turns": spread(seconds["compiled"], seconds["plain"]),
+    }
 
 
-def run(rounds: int = 2) -> dict:
+def run(rounds: int = 3) -> dict:
     """All ratios. No bfloat16: a CPU that does not multiply it emulates it, which says nothing about the model."""
     torch.set_num_threads(1)
     result: dict[str, Any] = {"seconds": "of one CPU thread", "precision": "float32"}

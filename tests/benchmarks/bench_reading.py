@@ -30,6 +30,7 @@ from model.modeling_globallocal import GlobalLocalForCausalLM
 from pipeline.data.loader import BatchLayout, BatchLoader
 from pipeline.data.samples import SampleSource
 from tests.benchmarks.peers import PEERS, ask, peer, peer_environment, versions
+from tests.benchmarks.turns import over, spread
 from tests.pipeline.dataset_fixture import fill_shards, write_hollow_dataset, write_stream
 
 TOKENS = 33_554_433
@@ -61,12 +62,13 @@ def measure(folder: Path) -> dict:
     dataset = write_stream(folder / "dataset", tokens, CHUNK_TOKENS, CHUNKS_PER_SHARD)
     tokens.tofile(folder / "flat.bin")
     write_one_sequence_members(folder / "members", tokens)
-    rates, found = reading_rates(dataset, folder)
-    loader, in_process = rates.pop("loader"), rates.pop("in_process")
+    seconds, found = reading_seconds(dataset, folder)
+    others = {name: turns for name, turns in seconds.items() if name not in ("loader", "in_process")}
     return {
-        "tokens_per_second": {"loader": loader, "in_process": in_process, **rates},
-        "loader_over": {name: loader / rate for name, rate in rates.items()},
-        "in_process_over": {name: in_process / rate for name, rate in rates.items()},
+        "tokens_per_second": {name: 1 / min(turns) for name, turns in seconds.items()},
+        "loader_over": {name: over(seconds["loader"], turns) for name, turns in others.items()},
+        "loader_over_by_turns": {name: spread(seconds["loader"], turns) for name, turns in others.items()},
+        "in_process_over": {name: over(seconds["in_process"], turns) for name, turns in others.items()},
         "bytes_per_token_over_2": bytes_on_disk(dataset) / TOKENS / 2,
         "first_batch_at_90_percent_over_0": first_batch_ratio(dataset, LENGTH),
         "share_of_step_waiting": waiting_share(dataset),
@@ -78,8 +80,8 @@ def measure(folder: Path) -> dict:
 # ---- tokens per second
 
 
-def reading_rates(dataset: Dataset, folder: Path) -> tuple[dict[str, float], dict[str, str]]:
-    """Tokens per second of one process, by contender, and the contenders' versions."""
+def reading_seconds(dataset: Dataset, folder: Path) -> tuple[dict[str, list[float]], dict[str, str]]:
+    """Seconds per token of one process in each turn, by contender, and the contenders' versions."""
     source = SampleSource(dataset, "train", LENGTH, 0)
     found = {"torch": torch.__version__, "webdataset": importlib.metadata.version("webdataset")}
     with contextlib.ExitStack() as stack:
@@ -97,11 +99,11 @@ def reading_rates(dataset: Dataset, folder: Path) -> tuple[dict[str, float], dic
                 arguments = (name, folder / "flat.bin", folder / name, LENGTH, BATCH)
                 process = stack.enter_context(peer(python, "peer_reading.py", *arguments))
                 contenders[package] = functools.partial(ask, process)
-        best = dict.fromkeys(contenders, 0.0)
+        seconds: dict[str, list[float]] = {name: [] for name in contenders}
         for _ in range(TURNS):
             for name, contender in contenders.items():
-                best[name] = max(best[name], contender(TURN_SECONDS))
-    return best, found
+                seconds[name].append(1 / contender(TURN_SECONDS))
+    return seconds, found
 
 
 def turn(batches: Iterator) -> Callable[[float], float]:
