@@ -187,6 +187,7 @@ def draw(size: Size, runs: dict[str, list[Run]], results: dict[str, Any], speed:
     mpl.use("Agg")
     mpl.rcParams["svg.hashsalt"] = "quality"
     import matplotlib.pyplot as plt
+    from matplotlib.ticker import EngFormatter
 
     shown = {f"{NAMES[name]}, seed {run.seed}": (name, run) for name in NAMES for run in runs[name]}
     rounded = [run for run in ablations(size).values() if run.contender.variant == "bfloat16" and run.name in results]
@@ -198,6 +199,7 @@ def draw(size: Size, runs: dict[str, list[Run]], results: dict[str, Any], speed:
             style = ":" if "bfloat16" in label else "-" if run.seed == 0 else "--"
             panel.plot(axes(run, result, speed[name])[axis], losses(result), style, color=colour, label=label)
         panel.set_xlabel(title)
+        panel.xaxis.set_major_formatter(EngFormatter())
         panel.grid(alpha=0.3)
     panels[0].set_ylabel("held-out loss, nats per token")
     panels[0].legend(fontsize=8)

@@ -69,11 +69,11 @@ def gpt(hidden_size: int, num_layers: int, head_dim: int) -> dict[str, Any]:
 
 _WIDENING = [[1, 2], [4, 8], [16, 64], [128, 512]]  # the presets' schedule
 
-_RATES = (2e-3, 4e-3, 8e-3, 1.6e-2, 3.2e-2)
+_RATES = (1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2, 3.2e-2)
 
 SIZES: dict[str, Size] = {
-    "A": Size("A", globallocal(128, 2, [[1, 2], [4, 8]]), gpt(128, 4, 32), 256, 2, 300, _RATES),
-    "B": Size("B", globallocal(192, 3, [[1, 2], [4, 8]]), gpt(192, 6, 48), 256, 2, 200, (1e-3, 2e-3, 4e-3, 8e-3)),
+    "A": Size("A", globallocal(128, 2, [[1, 2], [4, 8]]), gpt(128, 4, 32), 256, 2, 300, _RATES[1:]),
+    "B": Size("B", globallocal(192, 3, [[1, 2], [4, 8]]), gpt(192, 6, 48), 256, 2, 200, _RATES[:5]),
     # All the training text once; blocks of the preset `small`.
     "C": Size(
         "C",
