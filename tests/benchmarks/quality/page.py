@@ -47,7 +47,7 @@ GlobalLocal's, cost it 0.17 at size A and 0.16 at B, each at its best rate, and 
 Sizes are matched in FLOPs per token, to within 10 %, and GlobalLocal has the fewer. Each model has the best of its own
 learning rates: of a sweep of its own at sizes A, B and C; A4 and A16 try the best one of A and half of it, C4 those of
 C, and take their seconds per step. At equal tokens, FLOPs or seconds, the model that has more of them at its end is
-read where the other one ends, before its learning rate has come down.
+read where the other one ends, before its learning rate has come down. A dash among learning rates: not trained.
 
 On a CPU, seconds are those of the processor in a training step of both models, taken in turns in one process, times the
 number of steps: curves over steps do not depend on what else the machine does, and so neither do these.
@@ -200,6 +200,7 @@ def draw(size: Size, runs: dict[str, list[Run]], results: dict[str, Any], speed:
             panel.plot(axes(run, result, speed[name])[axis], losses(result), style, color=colour, label=label)
         panel.set_xlabel(title)
         panel.xaxis.set_major_formatter(EngFormatter())
+        panel.locator_params(axis="x", nbins=6)
         panel.grid(alpha=0.3)
     panels[0].set_ylabel("held-out loss, nats per token")
     panels[0].legend(fontsize=8)
