@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 from pipeline.redact import redact_arguments, redact_lines
@@ -48,10 +49,11 @@ def git_diff(file: Path = Path(__file__)) -> str:
     return diff[:MOST_DIFF_BYTES] + cut
 
 
+@cache
 def environment_lock() -> str:
     """Every installed package and its version, a line each, as pip takes them; no place that one was installed from."""
-    found = {item.metadata["Name"]: item.version for item in importlib.metadata.distributions()}
-    named = sorted((str(name), version) for name, version in found.items() if name)
+    read = [item.metadata for item in importlib.metadata.distributions()]  # parsed anew each time it is asked for
+    named = sorted({str(one["Name"]): str(one["Version"]) for one in read if one["Name"]}.items())
     return "".join(f"{name}=={version}\n" for name, version in named)
 
 
