@@ -30,7 +30,11 @@ def knobs(tmp_path_factory: pytest.TempPathFactory) -> dict[int, Path]:
     return files
 
 
-@pytest.mark.parametrize(("ranks", "stages"), [(1, some_of([2], [0, 1, 3])), (2, STAGES), (4, some_of([1, 3], [0, 2]))])
+TABLE = [(1, some_of([2], [0, 1, 3])), (2, some_of([0, 2, 3], [1])), (4, some_of([1, 3], [0, 2]))]
+"""Ranks, and the stages on so many."""
+
+
+@pytest.mark.parametrize(("ranks", "stages"), TABLE)
 def test_the_forecast_is_within_a_tenth_of_what_training_holds(
     ranks: int, stages: list[int], knobs: dict[int, Path], tmp_path: Path
 ) -> None:

@@ -25,10 +25,12 @@ LONG_SECONDS = 5400
 
 
 def overrides(shape: str, name: str, folder: Path, dataset: Path) -> list[str]:
-    stage, _, precision = parse(shape)
+    stage, ranks, precision = parse(shape)
     return [
         *TINY,
         "model.dropout=0",
+        "model.num_hidden_layers=1",
+        f"training.micro_batch_size={8 // max(ranks, 2)}",  # one rank accumulates
         "model.tie_word_embeddings=true",
         f"training.max_steps={ALL_STEPS}",
         f"training.precision={precision}",
