@@ -10,6 +10,8 @@ from pathlib import Path
 import psutil
 import pytest
 
+from tests.variants import some_of
+
 RANK = """
 import os, signal, sys, time
 folder = os.path.dirname(os.path.abspath(__file__))
@@ -111,7 +113,7 @@ def test_a_rank_that_raises_ends_the_job_with_its_code(tmp_path: Path) -> None:
     assert job.living() == []
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", some_of([signal.SIGINT], [signal.SIGTERM]))  # test_stop.py sends SIGTERM
 def test_a_stop_reaches_every_rank_once_and_waits_for_it(tmp_path: Path, number: signal.Signals) -> None:
     job = Running(tmp_path, "sleep", 60)
     job.wait_for_ranks()
