@@ -3,6 +3,7 @@
 What is forked is the real program: its own arguments, environment, output and exit code, and signals reach it.
 """
 
+import gc
 import multiprocessing
 import os
 import runpy
@@ -89,6 +90,7 @@ def _forks() -> ForkServerContext:
 
 
 def _program(arguments: list[str], environment: dict[str, str], output: Path, errors: Path) -> None:
+    gc.freeze()  # what is imported stays: DeepSpeed collects garbage often, and would look through all of it
     for path in (output, errors):
         path.write_bytes(b"")
     for path, number in ((output, 1), (errors, 2)):

@@ -83,7 +83,7 @@ def stopped(tmp_path_factory: pytest.TempPathFactory, small_dataset: Path) -> tu
             plan.append(Run(slug(name), settings, moment=moment))
     endless = ["training.max_steps=1000000", "training.log_interval_steps=1000000"]
     rare = ["checkpoint.interval_steps=1000000", "evaluation.interval_steps=1000000"]
-    plan.append(Run("budget", [*endless, *rare, "training.max_seconds=4"]))
+    plan.append(Run("budget", [*endless, *rare, "training.max_seconds=2"]))
     return folder, run_ranks(plan, folder, small_dataset)
 
 
