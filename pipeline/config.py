@@ -4,6 +4,7 @@ import difflib
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -121,6 +122,18 @@ def _micro_in_global(config: RunConfig) -> str | None:
     )
 
 
+def _batches_that_grow(config: RunConfig) -> str | None:
+    training = config.training
+    sizes = training.batch_sizes
+    if all(small < large for small, large in pairwise(sizes)):
+        return None
+    return (
+        f"training.batch_size_warmup: global batches of {', '.join(map(str, sizes[:-1]))} samples, and then "
+        f"training.global_batch_size ({sizes[-1]}), do not grow; make each larger than the one before, or leave the "
+        "warm-up out"
+    )
+
+
 def _one_length(config: RunConfig) -> str | None:
     steps, epochs = config.training.max_steps, config.training.max_epochs
     if (steps is None) != (epochs is None):
@@ -161,7 +174,7 @@ def _small_decay(config: RunConfig) -> str | None:
 
 CHECKS: tuple[Callable[[RunConfig], str | None], ...] = (
     *(_best_needs_a_split, _prompts_need_a_split, _roll_back_needs_spikes, _micro_in_global),
-    *(_one_length, _profile_in_length, _decay_of_wsd, _schedule_in_length, _small_decay),
+    *(_batches_that_grow, _one_length, _profile_in_length, _decay_of_wsd, _schedule_in_length, _small_decay),
 )
 
 

@@ -6,7 +6,7 @@ from typing import Any
 from model.configuration_globallocal import GlobalLocalConfig
 from pipeline.config import RunConfig
 from pipeline.data.corpus import Corpus
-from pipeline.data.loader import BatchLayout
+from pipeline.data.loader import BatchLayout, Ranges
 from pipeline.data.samples import Source
 from pipeline.distributed.world import World
 
@@ -40,4 +40,9 @@ class RunContext:
 
     @property
     def tokens_per_step(self) -> int:
+        """Behind a warm-up of the batch size."""
         return self.layout.global_batch_size * self.config.data.sequence_length
+
+    def tokens_after(self, step: int, skipped: Ranges = ()) -> int:
+        """Tokens that the first `step` steps train on; `skipped`: the global batches that they leave out."""
+        return self.layout.trained_samples(step, skipped) * self.config.data.sequence_length

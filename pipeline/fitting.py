@@ -176,7 +176,7 @@ def fit(
 
 
 def _layout(config: RunConfig, ranks: int) -> BatchLayout:
-    return BatchLayout(config.training.global_batch_size, config.training.micro_batch_size, ranks)
+    return BatchLayout.of(config.training, ranks)
 
 
 def _visible(config: RunConfig) -> Corpus | None:

@@ -38,11 +38,13 @@ def _facts(context: RunContext, groups: Sequence[str]) -> Iterator[tuple[str, st
     for line in groups:
         yield "", line
     yield "batch", f"{layout}, {length:,} tokens each"
+    for stage in config.training.batch_size_warmup:
+        yield "", f"{stage.global_batch_size} samples in each of the first {stage.steps:,} steps"
     chosen = " (auto)" if config.training.precision == "auto" else ""
     compiled = ", blocks compiled" if context.compiled else ""
     device = context.world.device.type
     yield "engine", f"ZeRO stage {context.stage}, {context.precision}{chosen}, {device}{compiled}"
-    samples = context.steps * layout.global_batch_size
+    samples = layout.first_sample(context.steps)
     epochs = samples / context.source.num_samples
     yield "expect", f"{context.steps:,} steps, {samples * length:,} tokens, {epochs:.2f} epochs"
     sizes = (total, model.pool_size * model.pool_dim, context.stage, context.precision, ranks)

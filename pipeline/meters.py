@@ -48,11 +48,11 @@ class Meters:
         self.losses.add(output.language_loss, output.diversity_loss)
         self.routers.add(output.router_statistics)
 
-    def end_step(self, taken: bool) -> None:
+    def end_step(self, taken: bool, samples: int) -> None:
         """Count the step of the micro-batches since the last one; or forget them, where the step was not taken."""
         self.losses.end_step(taken)
         if taken:
-            self.throughput.tokens += self.context.tokens_per_step
+            self.throughput.tokens += samples * self.context.config.data.sequence_length
         else:
             self.routers.reset()
 
@@ -84,10 +84,10 @@ class Meters:
         }
         self.tracker.log_metrics(metrics, step)
         steps = self.context.steps
-        left = duration((steps - step) * self.context.tokens_per_step / tokens_per_second)
+        left = (self.context.tokens_after(steps) - self.context.tokens_after(step)) / tokens_per_second
         log.info(
             f"step {step:,}/{steps:,}  loss {losses['loss/train']:.4f}  lr {learning_rate:.2e}  "
-            f"grad {gradient_norm:.2f}  {tokens_per_second:,.0f} tokens/s ({describe(use)})  left {left}"
+            f"grad {gradient_norm:.2f}  {tokens_per_second:,.0f} tokens/s ({describe(use)})  left {duration(left)}"
         )
         self.report_alarms(step, self.resources.look(self.clock.seconds["training"], tokens_per_second, seconds))
 

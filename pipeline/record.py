@@ -58,6 +58,7 @@ def describe_run(context: RunContext, step: int, tags: dict[str, str]) -> RunFac
     sizes = Sizes(
         max_steps=context.steps,
         tokens_per_step=context.tokens_per_step,
+        warmup_tokens=tuple((steps, size * config.data.sequence_length) for steps, size in config.training.warmup),
         flops_per_token=model.flops_per_token(config.data.sequence_length),
         parameters=sum(model.parameter_counts().values()),
         ranks=context.world.size,

@@ -17,7 +17,7 @@ from pipeline.distributed.clock import Clock
 from pipeline.distributed.grace import Grace
 from pipeline.distributed.stop import Stopped
 from pipeline.distributed.world import SharedUserError
-from pipeline.engine.internals import Engine
+from pipeline.engine.internals import Engine, take_global_batches_of
 from pipeline.engine.optim import learning_rate, set_learning_rate
 from pipeline.evaluation.evaluator import Evaluator
 from pipeline.health.guard import Guard, Verdict, nan_unless_finite
@@ -119,7 +119,10 @@ class Trainer:
             Stopped: the rest of the step would outlast the grace; all is as it was before the step.
             UserError: a number that is not finite ends the run.
         """
-        clock, grace, count = self.clock, self.grace, self.context.layout.gradient_accumulation_steps
+        clock, grace, layout = self.clock, self.grace, self.context.layout
+        samples = layout.size(data_step(self.step, self.guard.state.skipped_batches))
+        count = samples // (layout.micro_batch_size * layout.world_size)
+        take_global_batches_of(self.engine, samples)
         before, begin = random_state(), time.perf_counter()
         set_learning_rate(self.engine.optimizer, self.learning_rate(self.step))
         for left in reversed(range(count)):
@@ -139,7 +142,7 @@ class Trainer:
                 self.engine.step()
         verdict = self.guard.judge(self.step, self.meters.losses)
         taken = verdict is not Verdict.LEFT_OUT
-        self.meters.end_step(taken)
+        self.meters.end_step(taken, samples)
         self.step += taken
         clock.step = self.step
         grace.step_seconds = time.perf_counter() - begin
@@ -185,7 +188,7 @@ class Trainer:
         self.evaluator.pending = state.pending_evaluation and self.evaluator.wanted
         self.meters.go_on_from(state.step, state.loss_sums)
         skipped = state.health.skipped_batches
-        consumed_samples = data_step(state.step, skipped) * context.layout.global_batch_size
+        consumed_samples = context.layout.first_sample(data_step(state.step, skipped))
         self.batches = BatchLoader(context.source, context.layout, context.world.rank, consumed_samples, skipped)
 
     def roll_back(self) -> bool:

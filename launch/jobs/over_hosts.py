@@ -104,11 +104,11 @@ class HostfileRun:
             print(f"left out: {line}", flush=True)
         slots = {host: self.hosts[host] for host in facts}
         training = self.settings.training
-        chosen = fitting_hosts(slots, training.global_batch_size, training.micro_batch_size, self.min_nodes)
+        chosen = fitting_hosts(slots, training.batch_sizes, training.micro_batch_size, self.min_nodes)
         problems = differences(facts, self.hosts)
         if not chosen:
             problems.append(
-                f"training.global_batch_size ({training.global_batch_size}) is not divisible by "
+                f"training.global_batch_size ({', '.join(map(str, training.batch_sizes))}) is not divisible by "
                 f"training.micro_batch_size ({training.micro_batch_size}) × {counted(sum(slots.values()), 'rank')}, "
                 f"nor with fewer hosts down to {self.min_nodes}; change one of the three"
             )

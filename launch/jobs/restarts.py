@@ -1,8 +1,9 @@
 """Decides whether a job that has failed is started again, and on which hosts."""
 
 import json
+import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
@@ -157,11 +158,11 @@ def recorded(run_folder: Path, job: str) -> list[Failure]:
 
 
 def fitting_hosts(
-    hosts: Mapping[str, int], global_batch_size: int, micro_batch_size: int, min_nodes: int
+    hosts: Mapping[str, int], batch_sizes: Sequence[int], micro_batch_size: int, min_nodes: int
 ) -> dict[str, int]:
-    """The most hosts, in their order, whose ranks share the global batch evenly; empty where no number of them does."""
+    """The most hosts, in their order, whose ranks share every global batch evenly; empty where no number does."""
     for count in range(len(hosts), max(min_nodes, 1) - 1, -1):
         chosen = dict(list(hosts.items())[:count])
-        if global_batch_size % (micro_batch_size * sum(chosen.values())) == 0:
+        if math.gcd(*batch_sizes) % (micro_batch_size * sum(chosen.values())) == 0:
             return chosen
     return {}

@@ -221,7 +221,7 @@ def problems(check: str, error: UserError) -> Iterator[Finding]:
 
 
 def batch(config: RunConfig, ranks: int) -> Finding:
-    layout = BatchLayout(config.training.global_batch_size, config.training.micro_batch_size, ranks)
+    layout = BatchLayout.of(config.training, ranks)
     tokens = f"{layout.global_batch_size * config.data.sequence_length:,} tokens per step"
     return Finding("batch", "ok", f"{layout}; {tokens}")
 
@@ -267,7 +267,7 @@ def deepspeed_json(config: RunConfig, ranks: int) -> Finding:
 
     precision, training = config.training.precision, config.training
     try:
-        layout = BatchLayout(training.global_batch_size, training.micro_batch_size, ranks)
+        layout = BatchLayout.of(training, ranks)
     except UserError:  # said already; the rest of the JSON is looked at all the same
         layout = BatchLayout(training.global_batch_size, training.global_batch_size, 1)
     settings = deepspeed_config(config, layout, "bf16" if precision == "auto" else precision)

@@ -117,7 +117,7 @@ def estimate(config: RunConfig, machine: Machine) -> Estimate:
     notes: list[str] = []
     corpus = _corpus(config, notes)
     model = _model(config, corpus)
-    layout = BatchLayout(config.training.global_batch_size, config.training.micro_batch_size, machine.ranks)
+    layout = BatchLayout.of(config.training, machine.ranks)
     zero = _zero(config)
     precision = config.training.precision
     if precision == "auto":
@@ -134,7 +134,9 @@ def estimate(config: RunConfig, machine: Machine) -> Estimate:
     peak = _peak(machine, precision)
     mfu = _utilisation(config, machine, flops)
     rate = peak and machine.ranks * peak * 1e12 * mfu.mfu / flops
-    seconds = rate and steps * tokens_per_step / rate
+    run_samples = config.training.samples(steps)
+    tokens = run_samples * config.data.sequence_length
+    seconds = rate and tokens / rate
     return Estimate(
         name=config.run.name,
         notes=notes,
@@ -152,8 +154,8 @@ def estimate(config: RunConfig, machine: Machine) -> Estimate:
         gradient_accumulation_steps=layout.gradient_accumulation_steps,
         tokens_per_step=tokens_per_step,
         steps=steps,
-        tokens=steps * tokens_per_step,
-        epochs=steps * config.training.global_batch_size / samples if samples else None,
+        tokens=tokens,
+        epochs=run_samples / samples if samples else None,
         teraflops=peak,
         utilisation=mfu.mfu,
         utilisation_measured=mfu.measured,

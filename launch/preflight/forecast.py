@@ -34,7 +34,7 @@ def time_line(config: RunConfig, fitted: Fitted, ranks: int, device: str, peak: 
     length = config.data.sequence_length
     flops = fitted.model.flops_per_token(length)
     share = expected(config.model.preset, flops, card(device))
-    tokens = fitted.steps * config.training.global_batch_size * length
+    tokens = config.training.samples(fitted.steps) * length
     seconds = tokens * flops / (ranks * peak * 1e12 * share.mfu)
     return f"{'time':<{LABEL_WIDTH}}about {duration(seconds)} at an MFU of {share.mfu:.3g} ({share.source})"
 

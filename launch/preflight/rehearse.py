@@ -25,8 +25,6 @@ from pipeline.settings.section import counted
 
 HEADROOM = 0.92
 """Part of a device's memory that may be forecast: the rest is the context, the kernels' workspace, fragmentation."""
-BLOCK_SAMPLES = 1 << 22
-"""Positions held at once."""
 
 
 @dataclass(frozen=True)
@@ -93,7 +91,7 @@ def rehearse(config: RunConfig, fleet: Fleet, steps: int = 1000, say: Callable[[
     started = time.monotonic()
     problems = _fleet_problems(fleet)
     try:
-        layout = BatchLayout(config.training.global_batch_size, config.training.micro_batch_size, fleet.ranks)
+        layout = BatchLayout.of(config.training, fleet.ranks)
     except UserError as error:
         raise UserError([*problems, *error.problems]) from None
     precision = "bf16" if config.training.precision == "auto" else config.training.precision
@@ -112,7 +110,7 @@ def rehearse(config: RunConfig, fleet: Fleet, steps: int = 1000, say: Callable[[
         )
     if problems:
         raise UserError(problems)
-    say(f"data positions of {steps:,} steps, {steps * layout.global_batch_size:,} samples")
+    say(f"data positions of {steps:,} steps, {layout.first_sample(steps):,} samples")
     check_positions(layout, steps)
     return Rehearsal(
         name=config.run.name,
@@ -125,7 +123,7 @@ def rehearse(config: RunConfig, fleet: Fleet, steps: int = 1000, say: Callable[[
         gradient_accumulation_steps=layout.gradient_accumulation_steps,
         tokens_per_step=result.tokens_per_step,
         steps=steps,
-        samples=steps * layout.global_batch_size,
+        samples=layout.first_sample(steps),
         memory=memory,
         device_bytes=device_bytes,
         host_bytes_per_node=memory.offloaded * min(fleet.gpus_per_node, fleet.ranks),
@@ -203,12 +201,9 @@ def check_positions(layout: BatchLayout, steps: int) -> None:
         AssertionError: a position is read twice or not at all.
     """
     loaders = [micro_batches(_Positions(), layout, rank, 0, ()) for rank in range(layout.world_size)]
-    block = max(1, BLOCK_SAMPLES // layout.global_batch_size)
-    for first in range(0, steps, block):
-        count = min(block, steps - first)
-        share = count * layout.gradient_accumulation_steps
-        read = np.stack([np.stack([next(loader) for _ in range(share)]) for loader in loaders])
-        by_step = read.reshape(layout.world_size, count, -1).swapaxes(0, 1).reshape(count, layout.global_batch_size)
-        wanted = np.arange(first * layout.global_batch_size, (first + count) * layout.global_batch_size)
-        if not np.array_equal(np.sort(by_step, axis=1).ravel(), wanted):
-            raise AssertionError(f"steps {first} to {first + count} are not shared out exactly over the ranks")
+    for step in range(steps):
+        first, end = layout.first_sample(step), layout.first_sample(step + 1)
+        share = (end - first) // (layout.micro_batch_size * layout.world_size)
+        read = np.concatenate([next(loader) for loader in loaders for _ in range(share)])
+        if not np.array_equal(np.sort(read.ravel()), np.arange(first, end)):
+            raise AssertionError(f"step {step} is not shared out exactly over the ranks")

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from pipeline.exit_codes import HANG, PREEMPTED, USER_ERROR
+from pipeline.settings.batches import consumed
 
 RESTART_SECONDS = 300
 """A launcher that has just started a job again is waited for so long."""
@@ -126,7 +127,10 @@ class Run:
 
     @property
     def tokens(self) -> float:
-        return self.step * self.tokens_per_step
+        return self.tokens_after(self.step)
+
+    def tokens_after(self, step: int) -> int:
+        return consumed(step, self.tokens_per_step, self.fact("warmup_tokens") or ())
 
     @property
     def starts(self) -> list[Event]:
@@ -258,7 +262,7 @@ def axes(run: Run) -> dict[str, list[float]]:
             clock += max(point.time_unix_seconds - since, 0.0) / 3600
             before = point.time_unix_seconds
         hours.append(clock)
-    tokens = [point.tokens if math.isfinite(point.tokens) else point.step * run.tokens_per_step for point in points]
+    tokens = [point.tokens if math.isfinite(point.tokens) else run.tokens_after(point.step) for point in points]
     columns = {"step": [float(point.step) for point in points], "tokens": tokens, "hours": hours}
     each = run.figure("flops_per_token")
     return columns | ({"flops": [count * each for count in tokens]} if each else {})

@@ -197,7 +197,7 @@ def seconds_left(run: Run) -> float | None:
     speed = run.last(SPEED)
     if not speed or not math.isfinite(speed) or run.steps is None or not run.tokens_per_step:
         return None
-    return max(run.steps - run.step, 0) * run.tokens_per_step / speed
+    return max(run.tokens_after(run.steps) - run.tokens, 0) / speed
 
 
 def ranks(run: Run) -> int | None:

@@ -26,8 +26,8 @@ def describe(
     batch = data_step(state.step, state.health.skipped_batches)
     return CheckpointState(
         step=state.step,
-        consumed_samples=batch * context.layout.global_batch_size,
-        consumed_tokens=state.step * context.tokens_per_step,
+        consumed_samples=context.layout.first_sample(batch),
+        consumed_tokens=context.tokens_after(state.step, state.health.skipped_batches),
         dataset_id=context.corpus.dataset_id,
         tokenizer_sha256=context.corpus.tokenizer.sha256,
         world_size=context.world.size,

@@ -33,11 +33,15 @@ FIXED = (
     "data.train_split",
     "data.order_seed",
     "data.window_tokens",
-    "training.global_batch_size",
+    *("training.global_batch_size", "training.batch_size_warmup"),
     "optimizer.name",
 )
 """Settings that a resumed run may not change: they decide what the model is, which samples come next, and what the
 optimizer remembers."""
+
+
+EARLIER = {"optimizer.name": "adamw", "training.batch_size_warmup": []}
+"""What checkpoints of earlier versions do not name."""
 
 
 @dataclass(frozen=True)
@@ -222,7 +226,7 @@ def compare(state: checkpoint.CheckpointState, context: RunContext) -> tuple[lis
         )
         if then != now
     ]
-    then, now = {"optimizer.name": "adamw"} | flatten(state.config), context.config.flat()  # as earlier versions had it
+    then, now = EARLIER | flatten(state.config), context.config.flat()
     changes = [
         f"{name} {old} → {new}"
         for name, old, new in zip(("world size", "ZeRO stage", "precision"), Shape.of(state), shape, strict=True)

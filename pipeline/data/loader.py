@@ -8,25 +8,25 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import math
 import weakref
 from collections import deque
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from queue import Empty, SimpleQueue
 from threading import Thread
-from typing import TypeVar
 
 import numpy as np
 
 from data_prep.errors import UserError
 from pipeline.data.samples import Source
 from pipeline.data.token_stream import TokenStream
+from pipeline.settings.batches import Whole, consumed
 from pipeline.settings.section import counted
+from pipeline.settings.sections import TrainingSection
 
 Ranges = tuple[tuple[int, int], ...]
 """Global batches left out: half-open [first, last) ranges, sorted, apart from each other; see `merge_ranges`."""
-
-Whole = TypeVar("Whole", int, np.ndarray)
 
 _PLANNED_SAMPLES = 4096  # indices computed at once: numpy's cost per call disappears in so many
 _HANDED_OVER = 4  # batches at once: waking the other thread for each costs as much as reading one
@@ -37,24 +37,44 @@ _CLOSE_SECONDS = 5.0
 class BatchLayout:
     """How the G samples of a step are shared out: G = M × W × gradient_accumulation_steps.
 
-    Position p = step·G + micro_step·(M·W) + rank·M + sample, so every W that divides reads the same global
+    Position p = first_sample(step) + micro_step·(M·W) + rank·M + sample, so every W that divides reads the same global
     batches. Raises UserError, with the world sizes and micro-batches that fit, if one does not.
+
+    Attributes:
+        warmup: (batches, samples of each) of the smaller global batches in front; `global_batch_size` is that of all
+            behind them.
     """
 
     global_batch_size: int
     micro_batch_size: int
     world_size: int
+    warmup: tuple[tuple[int, int], ...] = ()
+
+    @classmethod
+    def of(cls, training: TrainingSection, ranks: int) -> BatchLayout:
+        return cls(training.global_batch_size, training.micro_batch_size, ranks, training.warmup)
 
     def __post_init__(self) -> None:
-        sizes = vars(self)
+        sizes = {name: vars(self)[name] for name in ("global_batch_size", "micro_batch_size", "world_size")}
         if problems := [f"{name} ({size}) must be at least 1" for name, size in sizes.items() if size < 1]:
             raise UserError(problems)
-        if self.global_batch_size % (self.micro_batch_size * self.world_size):
-            raise UserError(self._does_not_divide())
+        together = self.micro_batch_size * self.world_size
+        every = dict.fromkeys((*(size for _, size in self.warmup), self.global_batch_size))
+        if problems := [self._does_not_divide(size) for size in every if size % together]:
+            raise UserError(problems)
 
     @property
     def gradient_accumulation_steps(self) -> int:
+        """Behind the warm-up."""
         return self.global_batch_size // (self.micro_batch_size * self.world_size)
+
+    def size(self, batch: Whole) -> Whole:
+        """Samples of global batch `batch`."""
+        return self.first_sample(batch + 1) - self.first_sample(batch)
+
+    def first_sample(self, batch: Whole) -> Whole:
+        """Samples of all global batches in front of `batch`."""
+        return consumed(batch, self.global_batch_size, self.warmup)
 
     def __str__(self) -> str:
         ranks, steps = counted(self.world_size, "rank"), counted(self.gradient_accumulation_steps, "accumulation step")
@@ -63,23 +83,34 @@ class BatchLayout:
     def position(self, step: Whole, micro_step: Whole, rank: int, sample: int) -> Whole:
         """Position in the order of all samples of one sample of a rank's micro-batch; `step` counts global batches."""
         micro_step_samples = self.micro_batch_size * self.world_size
-        first: Whole = step * self.global_batch_size + micro_step * micro_step_samples
+        first: Whole = self.first_sample(step) + micro_step * micro_step_samples
         return first + rank * self.micro_batch_size + sample
+
+    def trained_samples(self, step: int, skipped: Ranges = ()) -> int:
+        """Samples that the first `step` steps train on, where they leave out what `data_step` does."""
+        batch = data_step(step, skipped)
+        left_out = [self.first_sample(last) - self.first_sample(first) for first, last in skipped if last <= batch]
+        return self.first_sample(batch) - sum(left_out)
 
     def first_step(self, consumed_samples: int) -> int:
         """The step after `consumed_samples`. Raises UserError if that is not a whole number of steps."""
-        step, rest = divmod(consumed_samples, self.global_batch_size)
+        step, left = 0, consumed_samples
+        for batches, size in (*self.warmup, (math.inf, self.global_batch_size)):
+            if left <= batches * size:
+                break
+            step, left = step + int(batches), left - int(batches) * size
+        more, rest = divmod(left, size)
         if rest or consumed_samples < 0:
             fitting = ", ".join(map(str, _divisors(abs(consumed_samples))[-12:]))
             raise UserError(
                 f"consumed_samples ({consumed_samples}) must be a multiple of global_batch_size "
-                f"({self.global_batch_size}): samples would be skipped or repeated; "
+                f"({size}): samples would be skipped or repeated; "
                 f"go on with a global_batch_size that divides it: {fitting}"
             )
-        return step
+        return step + more
 
-    def _does_not_divide(self) -> str:
-        total, micro, world = self.global_batch_size, self.micro_batch_size, self.world_size
+    def _does_not_divide(self, total: int) -> str:
+        micro, world = self.micro_batch_size, self.world_size
         worlds = ", ".join(map(str, _divisors(total // micro))) if total % micro == 0 else "none"
         micros = ", ".join(map(str, _divisors(total // world))) if total % world == 0 else "none"
         below = total // (micro * world) * micro * world
@@ -206,14 +237,16 @@ def _answer(
 
 def micro_batches(source: Source, layout: BatchLayout, rank: int, first: int, skipped: Ranges) -> Iterator[np.ndarray]:
     """Every micro-batch of a rank from global batch `first` on; indices are computed for many of them at once."""
-    size, accumulation = layout.micro_batch_size, layout.gradient_accumulation_steps
-    planned = max(1, _PLANNED_SAMPLES // size)
+    size, together = layout.micro_batch_size, layout.micro_batch_size * layout.world_size
+    planned = max(1, _PLANNED_SAMPLES // size // layout.gradient_accumulation_steps)  # steps
     ahead = tuple((max(first, begin), end) for begin, end in skipped if end > first)
-    done = 0
+    done = first
     while True:
-        step, micro_step = np.divmod(np.arange(done, done + planned, dtype=np.int64), accumulation)
-        starts = layout.position(_data_steps(first + step, ahead), micro_step, rank, 0)
-        indices = source.sample_indices((starts[:, None] + np.arange(size)).ravel()).reshape(planned, size)
+        batches = _data_steps(np.arange(done, done + planned, dtype=np.int64), ahead)
+        micro_steps = layout.size(batches) // together
+        micro_step = np.arange(micro_steps.sum()) - np.repeat(micro_steps.cumsum() - micro_steps, micro_steps)
+        starts = layout.position(np.repeat(batches, micro_steps), micro_step, rank, 0)
+        indices = source.sample_indices((starts[:, None] + np.arange(size)).ravel()).reshape(-1, size)
         for start, batch in zip(starts.tolist(), indices, strict=True):
             source.ahead(start)
             yield source.read(batch)
@@ -226,7 +259,7 @@ def batch_hash(source: Source, layout: BatchLayout, batch: int) -> str:
     The same for every micro-batch and world size: it names what the next step trains on.
     """
     digest = hashlib.sha256()
-    first, last = batch * layout.global_batch_size, (batch + 1) * layout.global_batch_size
+    first, last = layout.first_sample(batch), layout.first_sample(batch + 1)
     for start in range(first, last, 256):
         indices = source.sample_indices(np.arange(start, min(start + 256, last)))
         digest.update(source.read(indices).astype("<i8").tobytes())

@@ -49,12 +49,15 @@ class Engine(Protocol):
     optimizer: Any
     checkpoint_engine: Any
     training: bool
+    micro_steps: int
 
     @property
     def device(self) -> torch.device: ...
     def __call__(self, *arguments: Any, **keywords: Any) -> Any: ...
     def backward(self, loss: torch.Tensor, *, scale_wrt_gas: bool = True) -> Any: ...
     def step(self) -> None: ...
+    def train_batch_size(self) -> int: ...
+    def set_train_batch_size(self, train_batch_size: int) -> None: ...
     def train(self, mode: bool = True) -> Any: ...
     def eval(self) -> Any: ...
     def zero_grad(self) -> None: ...
@@ -113,6 +116,16 @@ def let_the_loss_scale_fall(engine: Any) -> None:
     """No error of DeepSpeed's at the smallest loss scale: the guard bounds overflows, and says why."""
     if hasattr(getattr(engine.optimizer, "loss_scaler", None), "raise_error_at_min_scale"):
         engine.optimizer.loss_scaler.raise_error_at_min_scale = False
+
+
+def take_global_batches_of(engine: Engine, samples: int) -> None:
+    """From here on a step is as many micro-batches as `samples` need; only between two steps.
+
+    DeepSpeed takes a step where its count of micro-batches is a multiple of a step's: the count begins anew.
+    """
+    if engine.train_batch_size() != samples:
+        engine.set_train_batch_size(samples)
+        engine.micro_steps = 0
 
 
 class StepState:

@@ -154,7 +154,8 @@ def training_rows(facts: CardFacts) -> dict[str, str]:
     rows = {
         "optimizer steps": f"{state.step:,}",
         "training tokens": number(state.consumed_tokens),
-        "global batch": f"{training.global_batch_size:,} samples of {run.data.sequence_length:,} tokens",
+        "global batch": f"{', then '.join(f'{size:,}' for size in training.batch_sizes)} samples of "
+        f"{run.data.sequence_length:,} tokens",
         "optimizer": f"{OPTIMIZERS[optimizer.name]}, peak learning rate {optimizer.learning_rate:g}, betas "
         f"{optimizer.betas[0]:g} and {optimizer.betas[1]:g}, weight decay {optimizer.weight_decay:g} (matrices only)",
         "schedule": f"linear warm-up over {optimizer.warmup_steps:,} steps, then {optimizer.schedule} down to "

@@ -35,7 +35,7 @@ def layer_of(name: str) -> str:
 
 def micro_batches(source: Source, layout: BatchLayout, rank: int, batch: int) -> Iterable[np.ndarray]:
     """Sample numbers, int64 [M], of a rank's micro-batches of one global batch. No collective."""
-    for micro_step in range(layout.gradient_accumulation_steps):
+    for micro_step in range(layout.size(batch) // (layout.micro_batch_size * layout.world_size)):
         start = layout.position(batch, micro_step, rank, 0)
         yield source.sample_indices(np.arange(start, start + layout.micro_batch_size))
 

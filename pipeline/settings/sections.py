@@ -12,6 +12,7 @@ from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, field_val
 
 from data_prep.errors import UserError
 from model.configuration_globallocal import GlobalLocalConfig
+from pipeline.settings.batches import consumed
 from pipeline.settings.section import LARGEST_SEED, LONGEST_SECONDS, MOST, Section
 
 CATCHABLE_SIGNALS = ("SIGTERM", "SIGUSR1", "SIGUSR2", "SIGINT", "SIGHUP", "SIGCONT", "SIGXCPU")
@@ -137,6 +138,13 @@ class OptimizerSection(Section):
         return betas
 
 
+class WarmUpStage(Section):
+    """Steps with a smaller global batch."""
+
+    steps: int = Field(ge=1, le=MOST)
+    global_batch_size: int = Field(ge=1, le=2**22)
+
+
 class TrainingSection(Section):
     max_steps: int | None = Field(None, ge=1, le=MOST)
     """Optimizer steps. Set this or `max_epochs`."""
@@ -147,6 +155,9 @@ class TrainingSection(Section):
     length, the same vocabulary and architecture. A run that goes on from a checkpoint does not look at it."""
     global_batch_size: int = Field(16, ge=1, le=2**22)
     """Samples an optimizer step, over all ranks."""
+    batch_size_warmup: tuple[WarmUpStage, ...] = ()
+    """The first steps have smaller global batches: a list of {steps, global_batch_size}, each larger than the one
+    before, `global_batch_size` behind them all."""
     micro_batch_size: int = Field(4, ge=1, le=2**22)
     """Samples a rank holds at once; gradient_accumulation_steps = global / (micro × world size)."""
     precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
@@ -174,7 +185,26 @@ class TrainingSection(Section):
         if self.max_steps is not None:
             return self.max_steps
         assert self.max_epochs is not None
-        return math.ceil(self.max_epochs * num_samples / self.global_batch_size)
+        samples, steps = self.max_epochs * num_samples, 0
+        for length, size in self.warmup:
+            if samples <= length * size:
+                return steps + math.ceil(samples / size)
+            samples, steps = samples - length * size, steps + length
+        return steps + math.ceil(samples / self.global_batch_size)
+
+    @property
+    def warmup(self) -> tuple[tuple[int, int], ...]:
+        """`batch_size_warmup` as (steps, samples of each)."""
+        return tuple((stage.steps, stage.global_batch_size) for stage in self.batch_size_warmup)
+
+    def samples(self, steps: int) -> int:
+        """Samples of the first so many steps."""
+        return consumed(steps, self.global_batch_size, self.warmup)
+
+    @property
+    def batch_sizes(self) -> tuple[int, ...]:
+        """Every size that the global batch has, in order."""
+        return (*(size for _, size in self.warmup), self.global_batch_size)
 
     @field_validator("stop_signals")
     @classmethod

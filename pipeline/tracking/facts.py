@@ -4,23 +4,32 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from pipeline.settings.batches import consumed
+
 
 @dataclass(frozen=True)
 class Sizes:
     """The figures of a run that turn steps into tokens, operations and time.
 
     Attributes:
+        tokens_per_step: behind a warm-up of the batch size.
+        warmup_tokens: (steps, tokens of each) in front.
         flops_per_token: operations of training, forward and backward.
     """
 
     max_steps: int = 0
     tokens_per_step: int = 0
+    warmup_tokens: tuple[tuple[int, int], ...] = ()
     flops_per_token: float = 0.0
     parameters: int = 0
     ranks: int = 1
     device: str = ""
     precision: str = ""
     zero_stage: int = 0
+
+    def tokens(self, step: int) -> int:
+        """That the first `step` steps consume."""
+        return consumed(step, self.tokens_per_step, self.warmup_tokens)
 
 
 @dataclass(frozen=True)
@@ -72,6 +81,7 @@ class RunFacts:
         return {
             "max_steps": self.sizes.max_steps,
             "tokens_per_step": self.sizes.tokens_per_step,
+            "warmup_tokens": self.sizes.warmup_tokens,
             "about": dict(self.about),
         }
 

@@ -7,7 +7,7 @@ that says why (`started`, `roll_back`).
 import json
 import math
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,15 +22,15 @@ class Journal:
     """Appends to the file; a full disk raises nothing, the lines wait in memory (`Spool`).
 
     Args:
-        tokens_per_step: what a step consumes, for the tokens behind each step.
+        tokens: what the first so many steps consume.
 
     Raises:
         OSError: the file cannot be opened for writing.
     """
 
-    def __init__(self, run_folder: Path, tokens_per_step: int) -> None:
+    def __init__(self, run_folder: Path, tokens: Callable[[int], int]) -> None:
         self._file = Spool(run_folder / JOURNAL_FILE)
-        self._tokens_per_step = tokens_per_step
+        self._tokens = tokens
 
     def metrics(self, values: Mapping[str, float], step: int) -> None:
         """One line: `{"step", "tokens", "time_unix_seconds", "metrics": {name: value}}`."""
@@ -45,7 +45,7 @@ class Journal:
         self._file.append({"event": name} | self._place(step) | jsonable(redact(dict(facts))))
 
     def _place(self, step: int | None) -> dict[str, Any]:
-        tokens = None if step is None else step * self._tokens_per_step
+        tokens = None if step is None else self._tokens(step)
         return {"step": step, "tokens": tokens, "time_unix_seconds": round(time.time(), 3)}
 
     def close(self) -> None:

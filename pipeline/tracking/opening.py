@@ -62,7 +62,7 @@ def open_tracker(
     """
     folder, tags = Path(run_folder), provenance_tags() | tags_of_environment() | dict(facts.tags)
     if not config.enabled:
-        tracker = LocalTracker(_journal(folder, facts.sizes.tokens_per_step))
+        tracker = LocalTracker(_journal(folder, facts.sizes))
         tracker.log_event("started", facts.step, **facts.started(), tags=tags)
         return tracker
     run_id = run_id or os.environ.get("MLFLOW_RUN_ID")
@@ -72,10 +72,10 @@ def open_tracker(
     return opened
 
 
-def _journal(run_folder: Path, tokens_per_step: int) -> Journal:
+def _journal(run_folder: Path, sizes: Sizes) -> Journal:
     try:
         run_folder.mkdir(parents=True, exist_ok=True)
-        return Journal(run_folder, tokens_per_step)
+        return Journal(run_folder, sizes.tokens)
     except OSError as error:
         raise UserError(f"{run_folder}: cannot be written ({error.strerror}): free space or rights") from error
 
@@ -223,7 +223,7 @@ def _open_at(
         say(f"tracking: MLflow run {shipper.run_id} ({history.run_name}) in experiment {str(experiment)!r}")
         say(f"tracking: {run_page(delivery.store, shipper.experiment_id, shipper.run_id)}")
     sizes = sizes or Sizes()
-    return Tracker(_journal(run_folder, sizes.tokens_per_step), sizes, spool, history, shipper, lock, say)
+    return Tracker(_journal(run_folder, sizes), sizes, spool, history, shipper, lock, say)
 
 
 def _delivery(folder: Path, store: str, where: Experiment, run_id: str | None, say: Say) -> Delivery:

@@ -146,7 +146,7 @@ class Tracker(LocalTracker):
 
     def _progress(self, step: int) -> dict[str, float]:
         """What else than the step a chart may have for its axis."""
-        tokens = step * self._sizes.tokens_per_step
+        tokens = self._sizes.tokens(step)
         flops = tokens * self._sizes.flops_per_token
         axes = {"progress/steps": step, "progress/tokens": tokens, "progress/flops": flops}
         return {name: float(value) for name, value in axes.items() if value}

@@ -232,7 +232,7 @@ def tracking(folder: Path, world: World, stop: StopRequest) -> dict[str, Any]:
     with Watch(world, clock, config.run_folder, config.training.hang_timeout_seconds):
         trainer = build(config, world, stop, clock)
         loader, tracker = trainer.batches, trainer.tracker
-        record = LocalTracker(Journal(folder, trainer.context.tokens_per_step)) if world.is_main else NullTracker()
+        record = LocalTracker(Journal(folder, trainer.context.tokens_after)) if world.is_main else NullTracker()
         contenders = {True: (tracker, trainer.meters.node), False: (record, NodeMonitor(False))}
         seconds: dict[bool, list[float]] = {True: [], False: []}
         for pair in range(TRACKING_PAIRS + 1):

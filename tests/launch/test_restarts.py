@@ -128,7 +128,7 @@ def test_a_crash_loop_ends_early_and_says_so(tmp_path: Path) -> None:
 )
 def test_fitting_hosts_are_the_most_that_share_the_batch(slots: list[int], batch: int, micro: int, least: int) -> None:
     hosts = {f"n{i}": count for i, count in enumerate(slots)}
-    chosen = fitting_hosts(hosts, batch, micro, least)
+    chosen = fitting_hosts(hosts, [batch], micro, least)
 
     def fits(count: int) -> bool:
         return batch % (micro * sum(slots[:count])) == 0

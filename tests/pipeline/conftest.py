@@ -10,8 +10,10 @@ import pytest
 from data_prep.manifest import read_manifest
 from tests.conftest import ROOT
 from tests.pipeline.ranks import Run, run_ranks
+from tests.variants import some_of
 
 STAGES = (0, 1, 2, 3)
+GROWING = some_of([0, 3], [1])
 # Activation checkpointing under ZeRO-3: policy → DeepSpeed's own section.
 POLICIES: dict[str, dict[str, bool]] = {
     "full": {},
@@ -70,6 +72,8 @@ def runs(trained: Path, small_dataset: Path) -> dict[str, dict[str, Any]]:
     (damaged / "train-000000.tar").write_bytes(bytes(shard))
     other = copy_with_another_id(small_dataset, trained / "other-data")
     bf16 = ["training.precision=bf16"]
+    stages = ", ".join(f"{{steps: {steps}, global_batch_size: {size}}}" for steps, size in ((1, 4), (1, 8), (2, 12)))
+    growing = [f"training.batch_size_warmup=[{stages}]", "training.global_batch_size=16"]
     muon = ["optimizer.name=muon", "deepspeed.config=ds_configs/zero3.json"]
     for policy in POLICIES:
         recomputing = write_engine(trained / f"{policy}.json", POLICIES[policy])
@@ -83,6 +87,9 @@ def runs(trained: Path, small_dataset: Path) -> dict[str, dict[str, Any]]:
         Run("resumed-bf16", bf16, copy_checkpoint="unbroken-bf16/step-00000003"),
         Run("unbroken-muon", muon),
         Run("resumed-muon", muon, copy_checkpoint="unbroken-muon/step-00000003"),
+        *(Run(f"growing-{stage}", [*growing, f"deepspeed.config=ds_configs/zero{stage}.json"]) for stage in GROWING),
+        Run("unbroken-growing", growing),
+        Run("resumed-growing", growing, copy_checkpoint="unbroken-growing/step-00000003"),
         Run("whole-batch", ["training.micro_batch_size=4", *comparable]),
         Run("accumulated", ["training.micro_batch_size=1", *comparable]),
         Run("damaged", [f"data.dataset={damaged}"]),

@@ -8,12 +8,13 @@ import pytest
 
 from launch.report.page import page
 from launch.report.read import read_run
+from pipeline.checkpoints.folder import read_state
 from pipeline.metrics.losses import SUMMARY
 from tests.pipeline.comparing import Runs, assert_resumed_is_unbroken, losses_of
-from tests.pipeline.conftest import POLICIES, STAGES
+from tests.pipeline.conftest import GROWING, POLICIES, STAGES
 
 
-@pytest.mark.parametrize("kind", [*map(str, STAGES), "bf16", "muon"])
+@pytest.mark.parametrize("kind", [*map(str, STAGES), "bf16", "muon", "growing"])
 def test_a_resumed_run_is_bitwise_the_unbroken_one(runs: Runs, trained: Path, kind: str) -> None:
     assert_resumed_is_unbroken(runs, trained, f"resumed-{kind}", f"unbroken-{kind}")
 
@@ -30,6 +31,19 @@ def test_stages_train_the_same_model(runs: Runs, trained: Path, metric: str) -> 
 def test_offload_and_hierarchical_partitions_train_the_same_model(runs: Runs, trained: Path, special: str) -> None:
     assert runs[special]["code"] == 0, runs[special]
     assert losses_of(trained, special) == pytest.approx(losses_of(trained, "unbroken-3"), rel=1e-4)
+
+
+def test_a_batch_that_grows_is_the_same_at_every_stage_and_counts_its_tokens(runs: Runs, trained: Path) -> None:
+    curve = losses_of(trained, "unbroken-growing")
+    for stage in GROWING:
+        assert losses_of(trained, f"growing-{stage}") == pytest.approx(curve, rel=1e-4)
+        norms = losses_of(trained, f"growing-{stage}", "gradient_norm")
+        assert norms == pytest.approx(losses_of(trained, "unbroken-growing", "gradient_norm"), rel=1e-4)
+    tokens = losses_of(trained, "unbroken-growing", "progress/tokens")
+    assert tokens == {step: 32 * samples for step, samples in zip(range(1, 7), (4, 12, 24, 36, 52, 68), strict=True)}
+    state = read_state(trained / "unbroken-growing" / "checkpoints" / "step-00000006")
+    assert (state.consumed_samples, state.consumed_tokens) == (68, 68 * 32)
+    assert read_run(trained / "unbroken-growing").tokens == 68 * 32
 
 
 def test_bf16_stays_near_fp32(runs: Runs, trained: Path) -> None:
