@@ -38,8 +38,10 @@ def _facts(context: RunContext, groups: Sequence[str]) -> Iterator[tuple[str, st
     for line in groups:
         yield "", line
     yield "batch", f"{layout}, {length:,} tokens each"
-    for stage in config.training.batch_size_warmup:
-        yield "", f"{stage.global_batch_size} samples in each of the first {stage.steps:,} steps"
+    last = 0
+    for steps, size in config.training.warmup:
+        yield "", f"{size} samples up to step {last + steps:,}"
+        last += steps
     chosen = " (auto)" if config.training.precision == "auto" else ""
     compiled = ", blocks compiled" if context.compiled else ""
     device = context.world.device.type

@@ -67,7 +67,7 @@ def test_a_loader_that_reads_wrongly_is_caught(wrong: str, monkeypatch: pytest.M
             yield batch
 
     monkeypatch.setattr(room, "micro_batches", loader)
-    with pytest.raises(AssertionError, match="steps 0 to 4 are not shared out exactly"):
+    with pytest.raises(AssertionError, match="step 1 is not shared out exactly"):
         check_positions(layout, 4)
 
 

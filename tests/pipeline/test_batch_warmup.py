@@ -4,7 +4,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data_prep.errors import UserError
@@ -43,6 +43,7 @@ def _batch(first: int, step: int, skipped: tuple[tuple[int, int], ...]) -> int:
     return next(n for place, n in enumerate(kept) if place == step)
 
 
+@settings(deadline=None, max_examples=40)
 @given(batches=growing(), stop=st.integers(0, STEPS), data=st.data())
 def test_every_sample_once_for_all_ranks_through_a_resume_without_what_is_left_out(batches, stop, data) -> None:
     micro, ranks, size, warmup = batches
@@ -97,9 +98,9 @@ def test_the_position_inside_a_step_is_refused_with_the_size_of_that_step() -> N
     ],
 )
 def test_a_warm_up_that_does_not_grow_is_one_line(warmup: str, problem: str) -> None:
-    settings = ["training.global_batch_size=16", f"training.batch_size_warmup={warmup}"]
+    overrides = ["training.global_batch_size=16", f"training.batch_size_warmup={warmup}"]
     with pytest.raises(UserError) as caught:
-        load_config(Path("launch/runs/quickstart.yaml"), settings)
+        load_config(Path("launch/runs/quickstart.yaml"), overrides)
     (line,) = caught.value.problems
     assert problem in line
 
