@@ -58,6 +58,8 @@ class GlobalLocalConfig(PreTrainedConfig):
         dropout: probability, applied where the seed applies it.
         diversity_loss_scale: factor of each router's loss; the sum over routers is scaled by a further 0.01.
         norm_placement: "pre" (norm in front of each sublayer) or "post" (norm after the residual sum).
+        document_boundaries: "carry" (an end-of-text token is one like others) or "reset" (whatever stands behind an
+            eos_token_id sees nothing from before it, as if its document stood alone).
         tie_word_embeddings: one matrix for the embedding and the head.
         head_bias: a number per token id in the head. Without it the embedding's rows carry how frequent a word is.
         logit_soft_cap: logits z become cap · tanh(z / cap), and so stay within the cap (arXiv:2408.00118); 0 for none.
@@ -99,6 +101,7 @@ class GlobalLocalConfig(PreTrainedConfig):
     dropout: float | int = 0.0
     diversity_loss_scale: float | int = 0.01
     norm_placement: str = "pre"
+    document_boundaries: str = "carry"
     layer_norm_eps: float | int = 1e-5
     tie_word_embeddings: bool = True
     head_bias: bool = True
@@ -164,6 +167,13 @@ class GlobalLocalConfig(PreTrainedConfig):
         """
         reach = sum(max(self.dilations_of_layer(layer)) for layer in range(self.num_hidden_layers))
         return 1 + (self.conv_kernel_size - 1) * reach
+
+    @property
+    def document_ends(self) -> list[int]:
+        """Ids behind which everything before is forgotten; none with `document_boundaries` "carry"."""
+        if self.document_boundaries == "carry" or self.eos_token_id is None:
+            return []
+        return self.eos_token_id if isinstance(self.eos_token_id, list) else [self.eos_token_id]
 
     @property
     def product_key_shape(self) -> tuple[int, int]:
@@ -272,6 +282,11 @@ class GlobalLocalConfig(PreTrainedConfig):
             problems.append(
                 f"summary_key_heads is {self.summary_key_heads}; more than one needs summary_rule 'delta', "
                 f"and it is {self.summary_rule!r}"
+            )
+        if self.document_boundaries == "reset" and self.eos_token_id in (None, []):
+            problems.append(
+                f"document_boundaries is 'reset', which needs to know the token that ends a document, and eos_token_id "
+                f"is {self.eos_token_id}; set eos_token_id, or document_boundaries to 'carry'"
             )
         for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
             given = getattr(self, name)

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .documents_globallocal import ends_document
 from .router_globallocal import FoldedRouter, ProductKeyScores, TensorRouter, at_least_float32
 
 if TYPE_CHECKING:
@@ -29,7 +30,8 @@ class GlobalLocalCache:
         recent: per layer of delta summaries [B, taps − 1, c], what their short convolution read last; zeros in front
             of the first token.
         position: int64 [1] on the device, the place in every ring that the next token takes, modulo its length.
-        steps: the same number, for the host; the rings begin at their oldest entry when it is 0.
+        offset: int64 [B, 1], how many tokens of its document stand before the next one, where documents are told apart.
+        steps: the number of `position`, for the host; the rings begin at their oldest entry when it is 0.
         folds: per router, filled at the first call; valid as long as the weights do not change.
         weights: per block what a step reads instead of folds, filled at the first step and as long valid.
     """
@@ -42,6 +44,7 @@ class GlobalLocalCache:
         self.summary: list[Tensor | None] = [None] * num_layers
         self.recent: list[Tensor | None] = [None] * num_layers
         self.position: Tensor | None = None
+        self.offset: Tensor | None = None
         self.steps = 0
         self.folds: dict[nn.Module, FoldedRouter] = {}
         self.weights: list[BlockWeights] | None = None
@@ -55,6 +58,8 @@ class GlobalLocalCache:
         """Beam search: row i continues what was row beam_idx[i]."""
         for states in (self.history, self.summary, self.recent):
             states[:] = [s if s is None else s.index_select(0, beam_idx.to(s.device)) for s in states]
+        if self.offset is not None:
+            self.offset = self.offset.index_select(0, beam_idx.to(self.offset.device))
 
     def empty(self) -> "GlobalLocalCache":
         """A cache for other sequences, which shares what depends on the weights alone."""
@@ -70,7 +75,8 @@ class GlobalLocalCache:
             (self.summary, list(self.summary), other.summary),
             (self.recent, list(self.recent), other.recent),
         ):
-            states[:] = [b if a is None or b is None else torch.cat([a, b]) for a, b in zip(own, new, strict=True)]
+            states[:] = [_rows_of_both(*pair) for pair in zip(own, new, strict=True)]
+        self.offset = _rows_of_both(self.offset, other.offset)
         self.seen_tokens = max(self.seen_tokens, other.seen_tokens)
         if other.position is not None:
             self.passed(0, other.position.device)
@@ -89,6 +95,10 @@ class GlobalLocalCache:
         """One token has gone through all layers."""
         self.seen_tokens += 1
         self.steps += 1
+
+
+def _rows_of_both(first: Tensor | None, second: Tensor | None) -> Tensor | None:
+    return second if first is None or second is None else torch.cat([first, second])
 
 
 class RouterWeights(NamedTuple):
@@ -129,8 +139,11 @@ def step(model: "GlobalLocalForCausalLM", ids: Tensor, cache: GlobalLocalCache) 
     states = zip(cache.history, cache.summary, cache.recent, strict=True)
     for block, weights, (ring, state, recent) in zip(base.layers, cache.weights, states, strict=True):
         assert ring is not None
-        x = _block(block, x, base.pool, weights, ring, (state, recent), position)
+        x = _block(block, x, base.pool, weights, (ring, state, recent), position, cache.offset)
     position.add_(1)
+    if cache.offset is not None:
+        ended = ends_document(ids, model.config.document_ends)
+        cache.offset.add_(1).masked_fill_(ended.unsqueeze(1), 0)
     return model.lm_head(base.norm(x)).unsqueeze(1)
 
 
@@ -139,18 +152,20 @@ def _block(
     x: Tensor,
     pool: Tensor,
     weights: BlockWeights,
-    ring: Tensor,
-    summary: tuple[Tensor | None, Tensor | None],
+    states: tuple[Tensor, Tensor | None, Tensor | None],
     position: Tensor,
+    offset: Tensor | None,
 ) -> Tensor:
-    attention, first, (state, recent) = block.attention, block.norm_first, summary
+    attention, first, (ring, state, recent) = block.attention, block.norm_first, states
     before = block.attention_norm(x) if first else x
     projected = F.linear(before, weights.input_weight, weights.input_bias)
-    local = _convolve(attention.local, before, weights, ring, position)
+    local = _convolve(attention.local, before, weights, ring, position, offset)
     if state is None:
         routed = _route(attention.router, before, pool, weights.attention)
     else:
-        answer = _summarise(attention.summary, projected, state, recent)
+        if offset is not None:
+            state.masked_fill_((offset == 0)[..., None, None], 0)
+        answer = _summarise(attention.summary, projected, state, recent, offset)
         routed = _route(attention.router, before + answer, pool, weights.attention).add_(answer)
     x = torch.add(x, torch.lerp(routed, local, torch.sigmoid(projected[:, -1:])), alpha=block.branch_gain)
     x = x if first else block.attention_norm(x)
@@ -162,21 +177,26 @@ def _block(
     return block.feed_forward_norm(x + block.feed_forward(x))
 
 
-def _convolve(local: Any, x: Tensor, weights: BlockWeights, ring: Tensor, position: Tensor) -> Tensor:
-    """x [B, h] → [B, h]; the ring [B, P, h] holds x afterwards."""
+def _convolve(
+    local: Any, x: Tensor, weights: BlockWeights, ring: Tensor, position: Tensor, offset: Tensor | None
+) -> Tensor:
+    """x [B, h] → [B, h]; the ring [B, P, h] holds x afterwards. Taps reach back `offset` [B, 1] at most."""
     branches = len(local.dilations)
     places = (position - weights.lags) % weights.length
     ring.index_copy_(1, places[-1:], x.unsqueeze(1))  # the last tap lies 0 back
-    taps = ring.index_select(1, places).view(len(x), branches, -1).transpose(0, 1)
+    taps = ring.index_select(1, places)
+    if offset is not None:
+        taps.masked_fill_((offset < weights.lags).unsqueeze(-1), 0)
+    taps = taps.view(len(x), branches, -1).transpose(0, 1)
     bias = local.branch_bias.view(branches, 1, -1)
     outputs = torch.baddbmm(bias, taps, local.branch_weight.transpose(1, 2))  # [n, B, h]
     return local.projection(F.gelu(outputs).transpose(0, 1).flatten(1))
 
 
-def _summarise(summary: Any, projected: Tensor, state: Tensor, recent: Tensor | None) -> Tensor:
+def _summarise(summary: Any, projected: Tensor, state: Tensor, recent: Tensor | None, offset: Tensor | None) -> Tensor:
     """projected as in `BlockWeights` → the answer [B, h]; the state [B, d, H, p] is brought forward."""
     if recent is not None:
-        return _correct(summary, projected, state, recent)
+        return _correct(summary, projected, state, recent, offset)
     _, key_size, hidden_size, _, heads = summary.parts
     small = at_least_float32(projected[:, : 2 * key_size + heads])
     query, key, forget = small.split([key_size, key_size, heads], dim=-1)
@@ -188,11 +208,14 @@ def _summarise(summary: Any, projected: Tensor, state: Tensor, recent: Tensor | 
     return summary.output((answer * F.silu(gate)).to(projected.dtype))
 
 
-def _correct(summary: Any, projected: Tensor, state: Tensor, recent: Tensor) -> Tensor:
+def _correct(summary: Any, projected: Tensor, state: Tensor, recent: Tensor, offset: Tensor | None) -> Tensor:
     """`_summarise` of a delta summary: the state [B, H, d, p] and recent [B, taps − 1, c] are brought forward."""
     mixed, gate, keep, write, _ = projected.split([*summary.parts, 1], dim=-1)
     window = torch.cat([recent, mixed.unsqueeze(1)], dim=1)
     recent.copy_(window[:, 1:])
+    if offset is not None:
+        lags = torch.arange(window.shape[1] - 1, -1, -1, device=window.device)
+        window.masked_fill_((offset < lags).unsqueeze(-1), 0)
     query, key, value = summary.heads((window * summary.taps).sum(dim=1))
     query, key = (x.repeat_interleave(summary.num_heads // x.shape[1], dim=1) for x in (query, key))  # [B, H, d]
     keep, write = (torch.sigmoid(at_least_float32(x)).unsqueeze(-1) for x in (keep, write))

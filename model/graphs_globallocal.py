@@ -87,6 +87,7 @@ class _StepGraph:
         own = GlobalLocalCache(len(cache.history))
         for target, source in ((own.history, cache.history), (own.summary, cache.summary), (own.recent, cache.recent)):
             target[:] = [s if s is None else s.new_zeros(rows, *s.shape[1:]) for s in source]
+        own.offset = None if cache.offset is None else cache.offset.new_zeros(rows, 1)
         own.position = torch.zeros_like(cache.position)  # type: ignore[arg-type]
         own.weights = _map(torch.clone, cache.weights)
         self.own = own
@@ -129,13 +130,12 @@ class _StepGraph:
 
 
 def _states(cache: GlobalLocalCache) -> list[Tensor | None]:
-    return [cache.position, *cache.history, *cache.summary, *cache.recent]
+    return [cache.position, cache.offset, *cache.history, *cache.summary, *cache.recent]
 
 
 def _put(cache: GlobalLocalCache, states: list[Tensor | None]) -> None:
-    cache.position, layers = states[0], len(cache.history)
-    cache.history[:], cache.summary[:] = states[1 : 1 + layers], states[1 + layers : 1 + 2 * layers]
-    cache.recent[:] = states[1 + 2 * layers :]
+    (cache.position, cache.offset, *states), layers = states, len(cache.history)
+    cache.history[:], cache.summary[:], cache.recent[:] = (states[i * layers :][:layers] for i in range(3))
 
 
 def _tensors(value: Any) -> Iterator[Tensor]:

@@ -28,8 +28,8 @@ class CausalConvolution(nn.Module):
         self.branch_bias = nn.Parameter(torch.empty(num_branches * h))
         self.projection = nn.Linear(num_branches * h, h)
 
-    def forward(self, x: Tensor, mask: Tensor | None, cache: GlobalLocalCache | None) -> Tensor:
-        """x [B, S, h], mask [B, S, 1] or None → [B, S, h]."""
+    def forward(self, x: Tensor, mask: Tensor | None, offsets: Tensor | None, cache: GlobalLocalCache | None) -> Tensor:
+        """x [B, S, h], mask [B, S, 1] or None, offsets [B, S] in the document or None → [B, S, h]."""
         if mask is not None:
             x = x * mask
         history = cache.past(self.layer) if cache is not None else None
@@ -37,7 +37,7 @@ class CausalConvolution(nn.Module):
             padded = F.pad(x, (0, 0, self.reach, 0)) if history is None else torch.cat([history, x], dim=1)
             cache.history[self.layer] = padded[:, -self.reach - 1 :].clone()  # a view would keep a long prompt whole
         bias = self.branch_bias.view(len(self.branch_weight), -1)
-        branches = causal_convolutions(x, self.branch_weight, bias, self.dilation_numbers, history)
+        branches = causal_convolutions(x, self.branch_weight, bias, self.dilation_numbers, history, offsets)
         return self.projection(F.gelu(branches))
 
 
@@ -57,8 +57,8 @@ class RunningSummary(nn.Module):
         self.input = nn.Linear(h, sum(self.parts))
         self.output = nn.Linear(h, h)
 
-    def forward(self, x: Tensor, mask: Tensor | None, cache: GlobalLocalCache | None) -> Tensor:
-        """x [B, S, h], mask [B, S, 1] or None → [B, S, h]."""
+    def forward(self, x: Tensor, mask: Tensor | None, offsets: Tensor | None, cache: GlobalLocalCache | None) -> Tensor:
+        """x [B, S, h], mask [B, S, 1] or None, offsets [B, S] in the document or None → [B, S, h]."""
         query, key, value, gate, keep = self.input(x).split(self.parts, dim=-1)
         log_keep = F.logsigmoid(at_least_float32(keep))
         share = 1.0 - log_keep.exp()
@@ -66,7 +66,8 @@ class RunningSummary(nn.Module):
             share = share * mask  # in front of the sequence the state stays 0
         value = value.unflatten(-1, (self.num_heads, -1)) * share.to(value.dtype).unsqueeze(-1)
         state = None if cache is None else cache.summary[self.layer]
-        answer, state = decayed_attention(query, key, value, log_keep, state)
+        starts = None if offsets is None else offsets == 0
+        answer, state = decayed_attention(query, key, value, log_keep, state, starts)
         if cache is not None:
             cache.summary[self.layer] = state.clone()  # not the states of all chunks
         answer = F.rms_norm(answer, answer.shape[-1:], eps=self.eps).flatten(2)
@@ -97,8 +98,8 @@ class DeltaSummary(nn.Module):
         self.taps = nn.Parameter(torch.empty(SUMMARY_TAPS, self.parts[0]))
         self.output = nn.Linear(h, h)
 
-    def forward(self, x: Tensor, mask: Tensor | None, cache: GlobalLocalCache | None) -> Tensor:
-        """x [B, S, h], mask [B, S, 1] or None → [B, S, h]."""
+    def forward(self, x: Tensor, mask: Tensor | None, offsets: Tensor | None, cache: GlobalLocalCache | None) -> Tensor:
+        """x [B, S, h], mask [B, S, 1] or None, offsets [B, S] in the document or None → [B, S, h]."""
         mixed, gate, keep, write = self.input(x).split(self.parts, dim=-1)
         write = torch.sigmoid(at_least_float32(write))
         if mask is not None:
@@ -108,9 +109,10 @@ class DeltaSummary(nn.Module):
             recent, state = cache.recent[self.layer], cache.summary[self.layer]
         reach = SUMMARY_TAPS - 1
         padded = F.pad(mixed, (0, 0, reach, 0)) if recent is None else torch.cat([recent, mixed], dim=1)
-        mixed = short_convolution(padded, self.taps)
+        mixed = short_convolution(padded, self.taps, offsets)
         log_keep = F.logsigmoid(at_least_float32(keep))
-        answer, state = gated_delta_rule(*self.heads(mixed), log_keep, write, state)
+        starts = None if offsets is None else offsets == 0
+        answer, state = gated_delta_rule(*self.heads(mixed), log_keep, write, state, starts)
         if cache is not None:
             cache.recent[self.layer], cache.summary[self.layer] = padded[:, -reach:].clone(), state
         return self.answer(answer, gate)
@@ -148,15 +150,15 @@ class GlobalLocalAttention(nn.Module):
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(
-        self, x: Tensor, pool: Tensor, mask: Tensor | None, cache: GlobalLocalCache | None
+        self, x: Tensor, pool: Tensor, mask: Tensor | None, offsets: Tensor | None, cache: GlobalLocalCache | None
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """x [B, S, h] → output [B, S, h], diversity loss, pool usage [N], mean gate."""
-        local = self.dropout(self.local(x, mask, cache))
+        local = self.dropout(self.local(x, mask, offsets, cache))
         folds = None if cache is None else cache.folds
         if self.summary is None:
             routed, diversity, usage = self.router(x, pool, mask, folds)
         else:
-            answer = self.summary(x, mask, cache)
+            answer = self.summary(x, mask, offsets, cache)
             routed, diversity, usage = self.router(x + answer, pool, mask, folds)
             routed = routed + answer
         gate = torch.sigmoid(self.gate(x))
@@ -194,11 +196,20 @@ class GlobalLocalBlock(nn.Module):
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(
-        self, x: Tensor, pool: Tensor, mask: Tensor | None = None, cache: GlobalLocalCache | None = None
+        self,
+        x: Tensor,
+        pool: Tensor,
+        mask: Tensor | None = None,
+        offsets: Tensor | None = None,
+        cache: GlobalLocalCache | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """x [B, S, h], pool [N, D], mask [B, S, 1] → x, diversity loss, mean gate and n routers' usage [1 + n · N]."""
+        """x [B, S, h], pool [N, D], mask [B, S, 1], offsets [B, S] in the document.
+
+        Returns:
+            x, diversity loss, mean gate and n routers' usage [1 + n · N].
+        """
         before = self.attention_norm(x) if self.norm_first else x
-        update, diversity, usage, gate = self.attention(before, pool, mask, cache)
+        update, diversity, usage, gate = self.attention(before, pool, mask, offsets, cache)
         x = torch.add(x, self.dropout(update), alpha=self.branch_gain)
         x = x if self.norm_first else self.attention_norm(x)
 

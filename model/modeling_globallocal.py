@@ -18,6 +18,7 @@ from transformers import initialization as init
 
 from .configuration_globallocal import GlobalLocalConfig
 from .decoding_globallocal import GlobalLocalCache, has_plain_weights, step_weights
+from .documents_globallocal import document_offsets
 from .graphs_globallocal import StepGraphs
 from .layers_globallocal import CausalConvolution, DeltaSummary, FeedForward, GlobalLocalBlock, RunningSummary
 from .library_globallocal import exporting
@@ -149,6 +150,9 @@ class GlobalLocalModel(GlobalLocalPreTrainedModel):
             attention_mask: [B, ≥ S], 0 at padding; its last S columns belong to `input_ids`.
             cache: what an earlier call returned; these tokens then continue that sequence.
             use_cache: return a cache. The default is the config's in evaluation, and no in training.
+
+        Raises:
+            ValueError: neither or both of ids and embeddings, or embeddings where ids must tell documents apart.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give either input_ids or inputs_embeds")
@@ -159,19 +163,21 @@ class GlobalLocalModel(GlobalLocalPreTrainedModel):
         by_itself = self.config.use_cache and not self.training and not exporting()
         if by_itself if use_cache is None else use_cache:
             cache = cache if cache is not None else GlobalLocalCache(len(self.layers))
+        offsets, behind = self._document_offsets(input_ids, attention_mask, cache)
         recompute = self._recomputed_blocks(cache)
         all_states, diversity_losses, statistics = [x], [], []
         for layer, recomputed in zip(self.layers, recompute, strict=True):
             call = layer.__call__ if self.training else layer._call_impl  # hooks included, not what is compiled
             if recomputed:
-                x, diversity, numbers = self._gradient_checkpointing_func(call, x, self.pool, mask)
+                x, diversity, numbers = self._gradient_checkpointing_func(call, x, self.pool, mask, offsets)
             else:
-                x, diversity, numbers = call(x, self.pool, mask, cache)
+                x, diversity, numbers = call(x, self.pool, mask, offsets, cache)
             diversity_losses.append(diversity)
             statistics.append(numbers)
             all_states.append(x)
         if cache is not None:
             cache.passed(x.shape[1], x.device)
+            cache.offset = behind
         return GlobalLocalModelOutput(
             last_hidden_state=self.norm(x),
             diversity_loss=torch.stack(diversity_losses).sum() * DIVERSITY_LOSS_TOTAL_SCALE,
@@ -179,6 +185,17 @@ class GlobalLocalModel(GlobalLocalPreTrainedModel):
             cache=cache,
             hidden_states=tuple(all_states) if output_hidden_states else None,
         )
+
+    def _document_offsets(
+        self, ids: Tensor | None, mask: Tensor | None, cache: GlobalLocalCache | None
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """As `document_offsets` has them; None where documents are not told apart."""
+        if not (ends := self.config.document_ends):
+            return None, None
+        if ids is None:
+            raise ValueError("document_boundaries is 'reset': documents are told apart by input_ids; give these")
+        mask = None if mask is None else mask[:, -ids.shape[1] :]
+        return document_offsets(ids, ends, mask, None if cache is None else cache.offset)
 
     def _recomputed_blocks(self, cache: GlobalLocalCache | None) -> list[bool]:
         on = self.gradient_checkpointing and self.training and torch.is_grad_enabled() and cache is None

@@ -19,7 +19,13 @@ INVERSE_BLOCK = 16  # what a solver inverts at once
 
 
 def gated_delta_rule(
-    query: Tensor, key: Tensor, value: Tensor, log_keep: Tensor, write: Tensor, state: Tensor | None
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    log_keep: Tensor,
+    write: Tensor,
+    state: Tensor | None,
+    starts: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """answer[t] = query[t] · state[t]; a state keeps a share, then what it holds under a key moves towards the value:
 
@@ -37,27 +43,31 @@ def gated_delta_rule(
         log_keep: [B, S, H], logarithms of the shares kept, at most 0.
         write: [B, S, H], from 0 (nothing) to 1 (what is held under the key becomes the value).
         state: [B, H, d, p] before the first position, or None for zeros.
+        starts: bool [B, S], where the state before is forgotten; None for nowhere.
 
-    All are of one dtype, float32 or wider.
+    All others are of one dtype, float32 or wider.
 
     Returns:
         Answers [B, S, H, p], and the last state [B, H, d, p].
     """
     length = query.shape[1]
     if exporting():
-        return _one_by_one(query, key, value, log_keep, write, state)
+        keep = log_keep.exp()
+        keep = keep if starts is None else keep.masked_fill(starts.unsqueeze(-1), 0)
+        return _one_by_one(query, key, value, keep, write, state)
     size = min(SUMMARY_CHUNK, 1 << (length - 1).bit_length())
     if missing := -length % size:  # steps that change nothing
         query, key, value = (F.pad(x, (0, 0, 0, 0, 0, missing)) for x in (query, key, value))
         log_keep, write = (F.pad(x, (0, 0, 0, missing)) for x in (log_keep, write))
+        starts = None if starts is None else F.pad(starts, (0, missing))
     if state is None:
         state = value.new_zeros(value.shape[0], value.shape[2], query.shape[3], value.shape[3])
-    answer, state = _DeltaRule.apply(query, key, value, log_keep, write, state, size)
+    answer, state = _DeltaRule.apply(query, key, value, log_keep, write, state, starts, size)
     return answer[:, :length], state
 
 
 def _one_by_one(
-    query: Tensor, key: Tensor, value: Tensor, log_keep: Tensor, write: Tensor, state: Tensor | None
+    query: Tensor, key: Tensor, value: Tensor, keep: Tensor, write: Tensor, state: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """`gated_delta_rule` as its equations say it, for graphs of any length: they loop over the positions."""
     from torch._higher_order_ops.scan import scan  # here alone: no face of torch has it yet
@@ -74,7 +84,7 @@ def _one_by_one(
         state = kept + key.unsqueeze(-1) * (write.unsqueeze(-1) * (value - held)).unsqueeze(-2)
         return state, (query.unsqueeze(-2) @ state).squeeze(-2)
 
-    positions = tuple(x.transpose(0, 1) for x in (query, key, value, log_keep.exp(), write))
+    positions = tuple(x.transpose(0, 1) for x in (query, key, value, keep, write))
     state, answers = scan(step, state, positions)
     return answers.transpose(0, 1), state
 
@@ -85,7 +95,7 @@ class _Kept(NamedTuple):
     both: Tensor  # [2, C, d], queries and keys
     value: Tensor  # [C, E, p]
     write: Tensor  # [E, C]
-    passed: Tensor  # [E, C], logarithm of what is left, at each position, of the state before the chunk
+    share: Tensor  # [E, C], what is left, at each position, of the state before the chunk
     decay: Tensor  # [E, C, C], what is left of an earlier position's writing
     scores: Tensor  # [E, C, C], queries · keys, decayed
     overlap: Tensor  # [C, C], keys · keys
@@ -98,7 +108,14 @@ class _Kept(NamedTuple):
 
 
 def _forward(
-    query: Tensor, key: Tensor, value: Tensor, log_keep: Tensor, write: Tensor, state: Tensor, size: int
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    log_keep: Tensor,
+    write: Tensor,
+    state: Tensor,
+    starts: Tensor | None,
+    size: int,
 ) -> tuple[tuple[Tensor, Tensor], _Kept]:
     """Arguments and results of `gated_delta_rule` for a length that is a multiple of `size`, and what to keep."""
     batch, length, groups, _ = key.shape
@@ -108,13 +125,18 @@ def _forward(
     value = _by_chunk(value.flatten(2), size, groups).view(rows)
     log_keep, write = (_by_chunk(x, size, groups).transpose(2, 3) for x in (log_keep, write))
     passed, write = log_keep.cumsum(dim=-1), write.contiguous()
-    decay = (passed.unsqueeze(-1) - passed.unsqueeze(-2)).exp_().tril_()
+    decay, share = (passed.unsqueeze(-1) - passed.unsqueeze(-2)).exp_().tril_(), passed.exp()
+    if starts is not None:
+        begun = starts.view(batch, n, size).transpose(0, 1).cumsum(dim=-1)  # 0 in what goes on from before the chunk
+        begun = begun.repeat_interleave(groups, dim=1).unsqueeze(2)  # [n, J, 1, C]
+        decay.masked_fill_(begun.unsqueeze(-1) != begun.unsqueeze(-2), 0)
+        share.masked_fill_(begun > 0, 0)
     key = both[:, :, 1]
     products = (both.flatten(2, 3) @ key.transpose(-1, -2)).unflatten(2, (2, size))
     scores, overlap = products[:, :, :1] * decay, products[:, :, 1]
     inverse = unit_inverse((overlap.unsqueeze(2) * decay).mul_(write.unsqueeze(-1)))
 
-    share, until_end = passed.exp(), (passed[..., -1:] - passed).exp()
+    until_end = decay[..., -1, :]
     kept = share[..., -1].view(n, -1, 1, heads, 1)  # of the state, by a whole chunk
     held_share = -(write * share).unsqueeze(-1)
     wanted = (value.transpose(*by_head) * write.unsqueeze(-1)).contiguous()
@@ -130,10 +152,10 @@ def _forward(
         behind = torch.baddbmm(before, key[i].transpose(-1, -2), left[i].flatten(2))
         states.append(behind.view_as(states[i]))
     said, update, written, all_states = (torch.stack(parts) for parts in (asked, solved, left, states))
-    inside, share = (x.transpose(*by_head) for x in (scores @ update, share.unsqueeze(-1)))
-    answer = torch.addcmul(inside, said[:, :, 0], share)
+    inside, share_by_time = (x.transpose(*by_head) for x in (scores @ update, share.unsqueeze(-1)))
+    answer = torch.addcmul(inside, said[:, :, 0], share_by_time)
     results = _by_time(answer.flatten(3), batch).reshape(batch, length, -1, wanted.shape[-1])
-    parts = (both, value, write, passed, decay, scores, overlap, inverse, said, update, written, all_states, answer)
+    parts = (both, value, write, share, decay, scores, overlap, inverse, said, update, written, all_states, answer)
     return (results, _by_head(states[n], groups)), _Kept(*parts)
 
 
@@ -149,18 +171,18 @@ class _DeltaRule(Function):
 
     @staticmethod
     def backward(ctx: Any, grad_answer: Tensor, grad_state: Tensor) -> tuple[Tensor | None, ...]:
-        return *_backward(_Kept(*ctx.saved_tensors), grad_answer, grad_state), None
+        return *_backward(_Kept(*ctx.saved_tensors), grad_answer, grad_state), None, None
 
 
 def _backward(kept: _Kept, grad_answer: Tensor, grad_state: Tensor) -> tuple[Tensor, ...]:
     """Gradients of the six tensors, from those of answers and last state."""
-    both, value, write, passed, decay, _, overlap, _, said, update, written, states, answer = kept
+    both, value, write, share, decay, _, overlap, _, said, update, written, states, answer = kept
     groups, size = both.shape[1], both.shape[3]
     width, batch = value.shape[4], len(grad_answer)
     by_head, per_batch = (2, 3), groups // batch
     grad_answer = _by_chunk(grad_answer.flatten(2), size, per_batch).view_as(value)
     key = both[:, :, 1]
-    share = passed.exp().unsqueeze(-1)
+    share = share.unsqueeze(-1)
     grad_by_head = grad_answer.transpose(*by_head).contiguous()
     asked = grad_answer * share.transpose(*by_head)
     grad_first, grad_states, grad_said, grad_new = _walk_back(
@@ -211,7 +233,7 @@ def _walk_back(kept: _Kept, asked: Tensor, grad_answer: Tensor, grad_state: Tens
     """
     both, value = kept.both, kept.value
     n, groups, _, size, _ = both.shape
-    share, until_end = kept.passed.exp().unsqueeze(-1), (kept.passed[..., -1:] - kept.passed).exp().unsqueeze(-1)
+    share, until_end = kept.share.unsqueeze(-1), kept.decay[..., -1, :].unsqueeze(-1)
     left = share[..., -1:, :].view(n, groups, 1, value.shape[3], 1)
     held_share = -share * kept.write.unsqueeze(-1)
     grad_update, turned = kept.scores.transpose(-1, -2) @ grad_answer, kept.inverse.transpose(-1, -2)

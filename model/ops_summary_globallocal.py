@@ -73,7 +73,7 @@ def linear_recurrence(decay: Tensor, update: Tensor) -> Tensor:
 
 
 def decayed_attention(
-    query: Tensor, key: Tensor, value: Tensor, log_keep: Tensor, state: Tensor | None
+    query: Tensor, key: Tensor, value: Tensor, log_keep: Tensor, state: Tensor | None, starts: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """answer[t] = query[t] · state[t], state[t] = keep[t] · state[t − 1] + key[t] ⊗ value[t], a state a head.
 
@@ -85,13 +85,14 @@ def decayed_attention(
         value: [B, S, H, p].
         log_keep: [B, S, H], logarithms of the shares kept, at most 0; float32 or wider.
         state: [B, d, H, p] before the first position, or None for zeros.
+        starts: bool [B, S], where the state before is forgotten; None for nowhere.
 
     Returns:
         Answers [B, S, H, p], and the last state [B, d, H, p], in the dtype of `log_keep`; a kernel on the GPU leaves
         the answers in the value's.
     """
     parts = (query, key, value, log_keep)
-    if has_kernels(query) and state is None and query.shape[1] > 1 and fits(*parts):
+    if has_kernels(query) and state is None and starts is None and query.shape[1] > 1 and fits(*parts):
         return summary_attention(*parts)
     wide, length = log_keep.dtype, query.shape[1]
     size = length if exporting() else min(SUMMARY_CHUNK, length)  # one chunk, whatever the length
@@ -99,24 +100,31 @@ def decayed_attention(
     if missing:  # steps that change nothing
         query, key, log_keep = (F.pad(x, (0, 0, 0, missing)) for x in (query, key, log_keep))
         value = F.pad(value, (0, 0, 0, 0, 0, missing))
+        starts = None if starts is None else F.pad(starts, (0, missing))
     query, key, value = (x.unflatten(1, (-1, size)) for x in (query, key, value))  # [B, n, C, d or H, p]
     passed = log_keep.unflatten(1, (-1, size)).cumsum(dim=2)  # [B, n, C, H], from the chunk's start
 
     by_head = passed.transpose(2, 3)
-    later = torch.ones(size, size, dtype=torch.bool, device=query.device).triu(1)
-    decay = (by_head.unsqueeze(-1) - by_head.unsqueeze(-2)).masked_fill(later, float("-inf")).exp()
+    apart = torch.ones(size, size, dtype=torch.bool, device=query.device).triu(1)
+    share, until_end, kept = passed.exp(), (passed[:, :, -1:] - passed).exp(), passed[:, :, -1].exp()
+    if starts is not None:
+        begun = starts.unflatten(1, (-1, size)).cumsum(dim=2)  # [B, n, C]: 0 in what goes on from before the chunk
+        apart = apart | (begun.unsqueeze(-1) != begun.unsqueeze(-2)).unsqueeze(2)
+        share = share.masked_fill((begun > 0).unsqueeze(-1), 0)
+        until_end = until_end.masked_fill((begun < begun[:, :, -1:]).unsqueeze(-1), 0)
+        kept = kept.masked_fill(begun[:, :, -1:] > 0, 0)
+    decay = (by_head.unsqueeze(-1) - by_head.unsqueeze(-2)).masked_fill(apart, float("-inf")).exp()
     scores = (query @ key.transpose(2, 3)).unsqueeze(2) * decay  # [B, n, H, C, C]
     inside = (scores.to(value.dtype) @ value.transpose(2, 3)).transpose(2, 3)
 
     # Keys and queries are of all heads, so that one product serves them all: [d, C] · [C, H · p].
-    until_end = (passed[:, :, -1:] - passed).exp().unsqueeze(-1)
-    added = (key.transpose(2, 3).to(wide) @ (value * until_end).flatten(3)).unflatten(-1, value.shape[3:])
-    kept = passed[:, :, -1, None, :, None].exp()  # of the state, by a whole chunk: [B, n, 1, H, 1]
+    added = (key.transpose(2, 3).to(wide) @ (value * until_end.unsqueeze(-1)).flatten(3)).unflatten(-1, value.shape[3:])
+    kept = kept[:, :, None, :, None]  # of the state, by a whole chunk: [B, n, 1, H, 1]
     if state is not None:
         added = torch.cat([torch.addcmul(added[:, :1], kept[:, :1], state.unsqueeze(1)), added[:, 1:]], dim=1)
     states = linear_recurrence(kept.expand_as(added).flatten(2), added.flatten(2)).view_as(added)
     first = torch.zeros_like(states[:, :1]) if state is None else state.unsqueeze(1).to(wide)
     before = torch.cat([first, states[:, :-1]], dim=1)
     asked = (query.to(wide) @ before.flatten(3)).unflatten(-1, value.shape[3:])
-    answer = inside + asked * passed.exp().unsqueeze(-1)
+    answer = inside + asked * share.unsqueeze(-1)
     return answer.flatten(1, 2)[:, :length], states[:, -1]

@@ -4,6 +4,10 @@ Functions of a dictionary of tensors with the names of `GlobalLocalForCausalLM.s
 (float64 for tests). No dropout, no cache. Every matrix of pool scores, mixtures and logits is really there.
 """
 
+from collections.abc import Callable
+from functools import partial
+from itertools import pairwise
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -125,15 +129,26 @@ def delta_summary(weights: Weights, config: GlobalLocalConfig, x: Tensor, mask: 
     return linear(part(weights, "output"), answer.flatten(2) * F.silu(gate))
 
 
+def by_document(mix: Callable[[Tensor, Tensor], Tensor], x: Tensor, mask: Tensor, ends: Tensor) -> Tensor:
+    """What `mix` makes of each document alone: x [B, S, h], mask [B, S, 1], ends bool [B, S] at its last token."""
+    rows = []
+    for i in range(len(x)):
+        cuts = [0, *(ends[i].nonzero().flatten() + 1).tolist(), x.shape[1]]
+        pieces = [slice(*pair) for pair in pairwise(cuts) if pair[0] < pair[1]]
+        rows.append(torch.cat([mix(x[i : i + 1, piece], mask[i : i + 1, piece]) for piece in pieces], dim=1))
+    return torch.cat(rows)
+
+
 def attention(
-    weights: Weights, config: GlobalLocalConfig, layer: int, x: Tensor, pool: Tensor, mask: Tensor
+    weights: Weights, config: GlobalLocalConfig, layer: int, x: Tensor, pool: Tensor, masks: tuple[Tensor, Tensor]
 ) -> tuple[Tensor, Tensor]:
     """gate · local + (1 − gate) · global, and the diversity loss. With a summary, global is router(x + s) + s."""
-    local = local_branch(part(weights, "local"), config, layer, x, mask)
+    mask, ends = masks
+    local = by_document(partial(local_branch, part(weights, "local"), config, layer), x, mask, ends)
     answer = torch.zeros_like(x)
     if config.router_context == "summary":
         summary = delta_summary if config.summary_rule == "delta" else running_summary
-        answer = summary(part(weights, "summary"), config, x, mask)
+        answer = by_document(partial(summary, part(weights, "summary"), config), x, mask, ends)
     routed, diversity = router(part(weights, "router"), config, x + answer, pool, mask)
     routed = routed + answer
     gate = torch.sigmoid(linear(part(weights, "gate"), x))
@@ -141,18 +156,18 @@ def attention(
 
 
 def block(
-    weights: Weights, config: GlobalLocalConfig, layer: int, x: Tensor, pool: Tensor, mask: Tensor
+    weights: Weights, config: GlobalLocalConfig, layer: int, x: Tensor, pool: Tensor, masks: tuple[Tensor, Tensor]
 ) -> tuple[Tensor, Tensor]:
     """Residual sublayers, without the router two; the norm stands before each of them, or behind each sum."""
     diversity_losses = []
 
     def attend(y: Tensor) -> Tensor:
-        output, diversity = attention(part(weights, "attention"), config, layer, y, pool, mask)
+        output, diversity = attention(part(weights, "attention"), config, layer, y, pool, masks)
         diversity_losses.append(diversity)
         return config.branch_gain * output
 
     def route(y: Tensor) -> Tensor:
-        output, diversity = router(part(weights, "router"), config, y, pool, mask)
+        output, diversity = router(part(weights, "router"), config, y, pool, masks[0])
         diversity_losses.append(diversity)
         return output
 
@@ -182,10 +197,11 @@ def forward(
     """
     x = F.embedding(input_ids, weights["model.embed_tokens.weight"])
     mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
-    mask = mask.unsqueeze(-1).to(x.dtype)
+    ends = torch.isin(input_ids, torch.tensor(config.document_ends, dtype=torch.int64)) & (mask != 0)
+    masks = mask.unsqueeze(-1).to(x.dtype), ends
     diversity = x.new_zeros(())
     for layer in range(config.num_hidden_layers):
-        x, more = block(part(weights, f"model.layers.{layer}"), config, layer, x, weights["model.pool"], mask)
+        x, more = block(part(weights, f"model.layers.{layer}"), config, layer, x, weights["model.pool"], masks)
         diversity = diversity + more
     x = layer_norm(part(weights, "model.norm"), x, config.layer_norm_eps)
     head = part(weights, "lm_head")

@@ -93,6 +93,7 @@ CHOICES = {
     "router_context": ("token", "summary"),
     "summary_rule": ("average", "delta"),
     "norm_placement": ("pre", "post"),
+    "document_boundaries": ("carry", "reset"),
 }
 _KINDS: dict[Any, str] = {
     int: "a whole number",

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 SETTING = "training.init_from"
 FREE = {
     *("max_position_embeddings", "dropout", "diversity_loss_scale", "z_loss", "activation_checkpointing", "use_cache"),
+    "document_boundaries",
     *("initializer_range", "router_temperature"),  # of weights that are read instead
     *("bos_token_id", "eos_token_id", "pad_token_id"),  # of the tokenizer, which is compared by its hash
 }

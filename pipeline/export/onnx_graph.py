@@ -42,6 +42,7 @@ class Continuation(nn.Module):
             cache = model(input_ids=torch.zeros(1, 2, dtype=torch.int64), use_cache=True).cache
         self._folds = cache.folds  # constants of the graph, not computed by each call
         kinds = {kind: getattr(cache, kind) for kind in ("history", "summary", "recent")}
+        kinds["offset"] = [cache.offset]
         held = {(kind, layer): x for kind, states in kinds.items() for layer, x in enumerate(states) if x is not None}
         self.parts = list(held)
         self.begin = [torch.zeros_like(tensor) for tensor in held.values()]
@@ -51,9 +52,13 @@ class Continuation(nn.Module):
         cache = GlobalLocalCache(len(self.model.model.layers))
         cache.folds = self._folds
         for (kind, layer), tensor in zip(self.parts, state, strict=True):
-            getattr(cache, kind)[layer] = tensor
+            if kind == "offset":
+                cache.offset = tensor
+            else:
+                getattr(cache, kind)[layer] = tensor
         hidden = self.model.model(input_ids, cache=cache, use_cache=True).last_hidden_state
-        return self.model.lm_head(hidden), *(getattr(cache, kind)[layer] for kind, layer in self.parts)
+        behind = (cache.offset if kind == "offset" else getattr(cache, kind)[layer] for kind, layer in self.parts)
+        return self.model.lm_head(hidden), *behind
 
 
 def check_installed() -> None:
@@ -104,7 +109,8 @@ def distance_from(model: "GlobalLocalForCausalLM", path: Path) -> float:
     expected = model(input_ids=ids).logits
     session = onnxruntime.InferenceSession(path)
     first, *parts = session.get_inputs()
-    state = {part.name: torch.zeros(len(ids), *part.shape[1:]).numpy() for part in parts}
+    kinds = {"tensor(float)": torch.float32, "tensor(int64)": torch.int64}
+    state = {part.name: torch.zeros(len(ids), *part.shape[1:], dtype=kinds[part.type]).numpy() for part in parts}
     half = ids.shape[1] // 2
     found = []
     for piece in (ids[:, :half], *ids[:, half:].split(1, dim=1)):

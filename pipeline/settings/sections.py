@@ -55,13 +55,14 @@ class ModelSection(BaseModel):
         return dict(self.model_extra or {})
 
     def build(self, **from_dataset: Any) -> GlobalLocalConfig:
-        """The model's configuration; what the dataset fixes (vocabulary, special ids) is passed in.
+        """The model's configuration; what the dataset fixes (vocabulary, special ids) is passed in, where it is known.
 
         Raises:
             UserError: a value that the model refuses.
         """
         try:
-            return GlobalLocalConfig.from_preset(self.preset, **{**from_dataset, **self.overrides})
+            end: dict[str, Any] = {"eos_token_id": 0}  # every tokenizer has one; which does not matter to sizes
+            return GlobalLocalConfig.from_preset(self.preset, **end | from_dataset | self.overrides)
         except (ValueError, TypeError) as error:
             raise UserError(f"model: {error}") from None
 

@@ -53,6 +53,8 @@ def reference_weights(model: GlobalLocalForCausalLM) -> reference.Weights:
     }
 
 
+APART: dict[str, Any] = {"document_boundaries": "reset", "eos_token_id": [3, 7]}  # about 15 tokens a document
+
 LAYOUTS: dict[str, dict[str, Any]] = {
     "token": {"router_context": "token"},
     "summary": {"router_context": "summary"},
@@ -65,6 +67,8 @@ LAYOUTS: dict[str, dict[str, Any]] = {
         "block_router": False,
         "branch_gain": 2.5,
     },
+    "summary, documents apart": {"router_context": "summary", **APART},
+    "delta, documents apart": {"router_context": "summary", "summary_rule": "delta", "summary_key_size": 6, **APART},
     "balanced router": {"router_balance": 6.0},
     "post-norm": {"router_context": "summary", "norm_placement": "post", "branch_gain": 2.5},
     "product keys": {"router_scores": "product_key", "pool_size": 20, "router_hidden_size": 10, "router_top_k": 5},

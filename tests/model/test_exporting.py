@@ -7,7 +7,7 @@ from torch.export import Dim
 from tests.model.helpers import LAYOUTS, make_model, random_ids, tiny_config
 
 
-@pytest.mark.parametrize("layout", ["summary", "delta", "product keys", "wide pool"])
+@pytest.mark.parametrize("layout", ["summary", "delta", "delta, documents apart", "product keys", "wide pool"])
 def test_one_graph_serves_every_batch_and_length(layout):
     model = make_model(tiny_config(**LAYOUTS[layout]), dtype=torch.float32)
     dynamic = {"input_ids": {0: Dim.DYNAMIC, 1: Dim.DYNAMIC}}

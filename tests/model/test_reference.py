@@ -48,6 +48,7 @@ CONTEXTS = ["token", "summary", "delta", "delta with keys per head"]
     z_loss=st.sampled_from([0, 0.1]),
     scores=st.sampled_from(["dense", "product_key"]),
     context=st.sampled_from(CONTEXTS),
+    boundaries=st.sampled_from(["carry", "reset"]),
     seed=st.integers(0, 99),
 )
 def test_double_precision_agrees(
@@ -65,6 +66,7 @@ def test_double_precision_agrees(
     z_loss,
     scores,
     context,
+    boundaries,
     seed,
 ):
     config = tiny_config(
@@ -81,6 +83,8 @@ def test_double_precision_agrees(
         head_bias=head_bias,
         logit_soft_cap=soft_cap,
         z_loss=z_loss,
+        document_boundaries=boundaries,
+        eos_token_id=[3, 7],
         diversity_loss_scale=50.0,  # large enough to be seen in the gradients
     )
     model = make_model(config, seed)

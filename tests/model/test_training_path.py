@@ -21,7 +21,7 @@ def loss_and_gradients(model, ids, labels, seed=7):
     return output, [p.grad.clone() for p in model.parameters()]
 
 
-@pytest.mark.parametrize("layout", ["token", "delta"])
+@pytest.mark.parametrize("layout", ["token", "delta, documents apart"])
 @pytest.mark.parametrize("policy", ["full", "every-2", "every-3", "selective"])
 def test_activation_checkpointing_changes_nothing(policy, layout):
     settings = {"num_hidden_layers": 4, "dropout": 0.3, "diversity_loss_scale": 50.0} | LAYOUTS[layout]
@@ -216,7 +216,10 @@ def test_router_statistics_show_the_state_of_the_routers():
 
 @pytest.mark.parametrize(
     ("layout", "pool_dim"),  # narrower and wider than the model
-    some_of([("token", 8), ("summary", 40), ("delta", 8)], [("token", 40), ("summary", 8), ("delta", 40)]),
+    some_of(
+        [("token", 8), ("summary, documents apart", 40), ("delta, documents apart", 8)],
+        [("token", 40), ("summary", 8), ("delta", 40)],
+    ),
 )
 def test_compiles_without_graph_breaks(layout, pool_dim):
     settings = LAYOUTS[layout] | {"num_hidden_layers": 1, "pool_dim": pool_dim}

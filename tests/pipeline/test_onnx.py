@@ -11,7 +11,7 @@ from launch.cli import main
 from pipeline.export.load import load_model
 from pipeline.export.onnx_graph import BOUND, NEEDED, distance_from, write_onnx
 from tests.conftest import missing
-from tests.model.helpers import make_model, tiny_config
+from tests.model.helpers import APART, make_model, tiny_config
 from tests.pipeline.one_file_run import OneFileRun
 
 EVERYTHING_ELSE: dict[str, Any] = {
@@ -24,6 +24,7 @@ EVERYTHING_ELSE: dict[str, Any] = {
     "router_hidden_size": 10,
     "pool_dim": 16,
     "norm_placement": "post",
+    **APART,
 }
 
 
