@@ -80,6 +80,21 @@ def test_a_sequence_in_any_parts_gives_the_same_logits(pieces, context, share_of
         ids, whole = ids[order], whole[order]
 
 
+@torch.no_grad()
+def test_rows_join_a_batch_from_the_middle_of_their_documents():
+    model = make_model(tiny_config(**LAYOUTS["delta"], **APART), noise=0.3)
+    ids, starts = text(2, 20, 0.3, seed=4), [3, 8]
+    rows = [model(ids[i : i + 1, :start], use_cache=True).cache for i, start in enumerate(starts)]
+    cache = rows[0]
+    cache.append(rows[1])
+    for step in range(12):
+        tokens = torch.stack([ids[i, start + step : start + step + 1] for i, start in enumerate(starts)])
+        logits = model(tokens, cache=cache).logits
+        for i, start in enumerate(starts):
+            whole = model(ids[i : i + 1, : start + step + 1], use_cache=False).logits
+            assert (logits[i] - whole[0, -1:]).abs().max() < 1e-10
+
+
 @pytest.mark.parametrize("context", CONTEXTS)
 def test_nothing_passes_an_end_of_text(context):
     model = make_model(tiny_config(**LAYOUTS[context], **APART))
