@@ -7,6 +7,27 @@ import pytest
 from tests.deploy.packages import build_wheel, environment_beside_this, run
 from tests.pipeline.ranks import TINY
 
+MARK = "=== next\n"
+SEVERAL = f"""
+import launch, pipeline, sys
+from launch.cli import main
+from launch.serve.limits import Limits
+from launch.serve.page import page
+from launch.serve.protocol import Server
+
+def told(code, *words):
+    print({MARK!r}, end="", flush=True)
+    sys.stderr = sys.stdout
+    assert main(list(words)) == code
+
+print(launch.__file__, pipeline.__file__)
+print({MARK!r}, len(page(Server("x", None, 1, Limits()), "")), sep="")
+told(0, "estimate", "--preset", "small")
+told(2, "estimate", "--config", "quickstrat")
+told(0, "config", "schema")
+"""
+"""Commands and imports in one process, which imports everything once."""
+
 
 @pytest.fixture(scope="module")
 def python(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -16,20 +37,15 @@ def python(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_the_installed_files_are_those_that_run(python: Path, tmp_path: Path) -> None:
-    where = run(python, "-c", "import launch, pipeline; print(launch.__file__, pipeline.__file__)", cwd=tmp_path)
-    assert where.count("clean/lib") == 2
-    page = (
-        "from launch.serve.limits import Limits; from launch.serve.page import page;"
-        "from launch.serve.protocol import Server; print(len(page(Server('x', None, 1, Limits()), '')))"
-    )
-    assert int(run(python, "-c", page, cwd=tmp_path)) > 10_000
     globallocal = python.with_name("globallocal")
     assert run(globallocal, "--version", cwd=tmp_path).startswith("globallocal 0.")
-    assert "parameters" in run(globallocal, "estimate", "--preset", "small", cwd=tmp_path)
-    said = run(globallocal, "estimate", "--config", "quickstrat", cwd=tmp_path, codes=(2,))
-    assert "quickstrat: no such file; there are: launch/runs/quickstart.yaml" in said
-    (schema,) = python.parents[1].glob("lib/python*/site-packages/launch/runs/schema.json")
-    assert schema.read_text() == run(globallocal, "config", "schema", cwd=tmp_path)
+    where, page_bytes, *said, schema = run(python, "-c", SEVERAL, cwd=tmp_path).split(MARK)
+    assert where.count("clean/lib") == 2
+    assert int(page_bytes) > 10_000
+    assert "parameters" in said[0]
+    assert "quickstrat: no such file; there are: launch/runs/quickstart.yaml" in said[1]
+    (installed,) = python.parents[1].glob("lib/python*/site-packages/launch/runs/schema.json")
+    assert installed.read_text() == schema
 
 
 def test_doctor_and_train_find_a_shipped_run_by_its_name(python: Path, tmp_path: Path, small_dataset: Path) -> None:
