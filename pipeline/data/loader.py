@@ -70,7 +70,8 @@ class BatchLayout:
 
     def size(self, batch: Whole) -> Whole:
         """Samples of global batch `batch`."""
-        return self.first_sample(batch + 1) - self.first_sample(batch)
+        samples: Whole = self.first_sample(batch + 1) - self.first_sample(batch)
+        return samples
 
     def first_sample(self, batch: Whole) -> Whole:
         """Samples of all global batches in front of `batch`."""

@@ -34,12 +34,10 @@ def parameter_groups(model: nn.Module, weight_decay: float, optimizer: str = "ad
     """
     trained = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
     trained.sort(key=lambda item: item[1].numel() % ALIGNED_ELEMENTS != 0)
-    matrices, decay, no_decay = [], [], []
-    for name, parameter in trained:
-        if optimizer == "muon" and is_matrix(name, parameter):
-            matrices.append(parameter)
-        else:
-            (decay if parameter.ndim >= 2 else no_decay).append(parameter)
+    matrices = [parameter for name, parameter in trained if optimizer == "muon" and is_matrix(name, parameter)]
+    others = [parameter for name, parameter in trained if optimizer != "muon" or not is_matrix(name, parameter)]
+    decay = [parameter for parameter in others if parameter.ndim >= 2]
+    no_decay = [parameter for parameter in others if parameter.ndim < 2]
     groups = [
         {"name": MATRICES, "params": matrices, "weight_decay": weight_decay},
         {"name": "decay", "params": decay, "weight_decay": weight_decay},
