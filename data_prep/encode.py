@@ -144,7 +144,7 @@ class Encoder:
             digests.append(hashlib.sha256(content).digest()[:16])
             measures.begin(document.id, content)
             for part in self.tokenizer.parts(content):
-                tokens.append(encode(part))
+                tokens.append(encode(part).astype(self.tokenizer.dtype, copy=False))  # uint32 would be twice as much
                 measures.add(part, tokens[-1])
             tokens.append(eos)
         documents = np.zeros(len(ids), DOCUMENT_RECORD)

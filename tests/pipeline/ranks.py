@@ -32,7 +32,10 @@ TINY = [
     # error parts them: this beginning amplifies rounding less than the default one.
     "model.initializer_range=0.02",
     "model.summary_heads=8",
+    "model.block_router=true",  # every part of the model
+    "model.branch_gain=1",
     "data.sequence_length=32",
+    "optimizer.learning_rate=3.0e-3",
     "optimizer.warmup_steps=2",
     "training.max_steps=6",
     "training.global_batch_size=8",

@@ -147,7 +147,7 @@ def test_a_card_says_what_a_stranger_wants_to_know(run: OneFileRun) -> None:
     train = run.corpus.parts[0].dataset.manifest.splits["train"]
     for said in (
         f"| CC BY-SA 3.0 and GFDL (English Wikipedia) | 94 | 2.84 million (2,843,290) | {number(train.tokens)} |",
-        "| **sum** | **95,438** |",
+        f"| **sum** | **{run.model.num_parameters():,}** |",
         "| token perplexity | 64 | token (1,000 measured) |",
         "| bits per byte | 3 | UTF-8 byte (85,210 in the split) |",
         "learning_rate: 0.0005",

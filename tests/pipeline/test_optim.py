@@ -94,7 +94,7 @@ def test_matrices_decay_and_the_rest_does_not() -> None:
 
 
 def test_muon_moves_the_matrices_of_the_blocks_and_nothing_else() -> None:
-    model = GlobalLocalForCausalLM(GlobalLocalConfig.from_preset("quickstart", num_hidden_layers=1, vocab_size=64))
+    model = GlobalLocalForCausalLM(GlobalLocalConfig.from_preset("small", num_hidden_layers=1, vocab_size=64))
     names = {parameter: name for name, parameter in model.named_parameters()}
     groups = {
         group["name"]: [names[item] for item in group["params"]] for group in parameter_groups(model, 0.1, "muon")
