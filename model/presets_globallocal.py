@@ -1,4 +1,7 @@
-"""Named sizes: settings that belong together."""
+"""Named sizes: settings that belong together.
+
+A preset never changes: checkpoints name theirs, and are built from it again.
+"""
 
 from typing import Any
 
@@ -10,7 +13,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     "quickstart": {
         "vocab_size": 4096, "hidden_size": 192, "num_hidden_layers": 2, "max_position_embeddings": 256,
         "pool_size": 1024, "pool_dim": 48, "router_hidden_size": 48, "conv_dilations": [[1, 2], [4, 8]],
-        "router_context": "summary", "summary_heads": 4, "branch_gain": 2.0, "block_router": False,
+        "router_context": "summary", "summary_heads": 4,
     },
     # The published model's sizes and layout, made causal.
     "seed": {

@@ -66,6 +66,7 @@ def build(config: RunConfig, world: World, stop: StopRequest, clock: Clock) -> T
     resumed = resume(context, machinery.engine)
     if resumed.folder is None:
         resumed = replace(resumed, state=replace(resumed.state, begun_from=machinery.origin))
+    keep_beside_the_run(context)
     clock.move()
     clock.end_part("checkpoint")
     clock.seconds.update(resumed.state.seconds)
@@ -120,7 +121,6 @@ def build_engine(context: RunContext, stop: StopRequest, clock: Clock) -> Machin
     origin = begin(model, context)
     parameters, buffers = (sum(map(torch.Tensor.numel, of)) for of in (model.parameters(), model.buffers()))
     expected_bytes = checkpoint_bytes(parameters, buffers, context.stage, context.precision, world.size)
-    keep_beside_the_run(context)
     groups = describe_groups(parameter_groups(model, config.optimizer.weight_decay, config.optimizer.name))
     for line in introduce(context, groups):
         log.info(line)
@@ -148,11 +148,16 @@ def begin(model: nn.Module, context: RunContext) -> Origin | None:
 
 
 def keep_beside_the_run(context: RunContext) -> None:
-    """The model's configuration and the tokenizer, in the run folder. Raises UserError where it takes no files."""
+    """The settings, the model's configuration and the tokenizer, in the run folder, once its checkpoint accepts them.
+
+    Raises:
+        UserError: the folder takes no files.
+    """
     folder = context.config.run_folder
     with context.world.together():
         if context.world.is_main:
             try:
+                context.config.save(folder / "config.yaml")
                 keep_model(context.model, context.corpus.tokenizer_folder, folder)
             except OSError as error:
                 raise UserError(f"{folder}: {error.strerror}; make room, or free its rights") from None

@@ -93,7 +93,7 @@ def run(config: RunConfig, world: World, stop: StopRequest, clock: Clock) -> int
     """Build, train, and say truthfully how it ended."""
     with world.together(), writable(config.run_folder):
         held = lock(config.run_folder) if world.is_main else None
-        if world.is_main:
+        if world.is_main and not (config.run_folder / "config.yaml").exists():  # else the last start's, till it goes on
             config.save(config.run_folder / "config.yaml")
     training = config.training
     stop.listen([signal.Signals[name] for name in training.stop_signals], training.max_seconds)

@@ -109,7 +109,7 @@ def test_one_flipped_bit_in_a_shard_is_one_line_before_step_0(runs: Runs, traine
     assert not list(trained.glob("damaged/checkpoints/step-*"))
 
 
-def test_what_a_resume_may_not_change_is_refused_by_name(runs: Runs) -> None:
+def test_what_a_resume_may_not_change_is_refused_by_name(runs: Runs, trained: Path) -> None:
     (dataset,) = runs["wrong-dataset"]["problems"]
     assert "was written with dataset " in dataset
     assert "give data.dataset the same dataset, or mixture" in dataset
@@ -118,6 +118,8 @@ def test_what_a_resume_may_not_change_is_refused_by_name(runs: Runs) -> None:
     (optimizer,) = runs["wrong-optimizer"]["problems"]
     assert "optimizer.name adamw → muon: a resumed run may not change it" in optimizer
     assert {runs[f"wrong-{what}"]["code"] for what in ("dataset", "model", "optimizer")} == {2}
+    # What exports and evaluations of the run are built from is that of a start that was not refused.
+    assert [(trained / name / "model").exists() for name in ("unbroken-2", "wrong-model")] == [True, False]
 
 
 def test_a_new_learning_rate_is_said_and_used(runs: Runs, trained: Path) -> None:

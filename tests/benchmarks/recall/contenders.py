@@ -40,9 +40,8 @@ class Contender(nn.Module):
 
 
 def globallocal(**settings: Any) -> GlobalLocalForCausalLM:
-    """The preset `quickstart` at this width, with a quarter of its pool's rows, and two routers in a block."""
+    """The preset `quickstart` at this width, with a quarter of its pool's rows."""
     narrow = {"hidden_size": WIDTH, "pool_size": 256, "pool_dim": WIDTH // 4, "router_hidden_size": WIDTH // 4}
-    narrow |= {"block_router": True, "branch_gain": 1}  # as docs/recall.md has measured it
     config = GlobalLocalConfig.from_preset("quickstart", vocab_size=VOCAB_SIZE, **(narrow | settings))
     return GlobalLocalForCausalLM(config)
 
