@@ -23,7 +23,13 @@ from pipeline.checkpoints.folder import FORMAT_VERSION, INTEGRITY, STATE, Checkp
 from pipeline.checkpoints.hashing import ALGORITHM, hasher
 from pipeline.checkpoints.snapshot import HostBuffers
 from pipeline.distributed.world import World
-from pipeline.engine.internals import Engine, leave_out_the_recovery_script, pieces_of, safe_globals
+from pipeline.engine.internals import (
+    Engine,
+    leave_out_the_recovery_script,
+    load_weights_and_moments,
+    pieces_of,
+    safe_globals,
+)
 from pipeline.random_state import random_state, set_random_state
 from pipeline.redact import failure_message, redact
 
@@ -219,8 +225,8 @@ def load(engine: Engine, folder: Path, world: World) -> None:
     Raises:
         UserError: DeepSpeed could not load it.
     """
-    path, _ = engine.load_checkpoint(str(folder.parent), tag=folder.name)
-    world.raise_together([] if path else [f"{folder}: DeepSpeed loaded nothing from it"])
+    loaded = load_weights_and_moments(engine, str(folder.parent), folder.name)
+    world.raise_together([] if loaded else [f"{folder}: DeepSpeed loaded nothing from it"])
 
 
 def load_random_state(folder: Path, world: World) -> None:

@@ -216,6 +216,24 @@ def moments_of(engine: Engine, flat: torch.Tensor, step: float) -> dict[str, tor
     return {name: state[name] for name in kinds}
 
 
+def load_weights_and_moments(engine: Engine, folder: str, tag: str) -> bool:
+    """DeepSpeed's own loading, which also puts the saved decay, betas and the like in place of the run's: undone here.
+
+    Returns:
+        Whether there was something to load. The learning rate is the schedule's.
+    """
+    own = [{name: value for name, value in group.items() if name not in ("params", "lr")} for group in _groups(engine)]
+    path, _ = engine.load_checkpoint(folder, tag=tag)
+    for group, settings in zip(_groups(engine), own, strict=True):
+        group.update(settings)
+    return bool(path)
+
+
+def _groups(engine: Engine) -> list[dict[str, Any]]:
+    groups: list[dict[str, Any]] = engine.optimizer.param_groups
+    return groups
+
+
 def parts_of(engine: Engine, shapes: dict[str, tuple[int, ...]]) -> dict[torch.Tensor, list[Part]]:
     """Where the parameters that `shapes` names lie in this rank's flat tensors; all ranks call it.
 
