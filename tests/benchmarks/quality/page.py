@@ -66,7 +66,7 @@ def write(results: dict[str, dict[str, Any]], speeds: dict[str, dict[str, float]
     """
     sections, headline = standing_sections(), {}
     for size in SIZES.values():
-        runs = {name: [r for r in seeds if r.name in results] for name, seeds in finals(size).items()}
+        runs = compared(size, results)
         if all(runs.get(name) for name in NAMES) and size.name in speeds:
             sections[f"Size {size.name}"], headline[f"size_{size.name}"] = comparison(
                 size, runs, results, speeds[size.name]
@@ -89,6 +89,13 @@ def standing_sections() -> dict[str, str]:
 
 
 # ---- the comparison
+
+
+def compared(size: Size, results: dict[str, Any]) -> dict[str, list[Run]]:
+    """Each model's runs at its best learning rate, of the seeds that both have finished, in the same order."""
+    planned = finals(size)
+    pairs = [pair for pair in zip(*planned.values(), strict=True) if all(run.name in results for run in pair)]
+    return {name: [pair[i] for pair in pairs] for i, name in enumerate(planned)}
 
 
 def axes(run: Run, result: dict[str, Any], seconds_per_step: float) -> dict[str, np.ndarray]:
@@ -143,11 +150,13 @@ def comparison(
     kind = "device" if size.on_gpu else "CPU"
     row(f"{kind} seconds per step, side by side", {n: f"{speed[n]:.4f}" for n in first})
     figures: dict[str, Any] = {}
+    by_seed: dict[str, list[float]] = {}
     for axis, title in AXES.items():
         found = at_equal(axis, runs, results, speed)
         row(f"held-out loss at equal {title}", {n: _spread(found[n]) for n in first})
         means = {n: float(np.mean(found[n])) for n in first}
         figures[f"loss_at_equal_{axis}"] = means
+        by_seed[axis] = [ours - theirs for ours, theirs in zip(found["globallocal"], found["gpt"], strict=True)]
     row(
         "held-out bits a byte at the end", {n: _spread(_all(runs[n], results, "valid", "bits_per_byte")) for n in first}
     )
@@ -158,10 +167,10 @@ def comparison(
         )
         row("… a token", {n: _spread(_all(runs[n], results, "test", "token_perplexity"), 1) for n in first})
     for axis in ("FLOPs", "seconds"):
-        means = figures[f"loss_at_equal_{axis}"]
-        difference = means["gpt"] - means["globallocal"]
-        side = "below" if difference > 0 else "ABOVE"
-        lines += ["", f"At equal {AXES[axis]} GlobalLocal's loss is {abs(difference):.3f} {side} the GPT's."]
+        difference = float(np.mean(by_seed[axis]))
+        side = "below" if difference < 0 else "ABOVE"
+        each = f"; seed by seed {', '.join(f'{d:+.3f}' for d in by_seed[axis])}" if len(by_seed[axis]) > 1 else ""
+        lines += ["", f"At equal {AXES[axis]} GlobalLocal's loss is {abs(difference):.3f} {side} the GPT's{each}."]
     return "\n".join(lines), figures
 
 
@@ -175,10 +184,10 @@ def _all(runs: list[Run], results: dict[str, Any], split: str, key: str) -> list
 
 
 def _spread(values: list[float], digits: int = 3) -> str:
-    """Mean, and how far the seeds lie from it."""
-    middle = (min(values) + max(values)) / 2
-    text = f"{middle:,.{digits}f}"
-    return f"{text} ± {(max(values) - min(values)) / 2:.{digits}f}" if len(values) > 1 else text
+    """Mean, and how far from it the farthest seed lies."""
+    mean = float(np.mean(values))
+    text = f"{mean:,.{digits}f}"
+    return f"{text} ± {max(abs(value - mean) for value in values):.{digits}f}" if len(values) > 1 else text
 
 
 def draw(size: Size, runs: dict[str, list[Run]], results: dict[str, Any], speed: dict[str, float]) -> None:

@@ -6,7 +6,7 @@ from typing import Any
 from tests.benchmarks.quality.contenders import Contender
 from tests.benchmarks.quality.training import Run
 
-SEEDS = (0, 1)
+SEEDS = (0, 1, 2)
 
 
 @dataclass(frozen=True)
