@@ -205,7 +205,7 @@ def draw(size: Size, runs: dict[str, list[Run]], results: dict[str, Any], speed:
     for panel, (axis, title) in zip(panels, AXES.items(), strict=True):
         for label, (name, run) in shown.items():
             result, colour = results[run.name], {"globallocal": "tab:blue", "gpt": "tab:orange"}[name]
-            style = ":" if "bfloat16" in label else "-" if run.seed == 0 else "--"
+            style = ":" if "bfloat16" in label else ("-", "--", "-.")[run.seed]
             panel.plot(axes(run, result, speed[name])[axis], losses(result), style, color=colour, label=label)
         panel.set_xlabel(title)
         panel.xaxis.set_major_formatter(EngFormatter())
