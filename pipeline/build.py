@@ -119,8 +119,8 @@ def build_engine(context: RunContext, stop: StopRequest, clock: Clock) -> Machin
     model = GlobalLocalForCausalLM(context.model)
     torch.nn.Module.to(model, world.device)  # transformers' own `to` is typed too narrowly
     origin = begin(model, context)
-    parameters, buffers = (sum(map(torch.Tensor.numel, of)) for of in (model.parameters(), model.buffers()))
-    expected_bytes = checkpoint_bytes(parameters, buffers, context.stage, context.precision, world.size)
+    kind, stage, precision = config.optimizer.name, context.stage, context.precision
+    expected_bytes = checkpoint_bytes(context.model, kind, stage, precision, world.size)
     groups = describe_groups(parameter_groups(model, config.optimizer.weight_decay, config.optimizer.name))
     for line in introduce(context, groups):
         log.info(line)

@@ -267,8 +267,7 @@ def _check_disk(
     if not os.access(folder, os.W_OK):
         raise UserError(f"{folder}: cannot be written; choose a run.output_dir that you may write, with room")
     built, stage = have(model, MODEL), zero_stage(have(settings, KNOBS))
-    parameters, buffers = sum(built.parameter_counts().values()), built.pool_size * built.pool_dim
-    one_bytes = checkpoint_bytes(parameters, buffers, stage, precision, ranks)
+    one_bytes = checkpoint_bytes(built, config.optimizer.name, stage, precision, ranks)
     count = retained(config.retention, have(steps, STEPS), config.checkpoint.interval_steps)
     if problems := start_problems(config.checkpoints, one_bytes, count):
         raise UserError(problems)

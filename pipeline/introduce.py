@@ -49,7 +49,7 @@ def _facts(context: RunContext, groups: Sequence[str]) -> Iterator[tuple[str, st
     samples = layout.first_sample(context.steps)
     epochs = samples / context.source.num_samples
     yield "expect", f"{context.steps:,} steps, {samples * length:,} tokens, {epochs:.2f} epochs"
-    sizes = (total, model.pool_size * model.pool_dim, context.stage, context.precision, ranks)
+    sizes = (model, config.optimizer.name, context.stage, context.precision, ranks)
     one = checkpoint_bytes(*sizes)
     count = retained(config.retention, context.steps, config.checkpoint.interval_steps)
     yield "disk", f"{readable(count * one)}: up to {count} checkpoints of about {readable(one)}"

@@ -25,7 +25,7 @@ from launch.hosts import node
 from launch.hosts.hostfile import read_hostfile
 from launch.jobs.local import LocalRun, local_devices
 from launch.jobs.session import Launch, run_session
-from launch.preflight.estimate import Machine, estimate, gibibytes
+from launch.preflight.estimate import Machine, estimate, gibibytes, model_of
 from pipeline.checkpoints.space import checkpoint_bytes, free_bytes, readable, retained, start_problems
 from pipeline.config import RunConfig, load_config, read_config
 from pipeline.data.corpus import Corpus, open_corpus
@@ -299,8 +299,7 @@ def disk(config: RunConfig, ranks: int) -> Finding:
     result, precision = estimate(config, Machine()), config.training.precision
     if precision == "auto":
         precision = "bf16" if has_bf16(torch.device("cuda" if local_devices() else "cpu")) else "fp32"
-    parameters = sum(result.parameters.values())
-    one_bytes = checkpoint_bytes(parameters, result.pool_elements, result.zero_stage, precision, ranks)
+    one_bytes = checkpoint_bytes(model_of(config), config.optimizer.name, result.zero_stage, precision, ranks)
     count = retained(config.retention, result.steps, config.checkpoint.interval_steps)
     folder = config.run_folder.absolute()
     while not folder.exists():

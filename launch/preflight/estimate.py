@@ -203,6 +203,11 @@ def _corpus(config: RunConfig, notes: list[str]) -> Corpus | None:
         return None
 
 
+def model_of(config: RunConfig) -> GlobalLocalConfig:
+    """The run's model; with the preset's vocabulary where the dataset cannot be read."""
+    return _model(config, _corpus(config, []))
+
+
 def _model(config: RunConfig, corpus: Corpus | None) -> GlobalLocalConfig:
     fixed: dict[str, Any] = {"max_position_embeddings": config.data.sequence_length}
     if corpus is not None:

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from data_prep.errors import UserError
-from launch.preflight.estimate import Machine, estimate, gibibytes
+from launch.preflight.estimate import Machine, estimate, gibibytes, model_of
 from launch.preflight.memory import RankMemory
 from pipeline.checkpoints.space import checkpoint_bytes
 from pipeline.config import RunConfig
@@ -100,7 +100,7 @@ def rehearse(config: RunConfig, fleet: Fleet, steps: int = 1000, say: Callable[[
     problems += _partition_problems(hpz, fleet) + _settings_problems(settings, fleet.ranks)
     say(f"settings of {counted(fleet.ranks, 'rank')} read")
     result = estimate(config, Machine(ranks=fleet.ranks))
-    memory, parameters = result.memory[result.zero_stage], sum(result.parameters.values())
+    memory, stage = result.memory[result.zero_stage], zero_stage(settings)
     device_bytes = round(fleet.device_memory_gib * 2**30)
     if memory.total > HEADROOM * device_bytes:
         problems.append(
@@ -116,7 +116,7 @@ def rehearse(config: RunConfig, fleet: Fleet, steps: int = 1000, say: Callable[[
         name=config.run.name,
         ranks=fleet.ranks,
         nodes=-(-fleet.ranks // fleet.gpus_per_node),
-        zero_stage=zero_stage(settings),
+        zero_stage=stage,
         hpz_partition=hpz,
         global_batch_size=layout.global_batch_size,
         micro_batch_size=layout.micro_batch_size,
@@ -127,7 +127,7 @@ def rehearse(config: RunConfig, fleet: Fleet, steps: int = 1000, say: Callable[[
         memory=memory,
         device_bytes=device_bytes,
         host_bytes_per_node=memory.offloaded * min(fleet.gpus_per_node, fleet.ranks),
-        checkpoint_bytes=checkpoint_bytes(parameters, result.pool_elements, result.zero_stage, precision, fleet.ranks),
+        checkpoint_bytes=checkpoint_bytes(model_of(config), config.optimizer.name, stage, precision, fleet.ranks),
         seconds=time.monotonic() - started,
     )
 

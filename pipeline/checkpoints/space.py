@@ -3,7 +3,12 @@
 import shutil
 from pathlib import Path
 
+import torch
+
+from model.configuration_globallocal import GlobalLocalConfig
+from model.modeling_globallocal import GlobalLocalForCausalLM
 from pipeline.checkpoints.folder import list_checkpoints, read_listing
+from pipeline.engine.optim import is_matrix
 from pipeline.settings.sections import Retention
 
 _WIDTH_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
@@ -11,34 +16,44 @@ _RANK_BYTES = 1 << 16
 """Random state, names and numbers of one rank, about."""
 
 
-def checkpoint_bytes(parameters: int, buffers: int, stage: int, precision: str, ranks: int) -> int:
-    """Bytes of one checkpoint of DeepSpeed 0.19 with AdamW, all ranks together.
+def checkpoint_bytes(model: GlobalLocalConfig, optimizer: str, stage: int, precision: str, ranks: int) -> int:
+    """Bytes of one checkpoint of DeepSpeed 0.19, all ranks together.
 
     Weights in the training precision (stage 3 writes none), fp32 master weights (none where stage 0 trains in
-    fp32), two fp32 moments; buffers once, at stage 3 from every rank.
+    fp32), fp32 moments; the tensor pool once, at stage 3 from every rank.
 
     Args:
-        parameters: trainable ones.
-        buffers: elements of persistent buffers (the tensor pool).
+        optimizer: `optimizer.name` of the run.
     """
-    width = _WIDTH_BYTES[precision]
+    width, parameters = _WIDTH_BYTES[precision], sum(model.parameter_counts().values())
     weights = 0 if stage == 3 else width
     master = 0 if stage == 0 and precision == "fp32" else 4
-    copies = ranks if stage == 3 else 1
-    return parameters * (weights + master + 8) + copies * width * buffers + ranks * _RANK_BYTES
+    pools = width * model.pool_size * model.pool_dim * (ranks if stage == 3 else 1)
+    return parameters * (weights + master) + 4 * moments(model, optimizer) + pools + ranks * _RANK_BYTES
 
 
-def copy_bytes(parameters: int, buffers: int, stage: int, precision: str, ranks: int) -> int:
+def moments(model: GlobalLocalConfig, optimizer: str) -> int:
+    """Elements of all moments: AdamW has two per parameter, Muon one per parameter that it moves itself."""
+    twice = 2 * sum(model.parameter_counts().values())
+    if optimizer != "muon":
+        return twice
+    with torch.device("meta"):
+        parameters = GlobalLocalForCausalLM(model).named_parameters()
+    return twice - sum(item.numel() for name, item in parameters if is_matrix(name, item))
+
+
+def copy_bytes(model: GlobalLocalConfig, optimizer: str, stage: int, precision: str, ranks: int) -> int:
     """Host memory that the rank which writes most holds for saving in the background (`snapshot.HostBuffers`).
 
     At stage 0 rank 0 writes all; above it every rank writes its share of the optimizer's states, and rank 0 the weights
     too. Arguments as of `checkpoint_bytes`.
     """
     if stage == 0:
-        return checkpoint_bytes(parameters, buffers, stage, precision, ranks)
-    width = _WIDTH_BYTES[precision]
+        return checkpoint_bytes(model, optimizer, stage, precision, ranks)
+    width, parameters = _WIDTH_BYTES[precision], sum(model.parameter_counts().values())
     weights = 0 if stage == 3 else width * parameters
-    return weights + parameters * 12 // ranks + width * buffers + _RANK_BYTES
+    states = 4 * (parameters + moments(model, optimizer)) // ranks
+    return weights + states + width * model.pool_size * model.pool_dim + _RANK_BYTES
 
 
 def retained(retention: Retention, max_steps: int, interval_steps: int) -> int:

@@ -7,7 +7,6 @@ import pytest
 
 from data_prep.errors import UserError
 from launch.preflight import doctor
-from model.modeling_globallocal import GlobalLocalForCausalLM
 from pipeline.checkpoints.space import checkpoint_bytes, readable
 from pipeline.config import load_config
 from pipeline.data.corpus import open_corpus
@@ -27,10 +26,8 @@ def test_the_room_on_the_disk_is_what_the_run_itself_asks_for(small_dataset: Pat
         "deepspeed.config=ds_configs/zero3.json",
     ]
     config = load_config("launch/runs/quickstart.yaml", settings)
-    model = GlobalLocalForCausalLM(build_model_config(config, open_corpus(config.data)))
-    parameters = sum(parameter.numel() for parameter in model.parameters())
-    buffers = sum(buffer.numel() for buffer in model.buffers())
-    one = readable(checkpoint_bytes(parameters, buffers, 3, "fp32", 4))
+    model = build_model_config(config, open_corpus(config.data))
+    one = readable(checkpoint_bytes(model, "adamw", 3, "fp32", 4))
     finding = doctor.disk(config, ranks=4)
     assert finding.level == "ok"
     assert finding.found.startswith(f"up to 6 checkpoints of about {one}, ")

@@ -35,7 +35,7 @@ def row(gpus: int, model: GlobalLocalConfig, size: ModelSize) -> str:
     zero = json.loads((ROOT / "ds_configs" / f"{SIZES[gpus]}.json").read_text())["zero_optimization"]
     layout = BatchLayout(GLOBAL_BATCH[gpus], MICRO_BATCH, gpus)
     memory = rank_memory(size, zero["stage"], gpus, "bf16", zero)
-    checkpoint = checkpoint_bytes(size.parameters, size.frozen, zero["stage"], "bf16", gpus)
+    checkpoint = checkpoint_bytes(model, "adamw", zero["stage"], "bf16", gpus)
     flops = model.flops_per_token(model.max_position_embeddings)
     rate = gpus * PEAK_TERAFLOPS[CARD] * 1e12 * expected("xl", flops, CARD).mfu / flops
     cells = (

@@ -8,7 +8,9 @@ import pytest
 
 from launch.report.page import page
 from launch.report.read import read_run
+from model.configuration_globallocal import GlobalLocalConfig
 from pipeline.checkpoints.folder import read_state
+from pipeline.checkpoints.space import checkpoint_bytes, copy_bytes, size_bytes
 from pipeline.metrics.losses import SUMMARY
 from tests.pipeline.comparing import Runs, assert_resumed_is_unbroken, losses_of
 from tests.pipeline.conftest import GROWING, POLICIES, STAGES
@@ -17,6 +19,18 @@ from tests.pipeline.conftest import GROWING, POLICIES, STAGES
 @pytest.mark.parametrize("kind", [*map(str, STAGES), "bf16", "muon", "growing"])
 def test_a_resumed_run_is_bitwise_the_unbroken_one(runs: Runs, trained: Path, kind: str) -> None:
     assert_resumed_is_unbroken(runs, trained, f"resumed-{kind}", f"unbroken-{kind}")
+
+
+@pytest.mark.parametrize("kind", [*map(str, STAGES), "bf16", "muon"])
+def test_the_room_that_a_checkpoint_takes_is_known_before_the_first(runs: Runs, trained: Path, kind: str) -> None:
+    folder = trained / f"unbroken-{kind}"
+    saved = folder / "checkpoints" / "step-00000006"
+    state = read_state(saved)
+    model, optimizer = GlobalLocalConfig.from_pretrained(folder / "model"), state.config["optimizer"]["name"]
+    known = (model, optimizer, state.zero_stage, state.precision, state.world_size)
+    assert size_bytes(saved) == pytest.approx(checkpoint_bytes(*known), rel=0.08)
+    rank_0 = sum(file.stat().st_size for file in saved.glob("*.pt") if re.search(r"pp_rank_0_|^mp_rank_00_", file.name))
+    assert rank_0 == pytest.approx(copy_bytes(*known), rel=0.1)
 
 
 @pytest.mark.parametrize("metric", ["loss/train", "gradient_norm"])
