@@ -6,9 +6,10 @@ from typing import Any
 from model.configuration_globallocal import GlobalLocalConfig
 from pipeline.config import RunConfig
 from pipeline.data.corpus import Corpus
-from pipeline.data.loader import BatchLayout, Ranges
+from pipeline.data.loader import BatchLayout
 from pipeline.data.samples import Source
 from pipeline.distributed.world import World
+from pipeline.settings.batches import Ranges, trained
 
 
 @dataclass(frozen=True)
@@ -45,4 +46,5 @@ class RunContext:
 
     def tokens_after(self, step: int, skipped: Ranges = ()) -> int:
         """Tokens that the first `step` steps train on; `skipped`: the global batches that they leave out."""
-        return self.layout.trained_samples(step, skipped) * self.config.data.sequence_length
+        samples = trained(step, self.layout.global_batch_size, self.layout.warmup, skipped)
+        return samples * self.config.data.sequence_length

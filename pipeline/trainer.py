@@ -12,7 +12,7 @@ from pipeline.checkpoints.resume import Resumed, newest, resume
 from pipeline.checkpoints.saver import Saved, Saver
 from pipeline.checkpoints.state import Origin, TrainState
 from pipeline.context import RunContext
-from pipeline.data.loader import BatchLoader, data_step
+from pipeline.data.loader import BatchLoader
 from pipeline.distributed.clock import Clock
 from pipeline.distributed.grace import Grace
 from pipeline.distributed.stop import Stopped
@@ -25,6 +25,7 @@ from pipeline.meters import Meters
 from pipeline.metrics.profiler import StepProfiler
 from pipeline.random_state import random_state, set_random_state
 from pipeline.record import record_saved
+from pipeline.settings.batches import data_step
 from pipeline.tracking.tracker import NullTracker
 
 log = logging.getLogger("globallocal")
@@ -188,6 +189,7 @@ class Trainer:
         self.evaluator.pending = state.pending_evaluation and self.evaluator.wanted
         self.meters.go_on_from(state.step, state.loss_sums)
         skipped = state.health.skipped_batches
+        self.tracker.leave_out(skipped)
         consumed_samples = context.layout.first_sample(data_step(state.step, skipped))
         self.batches = BatchLoader(context.source, context.layout, context.world.rank, consumed_samples, skipped)
 

@@ -32,7 +32,7 @@ ROOMS: dict[str, dict[str, set[str]]] = {
         "config": {"redact", "settings"},
         "distributed": {"exit_codes"},
         "data": {"files", "settings"},
-        "context": {"config", "data", "distributed"},
+        "context": {"config", "data", "distributed", "settings"},
         "tracking": {"files", "redact", "settings"},
         "metrics": {"context", "distributed", "tracking"},
         "generation": set(),
@@ -55,7 +55,7 @@ ROOMS: dict[str, dict[str, set[str]]] = {
         "record": {"checkpoints", "config", "context", "data", "evaluation", "metrics", "redact", "tracking"},
         "trainer": {
             *("checkpoints", "context", "data", "distributed", "engine", "evaluation", "health", "meters", "metrics"),
-            *("random_state", "record", "tracking"),
+            *("random_state", "record", "settings", "tracking"),
         },
         "build": {
             *("checkpoints", "config", "context", "distributed", "engine", "evaluation", "export", "fitting"),

@@ -127,7 +127,9 @@ class Run:
 
     @property
     def tokens(self) -> float:
-        return self.tokens_after(self.step)
+        """As recorded with the last step, which knows of batches that were left out; else by the batches' sizes."""
+        told = [point.tokens for point in self.points[-1:] if point.step == self.step and math.isfinite(point.tokens)]
+        return told[0] if told else self.tokens_after(self.step)
 
     def tokens_after(self, step: int) -> int:
         return consumed(step, self.tokens_per_step, self.fact("warmup_tokens") or ())

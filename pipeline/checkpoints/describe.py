@@ -11,8 +11,9 @@ from pipeline.checkpoints.fingerprint import Fingerprint
 from pipeline.checkpoints.folder import JOB_VARIABLE, CheckpointState
 from pipeline.checkpoints.state import TrainState
 from pipeline.context import RunContext
-from pipeline.data.loader import batch_hash, data_step
+from pipeline.data.loader import batch_hash
 from pipeline.redact import redact
+from pipeline.settings.batches import data_step
 
 
 def describe(

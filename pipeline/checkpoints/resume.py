@@ -16,12 +16,13 @@ from pipeline.checkpoints.fingerprint import logit_fingerprint
 from pipeline.checkpoints.state import TrainState
 from pipeline.config import RunConfig, flatten
 from pipeline.context import RunContext
-from pipeline.data.loader import batch_hash, data_step
+from pipeline.data.loader import batch_hash
 from pipeline.distributed.world import World
 from pipeline.engine.internals import Engine, pieces_of
 from pipeline.health.decisions import decisions_path, read_decisions
 from pipeline.health.state import HealthState, RollBack
 from pipeline.random_state import seed_generators
+from pipeline.settings.batches import data_step
 from pipeline.settings.section import counted
 
 log = logging.getLogger("globallocal")

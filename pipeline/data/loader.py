@@ -11,7 +11,7 @@ import hashlib
 import math
 import weakref
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from queue import Empty, SimpleQueue
 from threading import Thread
@@ -21,12 +21,9 @@ import numpy as np
 from data_prep.errors import UserError
 from pipeline.data.samples import Source
 from pipeline.data.token_stream import TokenStream
-from pipeline.settings.batches import Whole, consumed
+from pipeline.settings.batches import Ranges, Whole, consumed, data_step
 from pipeline.settings.section import counted
 from pipeline.settings.sections import TrainingSection
-
-Ranges = tuple[tuple[int, int], ...]
-"""Global batches left out: half-open [first, last) ranges, sorted, apart from each other; see `merge_ranges`."""
 
 _PLANNED_SAMPLES = 4096  # indices computed at once: numpy's cost per call disappears in so many
 _HANDED_OVER = 4  # batches at once: waking the other thread for each costs as much as reading one
@@ -87,12 +84,6 @@ class BatchLayout:
         first: Whole = self.first_sample(step) + micro_step * micro_step_samples
         return first + rank * self.micro_batch_size + sample
 
-    def trained_samples(self, step: int, skipped: Ranges = ()) -> int:
-        """Samples that the first `step` steps train on, where they leave out what `data_step` does."""
-        batch = data_step(step, skipped)
-        left_out = [self.first_sample(last) - self.first_sample(first) for first, last in skipped if last <= batch]
-        return self.first_sample(batch) - sum(left_out)
-
     def first_step(self, consumed_samples: int) -> int:
         """The step after `consumed_samples`. Raises UserError if that is not a whole number of steps."""
         step, left = 0, consumed_samples
@@ -126,33 +117,6 @@ class BatchLayout:
 def _divisors(number: int) -> list[int]:
     low = [d for d in range(1, int(number**0.5) + 1) if number % d == 0]
     return sorted({*low, *(number // d for d in low)})
-
-
-def merge_ranges(ranges: Iterable[tuple[int, int]]) -> Ranges:
-    """Half-open ranges in any order → the fewest that cover the same numbers, sorted."""
-    merged: list[tuple[int, int]] = []
-    for first, last in sorted((first, last) for first, last in ranges if first < last):
-        if merged and first <= merged[-1][1]:
-            merged[-1] = (merged[-1][0], max(last, merged[-1][1]))
-        else:
-            merged.append((first, last))
-    return tuple(merged)
-
-
-def data_step(step: int, skipped: Ranges) -> int:
-    """Which global batch optimizer step `step` reads: the step-th, from 0, that is not left out.
-
-    Args:
-        skipped: as `merge_ranges` returns them.
-    """
-    return int(_data_steps(np.array([step]), skipped)[0])
-
-
-def _data_steps(steps: np.ndarray, skipped: Ranges) -> np.ndarray:
-    """`data_step` of int64 [n]: each range, from the lowest on, moves what has not come before it."""
-    for first, last in skipped:
-        steps = np.where(steps >= first, steps + (last - first), steps)
-    return steps
 
 
 class BatchLoader:
@@ -243,7 +207,7 @@ def micro_batches(source: Source, layout: BatchLayout, rank: int, first: int, sk
     ahead = tuple((max(first, begin), end) for begin, end in skipped if end > first)
     done = first
     while True:
-        batches = _data_steps(np.arange(done, done + planned, dtype=np.int64), ahead)
+        batches = data_step(np.arange(done, done + planned, dtype=np.int64), ahead)
         micro_steps = layout.size(batches) // together
         micro_step = np.arange(micro_steps.sum()) - np.repeat(micro_steps.cumsum() - micro_steps, micro_steps)
         starts = layout.position(np.repeat(batches, micro_steps), micro_step, rank, 0)

@@ -17,7 +17,6 @@ import torch.distributed as dist
 
 from data_prep.errors import UserError
 from pipeline.context import RunContext
-from pipeline.data.loader import data_step
 from pipeline.distributed.world import SharedUserError, World
 from pipeline.engine.internals import Engine, loss_scale
 from pipeline.files import step_name
@@ -33,6 +32,7 @@ from pipeline.health.state import (
 )
 from pipeline.metrics.losses import LossMeter
 from pipeline.redact import failure_message
+from pipeline.settings.batches import data_step
 from pipeline.settings.section import counted
 from pipeline.settings.sections import HealthSection
 from pipeline.tracking.tracker import NullTracker
@@ -142,6 +142,7 @@ class Guard:
                 "it again: set health.non_finite=skip to leave such batches out, or lower optimizer.learning_rate"
             )
         self.state = self.state.without_batch(batch)
+        self.tracker.leave_out(self.state.skipped_batches)
         limit = self.settings.max_skipped_steps
         if self.state.bad_in_a_row > limit:
             raise SharedUserError(

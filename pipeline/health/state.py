@@ -1,7 +1,7 @@
 """Bad numbers: what a run remembers of them, and what is decided about them. Pure functions; `guard.py` acts.
 
 Legend: a step is taken when the optimizer moves; a global batch is the samples of one step, numbered by its place in
-the data (`data.data_step`).
+the data (`batches.data_step`).
 """
 
 import math
@@ -11,7 +11,7 @@ from itertools import pairwise
 
 from pydantic import BaseModel, ConfigDict
 
-from pipeline.data.loader import Ranges, merge_ranges
+from pipeline.settings.batches import Ranges, merge_ranges
 
 WINDOW_STEPS = 128
 """Steps that a spike is compared with; before a quarter of them are known, nothing is one."""

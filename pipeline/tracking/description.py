@@ -1,6 +1,6 @@
 """A run's description in MLflow, in Markdown: a pure function of its history."""
 
-from pipeline.settings.batches import consumed
+from pipeline.settings.batches import trained
 from pipeline.tracking.history import BEST_OF, History
 
 NOTE_TAG = "mlflow.note.content"
@@ -53,7 +53,8 @@ def _losses(history: History) -> list[str]:
 
 def _progress(history: History) -> str:
     facts = history.facts
-    tokens = consumed(history.latest_step, facts.get("tokens_per_step", 0), facts.get("warmup_tokens", ()))
+    sizes = facts.get("tokens_per_step", 0), facts.get("warmup_tokens", ()), facts.get("left_out", ())
+    tokens = trained(history.latest_step, *sizes)
     speed = history.latest.get("throughput/tokens_per_second")
     said = [f"{tokens:,} tokens"] if tokens else []
     if speed:

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from pipeline.settings.batches import consumed
+from pipeline.settings.batches import Ranges, trained
 
 
 @dataclass(frozen=True)
@@ -27,9 +27,9 @@ class Sizes:
     precision: str = ""
     zero_stage: int = 0
 
-    def tokens(self, step: int) -> int:
-        """That the first `step` steps consume."""
-        return consumed(step, self.tokens_per_step, self.warmup_tokens)
+    def tokens(self, step: int, skipped: Ranges = ()) -> int:
+        """That the first `step` steps train on; `skipped`: the global batches that they leave out."""
+        return trained(step, self.tokens_per_step, self.warmup_tokens, skipped)
 
 
 @dataclass(frozen=True)

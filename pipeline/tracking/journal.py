@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.redact import redact
+from pipeline.settings.batches import Ranges
 from pipeline.tracking.spool import Spool
 
 JOURNAL_FILE = "metrics.jsonl"
@@ -22,15 +23,22 @@ class Journal:
     """Appends to the file; a full disk raises nothing, the lines wait in memory (`Spool`).
 
     Args:
-        tokens: what the first so many steps consume.
+        tokens: that the first so many steps train on, where they leave out these global batches.
+
+    Attributes:
+        left_out: the global batches that the run leaves out by now.
 
     Raises:
         OSError: the file cannot be opened for writing.
     """
 
-    def __init__(self, run_folder: Path, tokens: Callable[[int], int]) -> None:
+    def __init__(self, run_folder: Path, tokens: Callable[[int, Ranges], int]) -> None:
         self._file = Spool(run_folder / JOURNAL_FILE)
         self._tokens = tokens
+        self.left_out: Ranges = ()
+
+    def tokens(self, step: int) -> int:
+        return self._tokens(step, self.left_out)
 
     def metrics(self, values: Mapping[str, float], step: int) -> None:
         """One line: `{"step", "tokens", "time_unix_seconds", "metrics": {name: value}}`."""
@@ -45,7 +53,7 @@ class Journal:
         self._file.append({"event": name} | self._place(step) | jsonable(redact(dict(facts))))
 
     def _place(self, step: int | None) -> dict[str, Any]:
-        tokens = None if step is None else self._tokens(step)
+        tokens = None if step is None else self.tokens(step)
         return {"step": step, "tokens": tokens, "time_unix_seconds": round(time.time(), 3)}
 
     def close(self) -> None:

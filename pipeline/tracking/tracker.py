@@ -10,6 +10,7 @@ from types import TracebackType
 from typing import IO, Any
 
 from pipeline.redact import redact, redact_text
+from pipeline.settings.batches import Ranges
 from pipeline.tracking.description import describe
 from pipeline.tracking.facts import DatasetUse, RunFacts, Sizes
 from pipeline.tracking.history import History, clean_name
@@ -44,6 +45,7 @@ class NullTracker:
     def log_file(self, path: str) -> None: ...
     def log_table(self, path: str, rows: Sequence[Mapping[str, Any]], key: Sequence[str]) -> None: ...
     def set_tags(self, tags: Mapping[str, Any]) -> None: ...
+    def leave_out(self, batches: Ranges) -> None: ...
 
     def close(self, status: str = "FINISHED", deadline_seconds: float = 20.0) -> bool:
         return True
@@ -78,6 +80,10 @@ class LocalTracker(NullTracker):
         """Records what happened at a step; `facts` are JSON's types."""
         if not self._ended:
             self._journal.event(name, step, facts)
+
+    def leave_out(self, batches: Ranges) -> None:
+        """From here on tokens are counted without these global batches: all that the run leaves out by now."""
+        self._journal.left_out = batches
 
     def close(self, status: str = "FINISHED", deadline_seconds: float = 20.0) -> bool:
         self.log_event("ended", None, status=status.lower())
@@ -146,10 +152,15 @@ class Tracker(LocalTracker):
 
     def _progress(self, step: int) -> dict[str, float]:
         """What else than the step a chart may have for its axis."""
-        tokens = self._sizes.tokens(step)
+        tokens = self._journal.tokens(step)
         flops = tokens * self._sizes.flops_per_token
         axes = {"progress/steps": step, "progress/tokens": tokens, "progress/flops": flops}
         return {name: float(value) for name, value in axes.items() if value}
+
+    def leave_out(self, batches: Ranges) -> None:
+        super().leave_out(batches)
+        if batches:
+            self._append({"kind": "facts", "values": {**self._history.facts, "left_out": batches}})
 
     def log_event(self, name: str, step: int | None, **facts: Any) -> None:
         """Records what happened, in the run folder; MLflow's description of the run follows."""

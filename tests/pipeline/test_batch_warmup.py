@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 from data_prep.errors import UserError
 from launch.preflight.rehearse import _Positions, check_positions
 from pipeline.config import load_config
-from pipeline.data.loader import BatchLayout, data_step, merge_ranges, micro_batches
+from pipeline.data.loader import BatchLayout, micro_batches
+from pipeline.settings.batches import data_step, merge_ranges, trained
 from pipeline.settings.sections import TrainingSection
 
 STEPS = 24
@@ -60,7 +61,7 @@ def test_every_sample_once_for_all_ranks_through_a_resume_without_what_is_left_o
     assert samples_of(layout, 0, STEPS, skipped) == wanted
     sizes = [count for steps, count in warmup for _ in range(steps)]
     assert [layout.size(n) for n in range(len(sizes) + 2)] == [*sizes, size, size]
-    assert layout.trained_samples(STEPS, skipped) == sum(map(len, wanted))
+    assert trained(STEPS, size, warmup, skipped) == sum(map(len, wanted))
 
     other = BatchLayout(size, micro, data.draw(st.sampled_from(ranks)), warmup)
     begin = data_step(stop, skipped)

@@ -11,9 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data_prep.errors import UserError
-from pipeline.data.loader import BatchLayout, BatchLoader, batch_hash, data_step, evaluation_batches, merge_ranges
+from pipeline.data.loader import BatchLayout, BatchLoader, batch_hash, evaluation_batches
 from pipeline.data.samples import SampleSource
 from pipeline.data.token_stream import TokenStream
+from pipeline.settings.batches import data_step, merge_ranges
 from tests.pipeline.dataset_fixture import write_dataset, write_stream
 
 

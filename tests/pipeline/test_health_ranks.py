@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 from deepspeed.accelerator import get_accelerator
 
+from launch.report.read import read_run
 from pipeline.checkpoints.folder import list_checkpoints, read_state
 from tests.pipeline.comparing import assert_same_state, losses_of
 from tests.pipeline.moments import Moment
@@ -22,6 +23,7 @@ KINDS = some_of(["0-bf16", "2", "3"], ["0", "1", "2-bf16", "1-fp32-muon"])
 ROLLED = some_of(["2", "3"], ["0", "2-fp32-muon"])
 PLAIN = ["tracking.enabled=false", "evaluation.split=null"]
 SHORT = [*PLAIN, "checkpoint.interval_steps=6"]
+GROWING = ["training.global_batch_size=16", "training.batch_size_warmup=[{steps: 3, global_batch_size: 8}]"]
 BAD = Poison({"2": "nan loss", "3": "inf loss", "5": "inf gradient"})
 COUNTERS = frozenset(("global_steps", "global_samples", "skipped_steps"))
 
@@ -53,7 +55,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def runs(folder: Path, small_dataset: Path) -> Runs:
     plan = []
     for kind in KINDS:
-        short = [*SHORT, "model.dropout=0", *engine(kind)]
+        short = [*SHORT, *GROWING, "model.dropout=0", *engine(kind)]
         plan += [
             Run(f"skip-{kind}", [*short, "health.non_finite=skip"], poison=BAD),
             Run(f"without-{kind}", short, left_out=((2, 4), (5, 6))),
@@ -104,7 +106,9 @@ def test_bad_batches_leave_no_trace_in_weights_moments_or_random_state(runs: Run
     assert_same_run(skipped, without, kind)
     state = read_state(skipped)
     assert state.health.skipped_batches == ((2, 4), (5, 6))
-    assert (state.health.bad_batches, state.consumed_samples, state.step) == (3, 9 * 8, 6)
+    assert (state.health.bad_batches, state.consumed_samples, state.step) == (3, 3 * 8 + 6 * 16, 6)
+    assert state.consumed_tokens == (2 * 8 + 4 * 16) * 32
+    assert [state.consumed_tokens] * 2 == [read_run(folder / f"{run}-{kind}").tokens for run in ("skip", "without")]
     assert state.health.losses == read_state(without).health.losses
     assert state.next_batch_hash == read_state(without).next_batch_hash
     log = log_of(folder, f"skip-{kind}")

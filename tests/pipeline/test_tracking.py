@@ -17,6 +17,7 @@ from pipeline.redact import redact_arguments, redact_lines
 from pipeline.tracking.description import NOTE_TAG
 from pipeline.tracking.facts import Sizes
 from pipeline.tracking.history import CHECKPOINTS_TABLE
+from pipeline.tracking.journal import read_journal
 from pipeline.tracking.store import page_of_run_folder, run_page
 from tests.pipeline.tracking_fixtures import DATASET, made, only_run, points, start, store
 
@@ -231,6 +232,19 @@ def test_the_description_follows_the_run_and_keeps_what_people_wrote(store: str,
     run = only_run(store)
     assert points(store, run.info.run_id, "progress/tokens") == [(5, 2560.0), (6, 3072.0), (7, 3584.0)]
     assert points(store, run.info.run_id, "progress/flops")[-1] == (7, 7168.0)
+
+
+def test_tokens_are_counted_without_the_batches_that_are_left_out(store: str, tmp_path: Path) -> None:
+    sizes = Sizes(max_steps=10, tokens_per_step=512, warmup_tokens=((3, 128),))
+    tracker = start(store, tmp_path / "run", [], sizes=sizes)
+    tracker.log_metrics({"loss/train": 3.0}, 1)
+    tracker.leave_out(((1, 2), (3, 5)))
+    tracker.log_metrics({"loss/train": 2.0}, 3)
+    tracker.close()
+    run = only_run(store)
+    assert points(store, run.info.run_id, "progress/tokens") == [(1, 128.0), (3, 2 * 128.0 + 512.0)]
+    assert "| **Progress** | 768 tokens |" in run.data.tags[NOTE_TAG]
+    assert [entry["tokens"] for entry in read_journal(tmp_path / "run") if entry["metrics"]] == [128, 768]
 
 
 def test_tables_grow_by_rows_and_rows_change(store: str, tmp_path: Path) -> None:
