@@ -148,7 +148,7 @@ def begin(model: nn.Module, context: RunContext) -> Origin | None:
 
 
 def keep_beside_the_run(context: RunContext) -> None:
-    """The settings, the model's configuration and the tokenizer, in the run folder, once its checkpoint accepts them.
+    """The settings, the model's configuration and the tokenizer, in the run folder, once nothing refuses them.
 
     Raises:
         UserError: the folder takes no files.

@@ -93,9 +93,6 @@ def run(config: RunConfig, world: World, stop: StopRequest, clock: Clock) -> int
     """Build, train, and say truthfully how it ended."""
     with world.together(), writable(config.run_folder):
         held = lock(config.run_folder) if world.is_main else None
-        # A run that goes on writes its settings later, when its checkpoint has accepted them.
-        if world.is_main and not (config.run_folder / "config.yaml").exists():
-            config.save(config.run_folder / "config.yaml")
     training = config.training
     stop.listen([signal.Signals[name] for name in training.stop_signals], training.max_seconds)
     with Watch(world, clock, config.run_folder, training.hang_timeout_seconds) as watch:

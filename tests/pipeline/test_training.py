@@ -106,13 +106,14 @@ def test_loss_starts_at_the_uniform_guess_and_falls(runs: Runs, trained: Path) -
     assert losses[6] < losses[1]
 
 
-def test_a_batch_that_does_not_divide_is_one_line_with_all_numbers(runs: Runs) -> None:
+def test_a_batch_that_does_not_divide_is_one_line_with_all_numbers(runs: Runs, trained: Path) -> None:
     result = runs["indivisible"]
     assert result["code"] == 2
     (line,) = result["problems"]
     assert "global_batch_size (8)" in line
     assert "micro_batch_size (3)" in line
     assert "world_size (2)" in line
+    assert not (trained / "indivisible" / "config.yaml").exists()  # settings of no run
 
 
 def test_one_flipped_bit_in_a_shard_is_one_line_before_step_0(runs: Runs, trained: Path) -> None:
