@@ -6,6 +6,7 @@ sentencepiece holds the interpreter.
 
 from __future__ import annotations
 
+import io
 import json
 import math
 import os
@@ -44,6 +45,8 @@ class Pace:
 class SentencepieceLog:
     """Reads sentencepiece's log: `share` is how much of the training is done."""
 
+    OWN = re.compile(r"[IW]\d{4} .*\.cc:\d+\] |WARNING: All log messages before absl::")
+    SETTINGS = "trainer_spec {", "denormalizer_spec {"  # between these it lists its settings
     MERGES = re.compile(r" merges=(\d+)")
     SEED = re.compile(r"Initialized (\d+) seed pieces")
     SIZE = re.compile(r"EM sub_iter=\d+ size=(\d+)")
@@ -51,10 +54,16 @@ class SentencepieceLog:
     def __init__(self, settings: TokenizerSettings) -> None:
         self._vocab_size = settings.vocab_size
         self._seed_pieces = 0
+        self._in_settings = False
         self.share = 0.0
         self.words = "counting"
 
-    def hear(self, line: str) -> None:
+    def hear(self, line: str) -> bool:
+        """Whether the line is sentencepiece's; another one is an error of somebody's."""
+        own = bool(self.OWN.match(line))
+        begin, end = map(line.startswith, self.SETTINGS)
+        self._in_settings = begin or (self._in_settings and not own)
+        own, self._in_settings = own or self._in_settings, self._in_settings and not end
         if merges := self.MERGES.search(line):  # BPE makes one piece with each
             self.share = int(merges[1]) / max(self._vocab_size - NOT_MERGED, 1)
             self.words = f"{int(merges[1]):,} of about {self._vocab_size - NOT_MERGED:,} merges"
@@ -66,11 +75,13 @@ class SentencepieceLog:
             self.share = max(0.0, rounds[0] / rounds[1])
             self.words = f"{int(size[1]):,} pieces, on the way to {self._vocab_size:,}"
         self.share = min(self.share, 0.99)
+        return own
 
 
 @contextmanager
 def heard(settings: TokenizerSettings) -> Iterator[TextIO]:
-    """What native code writes to standard error inside is heard by a process, which says how far the training is.
+    """What native code writes to standard error inside is heard by a process, which says how far the training is, and
+    passes on what is not sentencepiece's log.
 
     Yields the standard error that was there before.
     """
@@ -91,8 +102,9 @@ def heard(settings: TokenizerSettings) -> Iterator[TextIO]:
 
 def main(settings: TokenizerSettings) -> None:
     log, pace = SentencepieceLog(settings), Pace("training", sys.stderr)
-    for line in sys.stdin:
-        log.hear(line)
+    for line in io.TextIOWrapper(sys.stdin.buffer, "utf-8", "replace"):
+        if not log.hear(line):
+            print(line, end="", file=sys.stderr, flush=True)
         if log.share:  # while it reads, the reader says how far it is
             pace(log.words, log.share)
 

@@ -1,6 +1,7 @@
 """What a tokenizer learns from when there is more text than it may take, and what it says meanwhile."""
 
 import io
+import os
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -12,10 +13,11 @@ import pytest
 
 from data_prep.packing import START, Position
 from data_prep.sources.documents import Document, ReadCounts, Task
-from data_prep.tokenizers.tokenizer import TokenizerSettings
+from data_prep.tokenizers.tokenizer import TokenizerSettings, train_tokenizer
 from data_prep.tokenizers.train import spread_texts
-from data_prep.tokenizers.training_progress import Pace, SentencepieceLog
+from data_prep.tokenizers.training_progress import Pace, SentencepieceLog, heard
 from tests.conftest import ROOT
+from tests.data_prep.conftest import sentences
 
 TEXT = "x" * 1000
 
@@ -88,6 +90,20 @@ def test_sentencepieces_log_says_how_far_it_is(model_type: Any, lines: list[str]
     for line in lines:
         log.hear(line)
     assert log.share == pytest.approx(share, abs=1e-3)
+
+
+@pytest.mark.parametrize("model_type", ["bpe", "unigram"])
+def test_what_others_write_while_sentencepiece_trains_is_passed_on(model_type: Any, capfd: Any) -> None:
+    settings = TokenizerSettings(300, model_type)
+    said = "terminate called after throwing an instance of 'std::bad_alloc'\n  what():  no memory\n"
+
+    def texts() -> Iterator[str]:
+        os.write(2, said.encode())
+        yield from sentences(5, 300)
+
+    with heard(settings):
+        train_tokenizer(texts(), settings, log=True)
+    assert capfd.readouterr().err == said
 
 
 def test_a_pace_says_the_time_that_is_left() -> None:
