@@ -42,7 +42,11 @@ class InProcess:
 
 
 class ProcessEngine:
-    """Local processes. An error or Ctrl-C ends them at once, whatever they are at."""
+    """Local processes. An error or Ctrl-C ends them at once, whatever they are at.
+
+    Two private names of the pool are used, since nothing public ends a read that a killed worker left half done: pipes
+    and processes of our own would be the pool written anew. `tests/data_prep/test_interrupt.py` says when they change.
+    """
 
     def __init__(self, workers: int) -> None:
         if not 1 <= workers <= MAX_WORKERS:

@@ -1,6 +1,7 @@
 """Named sizes: settings that belong together.
 
-A preset never changes: checkpoints name theirs, and are built from it again.
+A preset never changes: checkpoints name theirs, and are built from it again. A run whose preset changed all the same is
+refused at its resume, by what is in its `model/`.
 """
 
 from typing import Any

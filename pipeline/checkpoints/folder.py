@@ -18,6 +18,7 @@ from typing import IO, TYPE_CHECKING, Annotated, Any
 from pydantic import BaseModel, BeforeValidator, ConfigDict, PlainSerializer, ValidationError
 
 from data_prep.errors import UserError
+from data_prep.manifest import hash_file
 from data_prep.store import sync_folder
 from pipeline.checkpoints.fingerprint import Fingerprint
 from pipeline.checkpoints.hashing import hasher, recorded
@@ -35,6 +36,8 @@ JOB_VARIABLE = "GLOBALLOCAL_JOB"
 """Our launchers give every process of a job its id in this environment variable, the same at each restart."""
 INTEGRITY = "integrity.json"
 STATE = "state.json"
+MODEL_FOLDER = "model"
+"""In the run folder: the model's configuration and the tokenizer, so that a run can be used without its dataset."""
 SAVING = ".saving-"
 _DELETING = ".deleting-"
 _REPLACED = ".replaced-"
@@ -118,6 +121,13 @@ def lock(run_folder: Path) -> IO[str]:
 
 def step_of(folder: Path) -> int:
     return int(folder.name.removeprefix("step-"))
+
+
+def kept_model(folder: Path, tokenizer_sha256: str) -> Path | None:
+    """The run's `model/`, where `folder` is a checkpoint in its run and the tokenizer there is the checkpoint's."""
+    kept = folder.absolute().parent.parent / MODEL_FOLDER
+    tokenizer = kept / "tokenizer" / "tokenizer.model"
+    return kept if tokenizer.is_file() and hash_file(tokenizer) == tokenizer_sha256 else None
 
 
 def discard(folder: Path) -> None:

@@ -1,14 +1,16 @@
 """Going on where a run was: which checkpoint, whether it fits, and the proof that it was restored."""
 
+import json
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from data_prep.errors import UserError
+from model.configuration_globallocal import GlobalLocalConfig
 from pipeline.checkpoints import folder as checkpoint
 from pipeline.checkpoints import reshard, zero_layout
 from pipeline.checkpoints import write as checkpoint_io
@@ -22,6 +24,7 @@ from pipeline.engine.internals import Engine, pieces_of
 from pipeline.health.decisions import decisions_path, read_decisions
 from pipeline.health.state import HealthState, RollBack
 from pipeline.random_state import seed_generators
+from pipeline.redact import failure_message
 from pipeline.settings.batches import data_step
 from pipeline.settings.section import counted
 
@@ -40,6 +43,11 @@ FIXED = (
 """Settings that a resumed run may not change: they decide what the model is, which samples come next, and what the
 optimizer remembers."""
 
+
+OF_THE_MODEL = frozenset(GlobalLocalConfig.__annotations__) - {
+    *("model_type", "vocab_size", "max_position_embeddings", "bos_token_id", "eos_token_id", "pad_token_id"),
+}
+"""What of a model its preset and the settings say, and not the dataset."""
 
 EARLIER = {"optimizer.name": "adamw", "training.batch_size_warmup": []}
 """What checkpoints of earlier versions do not name."""
@@ -89,7 +97,7 @@ def resume(context: RunContext, engine: Engine) -> Resumed:
         return Resumed(TrainState(health=HealthState().with_decisions(decided)))
     with world.together():
         saved = checkpoint.read_state(folder)
-        problems, changes = compare(saved, context)
+        problems, changes = compare(saved, context, model_then(folder, saved))
         if problems:
             raise UserError([f"{folder}: {problem}" for problem in problems])
     for change in changes:
@@ -216,8 +224,22 @@ def _words(shape: Shape) -> str:
     return f"{counted(shape.world_size, 'rank')}, ZeRO stage {shape.zero_stage}, {shape.precision}"
 
 
-def compare(state: checkpoint.CheckpointState, context: RunContext) -> tuple[list[str], list[str]]:
-    """(What forbids the resume, what merely changed), one line each."""
+def model_then(folder: Path, saved: checkpoint.CheckpointState) -> dict[str, Any]:
+    """The model's settings with which the run began, its preset's included; none where the run's `model/` is gone."""
+    kept = checkpoint.kept_model(folder, saved.tokenizer_sha256)
+    if kept is None:
+        return {}
+    try:
+        config: dict[str, Any] = json.loads((kept / "config.json").read_bytes())
+    except (OSError, ValueError) as error:
+        raise UserError(f"{kept / 'config.json'}: {failure_message(error)}; restore it, or delete {kept}") from None
+    return {name: value for name, value in config.items() if name in OF_THE_MODEL}
+
+
+def compare(
+    state: checkpoint.CheckpointState, context: RunContext, model: Mapping[str, Any]
+) -> tuple[list[str], list[str]]:
+    """(What forbids the resume, what merely changed), one line each; `model`: as `model_then` gives it."""
     corpus, shape = context.corpus, Shape.of_run(context)
     problems = [
         f"was written with {name} {then}, this run has {now}; {remedy}"
@@ -228,6 +250,9 @@ def compare(state: checkpoint.CheckpointState, context: RunContext) -> tuple[lis
         if then != now
     ]
     then, now = EARLIER | flatten(state.config), context.config.flat()
+    model_now = json.loads(context.model.to_json_string(use_diff=False))
+    for name, value in model.items():
+        then[f"model.{name}"], now[f"model.{name}"] = value, model_now[name]
     changes = [
         f"{name} {old} → {new}"
         for name, old, new in zip(("world size", "ZeRO stage", "precision"), Shape.of(state), shape, strict=True)

@@ -9,11 +9,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from data_prep.errors import UserError
-from data_prep.manifest import hash_file
 from data_prep.store import publish_file
 from pipeline.checkpoints.folder import (
+    MODEL_FOLDER,
     STATE,
     CheckpointState,
+    kept_model,
     newest_verified_alone,
     read_state,
     verify,
@@ -100,10 +101,6 @@ def load_tokenizer(folder: Path) -> Any:
         raise UserError(f"{folder}: its tokenizer cannot be read: {said}; restore its files") from None
 
 
-MODEL_FOLDER = "model"
-"""In the run folder: the model's configuration and the tokenizer, so that a run can be used without its dataset."""
-
-
 def keep_model(config: "GlobalLocalConfig", tokenizer_folder: Path, run_folder: Path) -> None:
     """Write the run folder's `model/`. Raises OSError."""
     folder = run_folder / MODEL_FOLDER
@@ -114,15 +111,6 @@ def keep_model(config: "GlobalLocalConfig", tokenizer_folder: Path, run_folder: 
             shutil.copyfile(file, kept / f".{file.name}")
             os.replace(kept / f".{file.name}", kept / file.name)
     publish_file(folder / "config.json", config.to_json_string(use_diff=False).encode())
-
-
-def _kept_model(state: CheckpointState, folder: Path) -> "tuple[GlobalLocalConfig, Path] | None":
-    """What `keep_model` wrote, where `folder` is a checkpoint in its run and the tokenizer is the checkpoint's."""
-    kept = folder.absolute().parent.parent / MODEL_FOLDER
-    tokenizer = kept / "tokenizer" / "tokenizer.model"
-    if not tokenizer.is_file() or hash_file(tokenizer) != state.tokenizer_sha256:
-        return None
-    return read_model_config(kept), tokenizer.parent
 
 
 def read_model_config(folder: Path) -> "GlobalLocalConfig":
@@ -138,8 +126,8 @@ def read_model_config(folder: Path) -> "GlobalLocalConfig":
 
 def rebuild(state: CheckpointState, folder: Path) -> "tuple[GlobalLocalConfig, Path]":
     """The model's configuration, and the folder of its tokenizer, for a checkpoint in `folder`."""
-    if kept := _kept_model(state, folder):
-        return kept
+    if kept := kept_model(folder, state.tokenizer_sha256):
+        return read_model_config(kept), kept / "tokenizer"
     from pipeline.config import validate
     from pipeline.data.corpus import open_corpus
 
