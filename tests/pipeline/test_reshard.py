@@ -85,6 +85,8 @@ def test_losses_and_gradients_go_on_as_if_unbroken(folder: Path, pair: tuple[str
 def test_in_16_bits_losses_stay_as_near_as_the_precision(folder: Path, pair: tuple[str, str]) -> None:
     unbroken, resumed = results(folder, pair)
     assert resumed["loss"] == pytest.approx(unbroken["loss"], rel=5e-3)
+    # Later ones part by tens of percent for single steps: rounding alone does that (docs/reliability.md).
+    assert resumed["gradient_norm"][0] == pytest.approx(unbroken["gradient_norm"][0], rel=2e-2)
 
 
 @pytest.mark.parametrize("pair", PAIRS, ids="-to-".join)
