@@ -237,7 +237,8 @@ def _verify_size(path: Path, expected: dict[str, Any]) -> list[str]:
 def _verify_hash(path: Path, expected: dict[str, Any], progress: Callable[[int], None]) -> list[str]:
     try:
         algorithm, written = recorded(expected)
-        digest, blocks = hasher(algorithm, all_cores=True), itertools.cycle([bytearray(_BLOCK_BYTES) for _ in range(2)])
+        block_bytes = min(_BLOCK_BYTES, expected["bytes"])  # new ones are filled with zeros, which takes time
+        digest, blocks = hasher(algorithm, all_cores=True), itertools.cycle([bytearray(block_bytes) for _ in range(2)])
         with open(path, "rb", buffering=0) as file, ThreadPoolExecutor(1, "hash") as thread:
             hashed: Future[None] | None = None
             while True:  # one block is hashed while the next is read; both leave the interpreter to others
