@@ -18,8 +18,8 @@ from pathlib import Path
 
 from tests.conftest import ROOT
 
-IMPORTED = ["pipeline.train", "mlflow.tracking"]
-"""In this order: `pipeline.train` imports DeepSpeed without MLflow."""
+IMPORTED = ["pipeline.train", "mlflow.tracking", "mlflow.store.tracking.sqlalchemy_store"]
+"""In this order: `pipeline.train` imports DeepSpeed without MLflow, and MLflow imports the store when it is used."""
 
 
 class Fork:
