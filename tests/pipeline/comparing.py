@@ -9,19 +9,24 @@ from typing import Any
 import psutil
 import torch
 
+from pipeline.tracking.journal import read_journal
 from tests.pipeline.only_weights import only_weights
 
 Runs = dict[str, dict[str, Any]]
 
 
 def losses_of(folder: Path, run: str, metric: str = "loss/train") -> dict[int, float]:
-    """Step → the metric, every bit of it, as the tracker recorded it; a step recorded twice is an error."""
-    losses: dict[int, float] = {}
-    for line in (folder / run / "tracking" / "spool.jsonl").read_text().splitlines():
-        record = json.loads(line)
-        if record["kind"] == "metrics" and metric in record["values"]:
-            assert record["step"] not in losses
-            losses[record["step"]] = record["values"][metric]
+    """Step → the metric, every bit of it, as it was recorded for MLflow, or without MLflow in the run's own folder.
+
+    A step recorded twice is an error.
+    """
+    spool, losses = folder / run / "tracking" / "spool.jsonl", dict[int, float]()
+    lines = map(json.loads, spool.read_text().splitlines()) if spool.exists() else read_journal(folder / run)
+    for line in lines:
+        values = line.get("values") or line.get("metrics") or {}  # as the spool and the journal name them
+        if metric in values:
+            assert line["step"] not in losses
+            losses[line["step"]] = values[metric]
     return losses
 
 

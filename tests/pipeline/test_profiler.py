@@ -38,8 +38,14 @@ def folder(tmp_path_factory: pytest.TempPathFactory, small_dataset: Path) -> Pat
         Run("blocked", ["training.profile=3-4"]),
     ]
     small = ["model.num_hidden_layers=1"]  # a trace holds each of its operators
+    tracked = {"profiled": "true"}  # by MLflow
     plan = [
-        Run(run.name.replace(" ", "-"), [*run.overrides, *small], run.copy_checkpoint, moment=run.moment)
+        Run(
+            run.name.replace(" ", "-"),
+            [*run.overrides, *small, f"tracking.enabled={tracked.get(run.name, 'false')}"],
+            run.copy_checkpoint,
+            moment=run.moment,
+        )
         for run in plan
     ]
     codes = [result["code"] for result in run_ranks(plan, folder, small_dataset)]
