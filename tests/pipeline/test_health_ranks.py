@@ -2,6 +2,8 @@
 
 import json
 import re
+import shutil
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +36,7 @@ LONG = [
 ]
 SPIKES = Poison({"36": "spike", "37": "spike"})
 AROUND = ((35, 38),)
+SAVED = "step-00000030"
 LAST = f"checkpoints/step-{STEPS:08d}"
 
 
@@ -65,7 +68,13 @@ def runs(folder: Path, small_dataset: Path) -> Runs:
         long = ["evaluation.split=null", *LONG, *engine(stage)]
         plan += [
             Run(f"rolled-{stage}", [*long, *tracked], poison=SPIKES),
-            Run(f"around-{stage}", [*long, *PLAIN], poison=SPIKES, left_out=AROUND),
+            Run(
+                f"around-{stage}",
+                [*long, *PLAIN],
+                copy_checkpoint=f"rolled-{stage}/{SAVED}",  # up to there it is the same run
+                poison=SPIKES,
+                left_out=AROUND,
+            ),
         ]
     always = Poison({str(batch): "nan loss" for batch in range(2, 20)})
     hopeless = Poison({str(batch): "spike" for batch in range(33, 60)})
@@ -73,7 +82,7 @@ def runs(folder: Path, small_dataset: Path) -> Runs:
         Run("stop", [*SHORT, "checkpoint.interval_steps=2"], poison=BAD),
         Run("transient", SHORT, poison=Poison({"2": "nan loss"}, times=1)),
         Run("bound", [*SHORT, "health.non_finite=skip", "health.max_skipped_steps=2"], poison=always),
-        Run("hopeless", [*PLAIN, *LONG, "health.max_roll_backs=1"], poison=hopeless),
+        Run("hopeless", [*PLAIN, *LONG, "health.max_roll_backs=1"], f"rolled-2/{SAVED}", poison=hopeless),
     ]
     if FP16:
         scale = {"zero_optimization": {"stage": 2}, "fp16": {"enabled": True, "initial_scale_power": 24}}
@@ -213,10 +222,12 @@ def test_killed_between_the_decision_and_the_roll_back_the_next_start_carries_it
     runs: Runs, folder: Path, tmp_path: Path, small_dataset: Path
 ) -> None:
     settings = [*PLAIN, *LONG, *engine("2")]
+    root = tmp_path / "rolled" / "checkpoints"
+    shutil.copytree(folder / "rolled-2" / "checkpoints" / SAVED, root / SAVED)
     killed = Run("rolled", settings, poison=SPIKES, moment=Moment("loading", do=("SIGKILL",)))
-    for process in start_plan([killed], tmp_path, small_dataset):
-        process.wait(600)
-    assert [item.name for item in list_checkpoints(tmp_path / "rolled" / "checkpoints")] == ["step-00000030"]
+    codes = [process.wait(600) for process in start_plan([killed], tmp_path, small_dataset)]
+    assert -signal.SIGKILL in codes
+    assert [item.name for item in list_checkpoints(root)] == [SAVED]
     (result,) = run_ranks([Run("rolled", settings, poison=SPIKES)], tmp_path, small_dataset)
     assert result["code"] == 0, result
     assert_same_state(tmp_path / "rolled" / LAST, folder / "around-2" / LAST)
