@@ -26,7 +26,7 @@ LAST = f"checkpoints/step-{STEPS:08d}"
 
 def arguments(name: str, folder: Path, dataset: Path) -> list[str]:
     overrides = [f"training.max_steps={STEPS}", "checkpoint.interval_steps=5", "evaluation.interval_steps=20"]
-    run = Run(name, overrides)
+    run = Run(name, [*overrides, "model.num_hidden_layers=1"])
     return ["pipeline/train.py", "--config", "launch/runs/quickstart.yaml", *tiny_overrides(run, folder, dataset)]
 
 
