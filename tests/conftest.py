@@ -8,6 +8,8 @@ from typing import Any
 
 import pytest
 
+from pipeline.files import locked
+
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported: a worker for each core is enough threads
 os.environ.setdefault("TORCHINDUCTOR_VEC_ISA_OK", "1")  # else torch compiles six programs to try the processor
@@ -61,11 +63,16 @@ def real_text() -> Path:
 
 @pytest.fixture(scope="session")
 def small_dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The `sample` source (106 articles) under a vocabulary of 512."""
-    folder = tmp_path_factory.mktemp("small")
-    globallocal("tokenizer", "--source", "sample", "--vocab-size", 512, "--output", folder / "tokenizer")
-    globallocal("prepare", "--source", "sample", "--tokenizer", folder / "tokenizer", "--output", folder / "data")
-    return folder / "data"
+    """The `sample` source (106 articles) under a vocabulary of 512; the worker that needs it first makes it for all."""
+    folder = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        folder = folder.parent
+    tokenizer, data = folder / "small-tokenizer", folder / "small-data"
+    with locked(folder / "small-data.lock"):
+        if not data.exists():
+            globallocal("tokenizer", "--source", "sample", "--vocab-size", 512, "--output", tokenizer)
+            globallocal("prepare", "--source", "sample", "--tokenizer", tokenizer, "--output", data)
+    return data
 
 
 @pytest.fixture(scope="session")
