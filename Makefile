@@ -8,7 +8,7 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 export TORCH_EXTENSIONS_DIR ?= $(CURDIR)/.cache/torch_extensions
 
 .DEFAULT_GOAL := help
-.PHONY: help setup quickstart test cluster extras lint format docs release-check bench gpu torture clean
+.PHONY: help setup quickstart browser hosts test cluster extras lint format docs release-check bench gpu torture clean
 
 help: ## list the targets
 	@awk -F':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -29,12 +29,17 @@ $(READY): requirements.lock pyproject.toml
 quickstart: $(READY) ## the whole job on real text: tokenizer, shards, training, kill, resume, export
 	@$(BIN)/python -m launch.quickstart
 
-test: $(READY) ## all tests (arguments: ARGS="-k resume")
+# Debian's packages: targets of their own, so that `make --jobs` installs them beside Python's.
+browser:
 	@sh tests/install.sh chromium
+
+hosts:
+	@sh tests/install.sh iproute2 openssh-server openssh-client pdsh slurm-wlm munge util-linux
+
+test: $(READY) browser ## all tests (arguments: ARGS="-k resume")
 	@$(BIN)/python -m tests.alone $(BIN)/python -m pytest --numprocesses 3 --no-loadscope-reorder $(ARGS)
 
-cluster: $(READY) ## tests over three hosts and on Slurm: network namespaces, sshd, pdsh, slurmd; as root
-	@sh tests/install.sh iproute2 openssh-server openssh-client pdsh slurm-wlm munge util-linux
+cluster: $(READY) hosts ## tests over three hosts and on Slurm: network namespaces, sshd, pdsh, slurmd; as root
 	$(BIN)/python -m pytest -m cluster tests/cluster $(ARGS)
 
 # Over .venv and apart from it: with accelerate at hand transformers loads models in another way, and imports it always.
