@@ -50,7 +50,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_intermixed_args(arguments)
     stop = EARLY or StopRequest()
     clock = take_turn()
-    world = start()
+    with stop.meeting():
+        world = start()
     clock.end_part("ranks meet")
     try:
         with world.together():
@@ -60,9 +61,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 open_log(config.run_folder, world.rank)
         return run(config, world, stop, clock)
     except Stopped:
-        print(f"{stop.reason}: stopped before the first step; nothing to save", flush=True)
-        sys.stderr.flush()
-        os._exit(PREEMPTED)  # a thread may be in a compiler's hands
+        stop.leave()
     except UserError as error:
         if world.is_main or not isinstance(error, SharedUserError):
             for problem in error.problems:

@@ -1,15 +1,22 @@
 """The wish to stop: a signal or a spent time budget, and what can still be done before the grace is over."""
 
 import math
+import os
 import signal
 import socket
+import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from types import FrameType
-from typing import Literal
+from typing import Literal, NoReturn
+
+from pipeline.exit_codes import PREEMPTED
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+MEETING_SECONDS = 3.0
+"""A rank that is asked to stop waits so long for others, to stop together with them."""
 
 
 class Stopped(Exception):
@@ -51,6 +58,28 @@ class StopRequest:
     def _note(self, number: int, frame: FrameType | None) -> None:
         if self._since is None and number in self._wanted:
             self.received, self._since = signal.Signals(number), time.monotonic()
+
+    @contextmanager
+    def meeting(self) -> Iterator[None]:
+        """Inside, ranks wait for others. Those may never come where the job is to stop: then this process ends."""
+        met, begin = threading.Event(), time.monotonic()
+
+        def look() -> None:
+            while not met.wait(0.2):
+                if min(self.waited_seconds(), time.monotonic() - begin) > MEETING_SECONDS:
+                    self.leave()
+
+        threading.Thread(target=look, name="meeting", daemon=True).start()
+        try:
+            yield
+        finally:
+            met.set()
+
+    def leave(self) -> NoReturn:
+        """End this process before its first step."""
+        print(f"{self.reason}: stopped before the first step; nothing to save", flush=True)
+        sys.stderr.flush()
+        os._exit(PREEMPTED)  # a thread may be in a compiler's hands
 
     @property
     def reason(self) -> str:

@@ -14,14 +14,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from data_prep.errors import UserError
+from launch.hosts.node import free_port, port_is_free
 from pipeline.checkpoints.folder import list_checkpoints, read_state, verify
 from pipeline.config import load_config
 from pipeline.distributed.stop import plan
 from pipeline.exit_codes import PREEMPTED
 from tests.conftest import ROOT
+from tests.forks import start
 from tests.pipeline.comparing import Runs, assert_same_state, living, losses_of
 from tests.pipeline.moments import Moment
-from tests.pipeline.ranks import Run, environment, run_ranks, tiny_overrides
+from tests.pipeline.ranks import Run, environment, outputs, run_ranks, tiny_overrides
+from tests.pipeline.servers_fixture import wait_until
 from tests.variants import some_of
 
 
@@ -167,6 +170,20 @@ def test_what_is_begun_fits_and_what_fits_is_begun(left: float, step: float, sav
     needs = {"finish the step": step + save, "save what stands": save, "leave": 0.0}
     assert chosen == "leave" or needs[chosen] <= left
     assert all(needs[other] > left for other in list(needs)[: list(needs).index(chosen)])
+
+
+def test_a_rank_that_waits_for_another_to_begin_ends_when_it_is_asked_to(tmp_path: Path) -> None:
+    port = free_port()
+    place = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    words = ["pipeline/train.py", "--config", "launch/runs/quickstart.yaml"]
+    rank = start(words, environment(tmp_path) | place, tmp_path / "rank-0.out")
+    try:
+        wait_until(lambda: not port_is_free(port))  # where the ranks meet
+        rank.send_signal(signal.SIGTERM)
+        assert rank.wait(25) == PREEMPTED
+    finally:
+        rank.kill()
+    assert outputs(tmp_path).endswith("SIGTERM: stopped before the first step; nothing to save\n")
 
 
 def test_through_the_launcher_a_signal_saves_and_leaves_nobody(tmp_path: Path, small_dataset: Path) -> None:
