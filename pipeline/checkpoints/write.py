@@ -117,7 +117,8 @@ class DeferringCheckpointEngine(CheckpointEngine):  # type: ignore[misc]
 
     def load(self, path: str, map_location: Any = None) -> Any:
         with torch.serialization.safe_globals(safe_globals()):
-            return torch.load(path, map_location=map_location, weights_only=True)
+            # Mapped: DeepSpeed reads the file of the weights twice, and copies what it takes.
+            return torch.load(path, map_location=map_location, weights_only=True, mmap=True)
 
     def commit(self, info: Any) -> bool:
         return True

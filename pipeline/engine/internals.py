@@ -203,7 +203,7 @@ def _pieces_of_stage_3(optimizer: Any, names: dict[torch.nn.Parameter, str]) -> 
 
 def moments_of(engine: Engine, flat: torch.Tensor, step: float) -> dict[str, torch.Tensor]:
     """The optimizer's state of one flat tensor, made where it is not there yet, with a step tensor of its own."""
-    base = getattr(engine.optimizer, "optimizer", engine.optimizer)
+    base = _torch_optimizer(engine)
     state: dict[str, Any] = base.state[flat]
     kinds = MOMENTS[:1] if isinstance(base, Muon) and base.has_one_moment(flat) else MOMENTS
     if isinstance(base, torch.optim.AdamW):
@@ -223,10 +223,29 @@ def load_weights_and_moments(engine: Engine, folder: str, tag: str) -> bool:
         Whether there was something to load. The learning rate is the schedule's.
     """
     own = [{name: value for name, value in group.items() if name not in ("params", "lr")} for group in _groups(engine)]
-    path, _ = engine.load_checkpoint(folder, tag=tag)
+    hook = _torch_optimizer(engine).register_load_state_dict_pre_hook(_copy_of_moments)
+    try:
+        path, _ = engine.load_checkpoint(folder, tag=tag)
+    finally:
+        hook.remove()
     for group, settings in zip(_groups(engine), own, strict=True):
         group.update(settings)
     return bool(path)
+
+
+def _copy_of_moments(optimizer: torch.optim.Optimizer, saved: dict[str, Any]) -> dict[str, Any]:
+    """An optimizer on a CPU keeps the very tensors that it is given: these lie in a checkpoint's file, mapped."""
+    moments = {
+        key: {name: value.clone() if isinstance(value, torch.Tensor) else value for name, value in state.items()}
+        for key, state in saved["state"].items()
+    }
+    return {**saved, "state": moments}
+
+
+def _torch_optimizer(engine: Engine) -> torch.optim.Optimizer:
+    """The one that moves the weights: DeepSpeed's wraps it, or is it."""
+    inner: torch.optim.Optimizer = getattr(engine.optimizer, "optimizer", engine.optimizer)
+    return inner
 
 
 def _groups(engine: Engine) -> list[dict[str, Any]]:

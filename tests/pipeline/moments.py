@@ -9,6 +9,7 @@ import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 from unittest import mock
 
@@ -23,7 +24,8 @@ class Moment:
         place: a phase as `Clock.now` names it, such as `backward` or `evaluation/agreement`; `start`.
         count: it happens when the place is entered for the so-manieth time.
         rank: to whom.
-        do: names of signals that the rank sends itself; `sleep`: it never moves again; `pause`: for three seconds.
+        do: names of signals that the rank sends itself; `sleep`: it never moves again; `pause`: for three seconds;
+            `maps`: it prints which files it has mapped into its memory.
         every: from then on, each time again.
         slow: `step` and `save`: what has been measured to take for ever, and fits into no grace.
     """
@@ -64,5 +66,7 @@ def act(what: tuple[str, ...]) -> None:
     for name in what:
         if name in ("sleep", "pause"):
             time.sleep(100_000 if name == "sleep" else 3)
+        elif name == "maps":
+            print(Path("/proc/self/maps").read_text(), flush=True)
         else:
             os.kill(os.getpid(), signal.Signals[name])
