@@ -19,6 +19,7 @@ from pipeline.build import build
 from pipeline.checkpoints import folder as checkpoint
 from pipeline.checkpoints import write as checkpoint_io
 from pipeline.checkpoints.saver import Saved
+from pipeline.checkpoints.space import copy_bytes
 from pipeline.config import RunConfig, load_config
 from pipeline.distributed.clock import Clock
 from pipeline.distributed.stop import StopRequest
@@ -43,6 +44,12 @@ LARGE = [
     "model.pool_dim=128",
     "model.router_hidden_size=128",
 ]
+EIGHT_GIGABYTES = [
+    *("model.hidden_size=2112", "model.num_hidden_layers=6", "model.pool_size=1024"),
+    *("model.pool_dim=512", "model.router_hidden_size=512"),
+    *("training.precision=bf16", "training.global_batch_size=1", "training.micro_batch_size=1"),
+]
+"""With AdamW 14 bytes per parameter in a checkpoint."""
 USUAL = [
     *LARGE[:1],
     "model.num_hidden_layers=4",
@@ -57,6 +64,8 @@ def main(folder: Path, what: str) -> None:
     world, stop = start(), StopRequest()
     if what == "tracking":
         figures = tracking(folder, world, stop)
+    elif what.startswith("large"):
+        figures = large(folder, world, stop, int(what.removeprefix("large")))
     else:
         figures = costs(folder, world, stop) if what == "costs" else memory(folder, world)
     if world.is_main:
@@ -219,6 +228,36 @@ def speed(folder: Path, world: World, stop: StopRequest) -> dict[str, Any]:
         "tokens_per_second_over_a_bare_deepspeed_loop": over(ours, bare),
         "tokens_per_second_by_turns": spread(ours, bare),
         "the_same_turn_by_turn_median": median(ratios),
+    }
+
+
+def large(folder: Path, world: World, stop: StopRequest, stage: int) -> dict[str, Any]:
+    """Steps while 8 GB are written in the background, and the memory that the copy takes, under a stage of ZeRO."""
+    name, zero = f"large{stage}", f"deepspeed.config=ds_configs/zero{stage}.json"
+    config = settings(folder, name, zero, *EIGHT_GIGABYTES, "tracking.enabled=false")
+    size = estimate(config, Machine(ranks=world.size))
+    forecast = copy_bytes(sum(size.parameters.values()), size.pool_elements, stage, size.precision, world.size)
+    trainer = build(config, world, stop, Clock())
+    trainer.train_step()
+    saved(trainer)  # makes the buffers
+    alone = [timed(world, trainer.train_step) for _ in range(TURNS)]
+    copying = timed(world, trainer.save)
+    beside, ended = [], []
+    while not ended:
+        beside.append(timed(world, trainer.train_step))
+        ended = trainer.saver.poll()
+    assert not ended[0].problems, ended
+    trainer.batches.close()
+    shutil.rmtree(config.run_folder)
+    copied = sum(buffer.nbytes for buffer in trainer.saver.deferring.buffers._buffers)
+    return {
+        "checkpoint_gigabytes": ended[0].size_bytes / 1e9,
+        "host_memory_of_the_copy_over_the_forecast": copied / forecast,
+        "seconds_of_the_copy": copying,
+        "seconds_of_a_step": median(alone),
+        "seconds_of_the_first_step_beside_the_save": beside[0],
+        "what_it_takes_longer_over_the_copy": (beside[0] - median(alone)) / copying,
+        "gigabytes_per_second": ended[0].size_bytes / ended[0].seconds / 1e9,
     }
 
 
