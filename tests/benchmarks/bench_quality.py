@@ -1,6 +1,6 @@
 """GlobalLocal against a well-tuned GPT: see docs/quality.md, which this writes.
 
-Two hours on two idle cores, and only when named: `make bench ARGS="quality"`. What is finished is kept in
+Some three hours on two idle cores, and only when named: `make bench ARGS="quality"`. What is finished is kept in
 `.cache/quality`, so it goes on where it was interrupted. `python -m tests.benchmarks.bench_quality --part NAME` does
 a part alone: a run by its name, or the page from what is there (`page`); `list` shows the names.
 """
@@ -33,7 +33,8 @@ def run() -> dict[str, Any]:
             train(item, data)
     for size in sizes:
         for seeds in finals(size).values():
-            test(seeds[0], data)
+            for item in seeds:
+                test(item, data)
         speed(size)
     return write_page()
 

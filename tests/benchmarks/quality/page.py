@@ -187,7 +187,7 @@ def _spread(values: list[float], digits: int = 3) -> str:
     """Mean, and how far from it the farthest seed lies."""
     mean = float(np.mean(values))
     text = f"{mean:,.{digits}f}"
-    return f"{text} ± {max(abs(value - mean) for value in values):.{digits}f}" if len(values) > 1 else text
+    return f"{text} ± {max(abs(value - mean) for value in values):,.{digits}f}" if len(values) > 1 else text
 
 
 def draw(size: Size, runs: dict[str, list[Run]], results: dict[str, Any], speed: dict[str, float]) -> None:
