@@ -121,7 +121,7 @@ def build_engine(context: RunContext, stop: StopRequest, clock: Clock) -> Machin
     origin = begin(model, context)
     kind, stage, precision = config.optimizer.name, context.stage, context.precision
     expected_bytes = checkpoint_bytes(context.model, kind, stage, precision, world.size)
-    groups = describe_groups(parameter_groups(model, config.optimizer.weight_decay, config.optimizer.name))
+    groups = describe_groups(parameter_groups(model, config.optimizer))
     for line in introduce(context, groups):
         log.info(line)
     clock.end_part("model")

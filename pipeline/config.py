@@ -172,9 +172,20 @@ def _small_decay(config: RunConfig) -> str | None:
     )
 
 
+def _width_of_adamw(config: RunConfig) -> str | None:
+    optimizer = config.optimizer
+    if optimizer.base_hidden_size is None or optimizer.name == "adamw":
+        return None
+    return (
+        f"optimizer.base_hidden_size ({optimizer.base_hidden_size}) scales AdamW's rate of matrices, which "
+        f"optimizer.name = {optimizer.name} moves its own way; set it to null, or name to adamw"
+    )
+
+
 CHECKS: tuple[Callable[[RunConfig], str | None], ...] = (
     *(_best_needs_a_split, _prompts_need_a_split, _roll_back_needs_spikes, _micro_in_global),
     *(_batches_that_grow, _one_length, _profile_in_length, _decay_of_wsd, _schedule_in_length, _small_decay),
+    _width_of_adamw,
 )
 
 

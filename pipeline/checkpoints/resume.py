@@ -38,7 +38,7 @@ FIXED = (
     "data.order_seed",
     "data.window_tokens",
     *("training.global_batch_size", "training.batch_size_warmup"),
-    "optimizer.name",
+    *("optimizer.name", "optimizer.base_hidden_size"),
 )
 """Settings that a resumed run may not change: they decide what the model is, which samples come next, and what the
 optimizer remembers."""

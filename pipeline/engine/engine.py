@@ -226,7 +226,7 @@ def initialize(
     for operator in operators(zero):
         load_operator(operator, stop)  # compiled under our lock, which a killed process does not leave behind
     offload = device(zero, "offload_optimizer")
-    groups = parameter_groups(model, config.optimizer.weight_decay, config.optimizer.name)
+    groups = parameter_groups(model, config.optimizer)
     optimizer = build_optimizer(groups, config.optimizer, offload != "none")
     shapes = {name: tuple(item.shape) for name, item in model.named_parameters() if is_matrix(name, item)}
     let_zero_take(Muon)

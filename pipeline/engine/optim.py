@@ -1,7 +1,7 @@
 """Parameter groups, the optimizer, and the learning rate as a pure function of the step."""
 
 import math
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -25,8 +25,22 @@ def is_matrix(name: str, parameter: torch.Tensor) -> bool:
     return parameter.requires_grad and parameter.ndim == 2 and not name.endswith(NO_MATRICES)
 
 
-def parameter_groups(model: nn.Module, weight_decay: float, optimizer: str = "adamw") -> list[dict[str, Any]]:
+NOT_OVER_WIDTH = ("embed_tokens.weight", ".taps", "pool")
+"""How the names end of what has two dimensions or more and adds up no hidden state: a step of it moves what comes out
+as far at any width. An embedding that is the head too counts as an embedding, as docs/quality.md measured it."""
+
+
+def matrix_rate(model: nn.Module, settings: OptimizerSection) -> float:
+    """The learning rate of what adds up a hidden state, over `learning_rate`: μP's for AdamW (arXiv:2203.03466)."""
+    base = settings.base_hidden_size
+    return 1.0 if base is None else base / cast(Any, model).config.hidden_size
+
+
+def parameter_groups(model: nn.Module, settings: OptimizerSection) -> list[dict[str, Any]]:
     """What has two dimensions or more decays; norms, biases and scalars do not. Muon has its own group of matrices.
+
+    A group's `rate` is its learning rate over the schedule's. Rate times decay is the same for all that decays, as μP
+    needs it (arXiv:2510.19093).
 
     ZeRO lays a group's parameters one behind the other. Those whose size is no multiple of `ALIGNED_ELEMENTS` come
     last, so that all before them begin where a GPU reads 16 bytes at once: products with a misaligned weight or bias
@@ -34,15 +48,23 @@ def parameter_groups(model: nn.Module, weight_decay: float, optimizer: str = "ad
     """
     trained = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
     trained.sort(key=lambda item: item[1].numel() % ALIGNED_ELEMENTS != 0)
-    matrices = [parameter for name, parameter in trained if optimizer == "muon" and is_matrix(name, parameter)]
-    others = [parameter for name, parameter in trained if optimizer != "muon" or not is_matrix(name, parameter)]
-    decay = [parameter for parameter in others if parameter.ndim >= 2]
-    no_decay = [parameter for parameter in others if parameter.ndim < 2]
+    decay, rate = settings.weight_decay, matrix_rate(model, settings)
+
+    def kind(name: str, parameter: torch.Tensor) -> str:
+        if settings.name == "muon" and is_matrix(name, parameter):
+            return MATRICES
+        if parameter.ndim < 2:
+            return "no_decay"
+        return "over_width" if rate != 1 and not name.endswith(NOT_OVER_WIDTH) else "decay"
+
     groups = [
-        {"name": MATRICES, "params": matrices, "weight_decay": weight_decay},
-        {"name": "decay", "params": decay, "weight_decay": weight_decay},
-        {"name": "no_decay", "params": no_decay, "weight_decay": 0.0},
+        {"name": MATRICES, "weight_decay": decay, "rate": 1.0},
+        {"name": "over_width", "weight_decay": decay / rate, "rate": rate},
+        {"name": "decay", "weight_decay": decay, "rate": 1.0},
+        {"name": "no_decay", "weight_decay": 0.0, "rate": 1.0},
     ]
+    for group in groups:
+        group["params"] = [parameter for name, parameter in trained if kind(name, parameter) == group["name"]]
     return [group for group in groups if group["params"]]
 
 
@@ -52,6 +74,7 @@ def describe_groups(groups: list[dict[str, Any]]) -> list[str]:
         f"{group['name']}: {len(group['params'])} tensors, "
         f"{sum(parameter.numel() for parameter in group['params']):,} parameters, "
         f"weight_decay {group['weight_decay']:g}"
+        + (f", learning rate × {group['rate']:g}" if group["rate"] != 1 else "")
         for group in groups
     ]
 
@@ -94,5 +117,6 @@ def _above_the_floor(step: int, max_steps: int, settings: OptimizerSection) -> f
 
 
 def set_learning_rate(optimizer: Any, value: float) -> None:
+    """The schedule's value, in each group times the group's `rate`."""
     for group in optimizer.param_groups:
-        group["lr"] = value
+        group["lr"] = value * group["rate"]

@@ -114,6 +114,10 @@ class OptimizerSection(Section):
     else here serves both; embedding, head, router keys, gates, convolutions, norms and biases stay with AdamW."""
     learning_rate: float = Field(5e-4, gt=0, le=10)
     """The peak, reached after `warmup_steps`."""
+    base_hidden_size: int | None = Field(None, ge=1, le=MOST)
+    """The width at which `learning_rate` was found. In a wider model matrices over the hidden state (not embedding,
+    convolution taps, norms and biases) learn more slowly, by `base_hidden_size` over its `hidden_size`, and decay as
+    much; in a narrower one faster. null: one rate for all."""
     momentum: float = Field(0.95, ge=0, lt=1)
     """Of Muon's averaged gradient; `betas` and `epsilon` are AdamW's."""
     betas: tuple[float, float] = (0.9, 0.95)

@@ -18,8 +18,9 @@ import torch
 
 from data_prep.manifest import Dataset
 from pipeline.engine.optim import parameter_groups
+from pipeline.settings.sections import OptimizerSection
 from tests.benchmarks.quality import page
-from tests.benchmarks.quality.plan import SIZES, Size, ablations, candidates, finals, sweep, swept, widths
+from tests.benchmarks.quality.plan import BASES, SIZES, Size, ablations, candidates, finals, sweep, swept, widths
 from tests.benchmarks.quality.text import CACHE, VOCAB_SIZE, dataset
 from tests.benchmarks.quality.training import DEVICE, Run, held_out, rounded_copy, say, train, train_step
 
@@ -46,7 +47,7 @@ def stages(sizes: list[Size]) -> list[Callable[[], list[Run]]]:
         lambda: [item for size in sizes for runs in candidates(size).values() for item in runs],
         lambda: [item for size in sizes for seeds in finals(size).values() for item in seeds],
         lambda: [item for size in sizes for item in ablations(size).values()],
-        lambda: [item for runs in widths().values() for item in runs if SIZES["A"] in sizes],
+        lambda: [item for base in BASES for runs in widths(base).values() for item in runs if SIZES["A"] in sizes],
     ]
 
 
@@ -87,7 +88,7 @@ def speed(size: Size, rounds: int = 30) -> dict[str, float]:
     for name, seeds in finals(size).items():
         model = seeds[0].contender.build(size.sequence_length).train().to(DEVICE)
         passes = rounded_copy(model) if size.on_gpu else model
-        prepared[name] = model, torch.optim.AdamW(parameter_groups(model, 0.1), fused=True), passes
+        prepared[name] = model, torch.optim.AdamW(parameter_groups(model, OptimizerSection()), fused=True), passes
         seconds[name] = []
     tokens = np.random.default_rng(0).integers(0, VOCAB_SIZE, (size.batch_size, size.sequence_length + 1))
     for turn in range(rounds + 2):

@@ -99,6 +99,7 @@ def runs(trained: Path, small_dataset: Path) -> dict[str, dict[str, Any]]:
         Run("indivisible", ["training.micro_batch_size=3"]),
         Run("wrong-dataset", [f"data.dataset={other}"], copy_checkpoint="unbroken-2/step-00000003"),
         Run("wrong-model", ["model.hidden_size=64"], copy_checkpoint="unbroken-2/step-00000003"),
+        Run("wrong-width", ["optimizer.base_hidden_size=16"], copy_checkpoint="unbroken-2/step-00000003"),
         Run("wrong-optimizer", ["optimizer.name=muon"], copy_checkpoint="unbroken-2/step-00000003"),
         Run("new-rate", ["optimizer.learning_rate=1.0e-4"], copy_checkpoint="unbroken-2/step-00000003"),
         Run("tied", ["model.tie_word_embeddings=true", "tracking.routers_per_layer=true"]),

@@ -68,7 +68,7 @@ def record(run: Settings, dataset: str) -> list[tuple[float, float]]:
     config = ModelSection.model_validate({"preset": "quickstart", **run.model}).build(vocab_size=tokenizer.vocab_size)
     model = GlobalLocalForCausalLM(config)
     section = OptimizerSection(learning_rate=run.rate, warmup_steps=run.warmup_steps)
-    optimizer = build_optimizer(parameter_groups(model, section.weight_decay), section, offload=False)
+    optimizer = build_optimizer(parameter_groups(model, section), section, offload=False)
     curve = []
     with BatchLoader(source, BatchLayout(run.samples, run.samples, 1), 0, 0) as batches:
         for step in range(run.steps):

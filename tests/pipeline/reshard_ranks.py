@@ -1,8 +1,8 @@
 """Runs of one world size for the resharding tests: `python -m tests.pipeline.reshard_ranks FOLDER WORLD_SIZE`.
 
-A run is named after its shape, for example `z2r4-bf16`: ZeRO stage 2 on four ranks in bf16; with an m for the z it has
-Muon. A resumed one is named after both, `z1r2-to-z3r4`. Groups of ranks of every size run at the
-same time, and wait for each other's checkpoints.
+A run is named after its shape, for example `z2r4-bf16`: ZeRO stage 2 on four ranks in bf16. With an m for the z it has
+Muon, and with a z its matrices learn at half the rate. A resumed one is named after both, `z1r2-to-z3r4`. Groups of
+ranks of every size run at the same time, and wait for each other's checkpoints.
 """
 
 import hashlib
@@ -40,7 +40,7 @@ def overrides(shape: str, name: str, folder: Path, dataset: Path) -> list[str]:
         f"run.output_dir={folder / name}",
         f"data.dataset={dataset}",
         f"deepspeed.config=ds_configs/zero{stage}.json",
-        f"optimizer.name={'muon' if has_muon(shape) else 'adamw'}",
+        "optimizer.name=muon" if has_muon(shape) else "optimizer.base_hidden_size=16",
     ]
 
 

@@ -13,7 +13,14 @@ from model.configuration_globallocal import GlobalLocalConfig
 from model.modeling_globallocal import GlobalLocalForCausalLM
 from pipeline.config import load_config
 from pipeline.engine.muon import Muon, orthogonal
-from pipeline.engine.optim import ALIGNED_ELEMENTS, build_optimizer, describe_groups, learning_rate, parameter_groups
+from pipeline.engine.optim import (
+    ALIGNED_ELEMENTS,
+    build_optimizer,
+    describe_groups,
+    learning_rate,
+    parameter_groups,
+    set_learning_rate,
+)
 from pipeline.settings.sections import OptimizerSection
 
 ROUTER_MATRICES = ("input_weight", "mapping_weight", "output_weight", "scores.hidden_weight")
@@ -73,7 +80,7 @@ def test_a_longer_run_of_wsd_begins_as_the_shorter_one_so_that_any_steady_checkp
 
 def test_what_has_an_odd_size_moves_nothing_from_its_alignment() -> None:
     model = GlobalLocalForCausalLM(GlobalLocalConfig.from_preset("quickstart", num_hidden_layers=1, vocab_size=64))
-    for group in parameter_groups(model, 0.1):
+    for group in parameter_groups(model, OptimizerSection()):
         sizes = [parameter.numel() for parameter in group["params"]]
         odd = next((place for place, size in enumerate(sizes) if size % ALIGNED_ELEMENTS), len(sizes))
         assert all(sum(sizes[:place]) % ALIGNED_ELEMENTS == 0 for place in range(odd + 1))
@@ -82,7 +89,7 @@ def test_what_has_an_odd_size_moves_nothing_from_its_alignment() -> None:
 
 def test_matrices_decay_and_the_rest_does_not() -> None:
     model = torch.nn.Sequential(torch.nn.Embedding(7, 4), torch.nn.Linear(4, 4), torch.nn.LayerNorm(4))
-    groups = parameter_groups(model, 0.1)
+    groups = parameter_groups(model, OptimizerSection())
     assert [(group["name"], group["weight_decay"], len(group["params"])) for group in groups] == [
         ("decay", 0.1, 2),
         ("no_decay", 0.0, 3),
@@ -93,11 +100,35 @@ def test_matrices_decay_and_the_rest_does_not() -> None:
     ]
 
 
+def test_what_adds_up_a_hidden_state_learns_more_slowly_in_a_wider_model_and_decays_as_much() -> None:
+    model = GlobalLocalForCausalLM(GlobalLocalConfig.from_preset("small", num_hidden_layers=1, summary_rule="delta"))
+    plain, wider = (
+        parameter_groups(model, OptimizerSection(base_hidden_size=base)) for base in (model.config.hidden_size, 128)
+    )
+    assert plain == parameter_groups(model, OptimizerSection())
+    assert [(group["name"], group["rate"], group["weight_decay"]) for group in wider] == [
+        ("over_width", 0.25, 0.4),
+        ("decay", 1.0, 0.1),
+        ("no_decay", 1.0, 0.0),
+    ]
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    assert [names[parameter] for parameter in wider[1]["params"]] == [
+        "model.embed_tokens.weight",
+        "model.layers.0.attention.summary.taps",
+    ]
+    assert wider[2]["params"] == plain[1]["params"]
+    assert "learning rate × 0.25" in describe_groups(wider)[0]
+    optimizer = build_optimizer(wider, OptimizerSection(), offload=False)
+    set_learning_rate(optimizer, 1e-3)
+    assert [group["lr"] for group in optimizer.param_groups] == [2.5e-4, 1e-3, 1e-3]
+
+
 def test_muon_moves_the_matrices_of_the_blocks_and_nothing_else() -> None:
     model = GlobalLocalForCausalLM(GlobalLocalConfig.from_preset("small", num_hidden_layers=1, vocab_size=64))
     names = {parameter: name for name, parameter in model.named_parameters()}
     groups = {
-        group["name"]: [names[item] for item in group["params"]] for group in parameter_groups(model, 0.1, "muon")
+        group["name"]: [names[item] for item in group["params"]]
+        for group in parameter_groups(model, OptimizerSection(name="muon"))
     }
     assert sorted(name.removeprefix("model.layers.0.") for name in groups["matrices"]) == [
         "attention.local.projection.weight",
@@ -108,7 +139,7 @@ def test_muon_moves_the_matrices_of_the_blocks_and_nothing_else() -> None:
         "feed_forward.projection.weight",
         *(f"router.{name}" for name in ROUTER_MATRICES),
     ]
-    plain = parameter_groups(model, 0.1)
+    plain = parameter_groups(model, OptimizerSection())
     assert sorted(groups["matrices"] + groups["decay"]) == sorted(names[item] for item in plain[0]["params"])
     assert groups["no_decay"] == [names[item] for item in plain[1]["params"]]
 
@@ -118,7 +149,7 @@ def test_muon_takes_torchs_own_steps_and_leaves_adamws_to_adamw() -> None:
     settings = OptimizerSection(name="muon", learning_rate=0.01, momentum=0.9)
     ours = torch.nn.Sequential(*(torch.nn.Linear(24, 40) for _ in range(2)), torch.nn.Linear(40, 16))
     theirs = deepcopy(ours)
-    optimizer = build_optimizer(parameter_groups(ours, 0.1, "muon"), settings, offload=False)
+    optimizer = build_optimizer(parameter_groups(ours, settings), settings, offload=False)
     assert isinstance(optimizer, Muon)
     optimizer.attach({}, cut_up=False, dtype=torch.bfloat16)
     matrices, vectors = ([item for item in theirs.parameters() if item.ndim == ndim] for ndim in (2, 1))
@@ -150,7 +181,8 @@ def test_no_decay_tensors_without_a_gradient_signal_do_not_shrink() -> None:
     with torch.no_grad():
         model.bias.fill_(1.0)
     before = model.weight.detach().clone()
-    optimizer = build_optimizer(parameter_groups(model, 0.5), OptimizerSection(learning_rate=0.1), offload=False)
+    settings = OptimizerSection(learning_rate=0.1, weight_decay=0.5)
+    optimizer = build_optimizer(parameter_groups(model, settings), settings, offload=False)
     for parameter in model.parameters():
         parameter.grad = torch.zeros_like(parameter)
     optimizer.step()
@@ -166,10 +198,11 @@ def test_no_decay_tensors_without_a_gradient_signal_do_not_shrink() -> None:
             "optimizer.warmup_steps (20) and optimizer.decay_steps (90) are together more than the run's 100 steps; ",
         ),
         (["schedule=wsd"], "optimizer.schedule = wsd and optimizer.decay_steps = None do not go together: wsd needs "),
+        (["name=muon", "base_hidden_size=128"], "optimizer.base_hidden_size (128) scales AdamW's rate of matrices, "),
         (["decay_steps=10"], "optimizer.schedule = cosine and optimizer.decay_steps = 10 do not go together: "),
     ],
 )
-def test_a_decay_that_does_not_fit_is_one_line(settings: list[str], problem: str) -> None:
+def test_settings_that_do_not_go_together_are_one_line(settings: list[str], problem: str) -> None:
     overrides = ["training.max_steps=100", *(f"optimizer.{setting}" for setting in settings)]
     with pytest.raises(UserError) as caught:
         load_config("launch/runs/quickstart.yaml", overrides)

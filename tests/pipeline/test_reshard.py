@@ -95,8 +95,13 @@ def test_the_same_samples_rates_and_decays_for_ten_steps(folder: Path, pair: tup
     assert resumed["batch"] == unbroken["batch"]
     assert len(set(resumed["batch"])) == len(resumed["batch"]) == 10
     assert resumed["groups"] == unbroken["groups"]
-    assert [decay for _, _, decay in resumed["groups"][0]] == ([0.1, 0.1, 0.0] if has_muon(pair[0]) else [0.1, 0.0])
-    assert len({rate for step in resumed["groups"] for _, rate, _ in step}) == 10
+    part, decays = (1, [0.1, 0.1, 0.0]) if has_muon(pair[0]) else (0.5, [0.2, 0.1, 0.0])
+    assert [decay for _, _, decay in resumed["groups"][0]] == decays
+    whole = [rate for step in resumed["groups"] for _, rate, _ in step[-1:]]
+    assert [[rate for _, rate, _ in step] for step in resumed["groups"]] == [
+        [part * rate, rate, rate] for rate in whole
+    ]
+    assert len(set(whole)) == 10
 
 
 @pytest.mark.parametrize("pair", PAIRS, ids="-to-".join)

@@ -132,7 +132,9 @@ def test_what_a_resume_may_not_change_is_refused_by_name(runs: Runs, trained: Pa
     assert "model.hidden_size 32 → 64: a resumed run may not change it" in model
     (optimizer,) = runs["wrong-optimizer"]["problems"]
     assert "optimizer.name adamw → muon: a resumed run may not change it" in optimizer
-    assert {runs[f"wrong-{what}"]["code"] for what in ("dataset", "model", "optimizer")} == {2}
+    (width,) = runs["wrong-width"]["problems"]
+    assert "optimizer.base_hidden_size None → 16: a resumed run may not change it" in width
+    assert {runs[f"wrong-{what}"]["code"] for what in ("dataset", "model", "optimizer", "width")} == {2}
     # What exports and evaluations of the run are built from is that of a start that was not refused.
     assert [(trained / name / "model").exists() for name in ("unbroken-2", "wrong-model")] == [True, False]
 

@@ -7,7 +7,10 @@ import numpy as np
 
 from tests.benchmarks.__main__ import machine
 from tests.benchmarks.quality.plan import (
+    BASES,
     SIZES,
+    WIDTH_RATES,
+    WIDTHS,
     Size,
     ablations,
     candidates,
@@ -29,6 +32,7 @@ BEGINNINGS = {
     "gpt": "GPT, deviation 0.02",
     "gpt-embedding": "GPT, embedding 0.5/√width",
 }
+SCALINGS = "One rate for all", "Matrices at {} / width of the rate"
 AXES = {"tokens": "tokens", "FLOPs": "FLOPs", "seconds": "seconds"}
 
 HEAD = """# GlobalLocal against a GPT
@@ -264,45 +268,54 @@ def seed_spread(size: Size, results: dict[str, dict[str, Any]]) -> float:
 
 
 def width_transfer(results: dict[str, Any]) -> dict[str, str]:
-    """Whether one learning rate serves several widths: a table, and the curves as a picture."""
+    """Whether one learning rate serves several widths: tables, and the curves as a picture."""
     losses = {
-        width: {r.learning_rate: results[r.name]["valid"]["loss"] for r in runs if r.name in results}
-        for width, runs in widths().items()
+        base: {
+            width: {r.learning_rate: results[r.name]["valid"]["loss"] for r in runs if r.name in results}
+            for width, runs in widths(base).items()
+        }
+        for base in BASES
     }
-    rates = SIZES["A"].learning_rates
-    if any(len(found) < len(rates) for found in losses.values()):
+    if not all(by_width[WIDTHS[1]] for by_width in losses.values()):
         return {}
     draw_widths(losses)
     lines = [
-        "Size A's GlobalLocal at three widths, seed 0, 300 steps each; nothing in initialisation or optimizer depends "
-        "on the width but the deviations, 1/√fan_in of matrices and 0.5/√width of the embedding.",
+        "Size A's GlobalLocal at several widths, seed 0, 300 steps each; nothing in its initialisation depends on the "
+        "width but the deviations, 1/√fan_in of matrices and 0.5/√width of the embedding. The last column: how far the "
+        f"loss at the best rate of width {WIDTHS[1]} is above that at the width's own best. A dash: not trained.",
         "",
         "![Held-out loss against the learning rate, by width](quality-widths.svg)",
-        "",
-        "| width | " + " | ".join(f"{rate:g}" for rate in rates) + " | best |",
-        "|---" * (len(rates) + 2) + "|",
     ]
-    for width, found in losses.items():
-        cells = " | ".join(f"{found[rate]:.3f}" for rate in rates)
-        lines.append(f"| {width} | {cells} | {min(found, key=lambda rate: found[rate]):g} |")
+    for base, by_width in losses.items():
+        lines += ["", f"{SCALINGS[base is not None].format(base)}:", ""]
+        lines += ["| width | " + " | ".join(f"{rate:g}" for rate in WIDTH_RATES) + " | lost |"]
+        lines += ["|---" * (len(WIDTH_RATES) + 2) + "|"]
+        carried = min(by_width[WIDTHS[1]], key=by_width[WIDTHS[1]].__getitem__)
+        for width, found in by_width.items():
+            lost = f"{found[carried] - min(found.values()):.3f}" if carried in found and len(found) > 1 else "–"
+            cells = [f"{found[rate]:.3f}" if rate in found else "–" for rate in WIDTH_RATES]
+            lines.append("| " + " | ".join([str(width), *cells, lost]) + " |")
     return {"Learning rate and width": "\n".join(lines)}
 
 
-def draw_widths(losses: dict[int, dict[float, float]]) -> None:
+def draw_widths(losses: dict[int | None, dict[int, dict[float, float]]]) -> None:
     import matplotlib as mpl
 
     mpl.use("Agg")
     mpl.rcParams["svg.hashsalt"] = "quality"
     import matplotlib.pyplot as plt
 
-    figure, panel = plt.subplots(figsize=(5, 3.6))
-    for width, found in losses.items():
-        panel.plot(list(found), list(found.values()), "o-", label=f"width {width}")
-    panel.set_xscale("log", base=2)
-    panel.set_xlabel("learning rate")
-    panel.set_ylabel("held-out loss, nats per token")
-    panel.grid(alpha=0.3)
-    panel.legend(fontsize=8)
+    figure, panels = plt.subplots(1, len(losses), figsize=(9, 3.6), sharex=True, sharey=True)
+    for panel, (base, by_width) in zip(panels, losses.items(), strict=True):
+        for width, found in by_width.items():
+            panel.plot(list(found), list(found.values()), "o-", label=f"width {width}")
+        panel.set_title(SCALINGS[base is not None].format(base), fontsize=9)
+        panel.set_xscale("log", base=2)
+        panel.set_xticks(WIDTH_RATES, [f"{rate:g}" for rate in WIDTH_RATES])
+        panel.set_xlabel("learning rate")
+        panel.grid(alpha=0.3)
+    panels[0].set_ylabel("held-out loss, nats per token")
+    panels[0].legend(fontsize=8)
     figure.tight_layout()
     figure.savefig(ROOT / "docs" / "quality-widths.svg", metadata={"Date": None})
     plt.close(figure)
@@ -316,7 +329,7 @@ def finished() -> dict[str, dict[str, Any]]:
     wanted += [run for size in SIZES.values() for runs in candidates(size).values() for run in runs]
     wanted += [run for size in SIZES.values() for seeds in finals(size).values() for run in seeds]
     wanted += [run for size in SIZES.values() for run in ablations(size).values()]
-    wanted += [run for runs in widths().values() for run in runs]
+    wanted += [run for base in BASES for runs in widths(base).values() for run in runs]
     results = {run.name: result for run in wanted if (result := run.result())}
     for name, result in results.items():
         test = CACHE / f"{name}.test.json"

@@ -189,12 +189,18 @@ def ablations(size: Size) -> dict[str, Run]:
     }
 
 
-def widths() -> dict[int, list[Run]]:
-    """Width → size A's GlobalLocal at that width, at every learning rate of A's sweep."""
+WIDTHS = (64, 128, 256, 512)
+BASES = (None, 32)  # of `optimizer.base_hidden_size`
+WIDTH_RATES = (4e-3, 8e-3, 1.6e-2, 3.2e-2)
+
+
+def widths(base: int | None) -> dict[int, list[Run]]:
+    """Width → size A's GlobalLocal at that width, at every rate, with `base` as its `optimizer.base_hidden_size`."""
     size = SIZES["A"]
-    contenders = {width: Contender("globallocal", globallocal(width, 2, [[1, 2], [4, 8]])) for width in (64, 256)}
-    runs = {
-        width: [size.run(f"width{width}", contender, rate) for rate in size.learning_rates]
-        for width, contender in contenders.items()
-    }
-    return dict(sorted((runs | {size.globallocal["hidden_size"]: sweep(size)["globallocal"]}).items()))
+    runs = {}
+    for width in WIDTHS:
+        own = width == size.globallocal["hidden_size"] and base is None
+        label = "globallocal" if own else f"width{width}" + (f"-base{base}" if base else "")
+        contender = Contender("globallocal", globallocal(width, 2, [[1, 2], [4, 8]]))
+        runs[width] = [replace(size.run(label, contender, rate), base_hidden_size=base) for rate in WIDTH_RATES]
+    return runs

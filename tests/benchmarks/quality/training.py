@@ -41,6 +41,7 @@ class Run:
     steps: int
     learning_rate: float
     seed: int = 0
+    base_hidden_size: int | None = None
 
     @property
     def path(self) -> Path:
@@ -55,7 +56,8 @@ class Run:
         if not self.path.exists():
             return None
         result = json.loads(self.path.read_text())
-        return result if result["run"] == json.loads(json.dumps(asdict(self))) else None
+        ran = {"base_hidden_size": None} | result["run"]  # earlier ones do not name it
+        return result if ran == json.loads(json.dumps(asdict(self))) else None
 
 
 def train(run: Run, dataset: Dataset) -> dict[str, Any]:
@@ -69,8 +71,12 @@ def train(run: Run, dataset: Dataset) -> dict[str, Any]:
     model = run.contender.build(run.sequence_length).train().to(DEVICE)
     rounded = DEVICE.type == "cuda" or run.contender.variant == "bfloat16"
     passes = rounded_copy(model) if rounded else model
-    settings = OptimizerSection(learning_rate=run.learning_rate, warmup_steps=round(run.steps * WARMUP_SHARE))
-    optimizer = build_optimizer(parameter_groups(model, settings.weight_decay), settings, offload=False)
+    settings = OptimizerSection(
+        learning_rate=run.learning_rate,
+        warmup_steps=round(run.steps * WARMUP_SHARE),
+        base_hidden_size=run.base_hidden_size,
+    )
+    optimizer = build_optimizer(parameter_groups(model.model, settings), settings, offload=False)
     source = SampleSource(dataset, "train", run.sequence_length, run.seed)
     layout = BatchLayout(run.batch_size, run.batch_size, 1)
     curve, start = [], time.perf_counter()

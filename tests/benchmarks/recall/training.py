@@ -60,7 +60,7 @@ def train(run: Run) -> dict[str, Any]:
     torch.manual_seed(run.seed)
     task, model = TASKS[run.task], Contender(CONTENDERS[run.contender].build()).train()
     settings = OptimizerSection(learning_rate=run.learning_rate, warmup_steps=round(run.steps * WARMUP_SHARE))
-    groups = parameter_groups(model, settings.weight_decay)
+    groups = parameter_groups(model, settings)
     optimizer = torch.optim.AdamW(groups, lr=run.learning_rate, betas=settings.betas, fused=True)
     rng, start, curve = np.random.default_rng([run.seed, 0]), time.process_time(), []
     step = 0
