@@ -6,7 +6,7 @@ DeepSpeed hands its files to `DeferringCheckpointEngine`, its own extension poin
 import json
 import os
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from enum import Enum
 from functools import partial
@@ -35,21 +35,30 @@ from pipeline.redact import failure_message, redact
 
 
 class _HashingFile:
-    """A write-only binary file that knows the hash of what passed through it."""
+    """A write-only binary file that knows the hash of what passed through it.
 
-    def __init__(self, raw: BinaryIO, thread: ThreadPoolExecutor) -> None:
-        self.raw, self.thread, self.digest, self.size = raw, thread, hasher(), 0
+    Neither hashing nor writing nor the disk holds the interpreter: a large piece is hashed while it is written, and
+    goes to the disk while the next one is. Called by one thread.
+    """
+
+    def __init__(self, raw: BinaryIO, threads: ThreadPoolExecutor) -> None:
+        self.raw, self.threads, self.digest, self.size = raw, threads, hasher(), 0
         self.error: OSError | None = None
+        self._syncing: Future[None] | None = None
 
     def write(self, data: bytes | memoryview) -> int:
         self.size += len(data)
         _written[0] += len(data)
-        # Neither hashing nor writing holds the interpreter: large pieces do both at once.
-        hashed = self.thread.submit(self.digest.update, data) if len(data) >= _LARGE_BYTES else None
+        large = len(data) >= _LARGE_BYTES
+        hashed = self.threads.submit(self.digest.update, data) if large else None
         try:
             if hashed is None:
                 self.digest.update(data)
-            return self.raw.write(data)
+            count = self.raw.write(data)
+            if large and (self._syncing is None or self._syncing.done()):
+                self._synced()
+                self._syncing = self.threads.submit(os.fsync, self.raw.fileno())
+            return count
         except OSError as error:
             self.error = error
             raise
@@ -59,6 +68,16 @@ class _HashingFile:
 
     def flush(self) -> None:
         self.raw.flush()
+
+    def sync(self) -> None:
+        """All that was written is on the disk when this returns. Raises OSError."""
+        self.raw.flush()
+        self._synced()
+        os.fsync(self.raw.fileno())
+
+    def _synced(self) -> None:
+        if self._syncing is not None:
+            self._syncing.result()  # the kernel tells of an error once: to this call, not to the one that follows
 
 
 _LARGE_BYTES = 1 << 16
@@ -175,14 +194,13 @@ def _save(content: Any, file: Any) -> None:
 
 def write_durably(path: Path, write: Callable[[Any], Any]) -> Written:
     """Call `write(file)`, hash what it wrote and fsync it. Raises OSError."""
-    with open(path, "wb") as raw, ThreadPoolExecutor(1, "checkpoint-hash") as thread:
-        file = _HashingFile(raw, thread)
+    with open(path, "wb") as raw, ThreadPoolExecutor(2, "checkpoint-file") as threads:
+        file = _HashingFile(raw, threads)
         try:
             write(file)
         except RuntimeError as error:  # torch.save's, where the disk's own error says more
             raise (file.error or error) from None
-        raw.flush()
-        os.fsync(raw.fileno())
+        file.sync()
     return Written(file.size, file.digest.hexdigest())
 
 
