@@ -235,9 +235,9 @@ def large(folder: Path, world: World, stop: StopRequest, stage: int) -> dict[str
     """Steps while 8 GB are written in the background, and the memory that the copy takes, under a stage of ZeRO."""
     name, zero = f"large{stage}", f"deepspeed.config=ds_configs/zero{stage}.json"
     config = settings(folder, name, zero, *EIGHT_GIGABYTES, "tracking.enabled=false")
-    size = estimate(config, Machine(ranks=world.size))
-    forecast = copy_bytes(sum(size.parameters.values()), size.pool_elements, stage, size.precision, world.size)
     trainer = build(config, world, stop, Clock())
+    context = trainer.context
+    forecast = copy_bytes(context.model, config.optimizer.name, stage, context.precision, world.size)
     trainer.train_step()
     saved(trainer)  # makes the buffers
     alone = [timed(world, trainer.train_step) for _ in range(TURNS)]
