@@ -6,9 +6,13 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import hypothesis
 import pytest
 
 from pipeline.files import locked
+
+hypothesis.settings.register_profile("any machine", deadline=None)  # an example may take long on a busy one
+hypothesis.settings.load_profile("any machine")
 
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported: a worker for each core is enough threads
@@ -22,6 +26,9 @@ TOGETHER = dict.fromkeys(
 ) | dict.fromkeys(["test_ray.py", "test_interrupt.py"], "ray")
 """Modules that one worker runs: they share a fixture of minutes, or start Ray, which joins a cluster that it finds."""
 
+LONG = ("tests/pipeline/", "tests/deploy/", "tests/model/test_kernels_interpreted.py")
+"""What trains on real ranks, builds wheels, or interprets kernels."""
+
 
 def scope(item_id: str) -> str:
     """What a worker takes as one: a module, or those of `TOGETHER`."""
@@ -30,8 +37,8 @@ def scope(item_id: str) -> str:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The longest first, so that no worker begins it when the others are about to end: what trains on real ranks."""
-    items.sort(key=lambda item: (scope(item.nodeid) != "trained", "tests/pipeline/" not in item.nodeid))
+    """The longest first, so that no worker begins it when the others are about to end."""
+    items.sort(key=lambda item: (scope(item.nodeid) != "trained", not item.nodeid.startswith(LONG)))
 
 
 @pytest.hookimpl(optionalhook=True)

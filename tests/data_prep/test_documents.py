@@ -91,7 +91,7 @@ def test_tasks_go_on_from_any_of_them(kind, tmp_path, monkeypatch):
         assert rest == whole[i:]
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(st.lists(st.text(max_size=12), max_size=25), st.integers(1, 60))
 def test_ranges_of_a_jsonl_file_share_its_lines_out(tmp_path_factory, texts, task_bytes):
     folder = tmp_path_factory.mktemp("jsonl")

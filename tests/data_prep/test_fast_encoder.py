@@ -47,7 +47,7 @@ def without_gigatoken(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "gigatoken", None)  # what an import finds where it is not installed
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(st.one_of(any_text, nasty_text))
 def test_ids_are_sentencepieces(tokenizer: Tokenizer, fast: FastEncoder, text: str):
     assert fast.encode(text.encode()).tolist() == tokenizer.processor.encode(text)
@@ -164,7 +164,7 @@ def test_a_dataset_is_the_same_whoever_encodes(name, tokenizer, tmp_path, monkey
     both(CORPORA[name], tokenizer, tmp_path, Filters(drop_duplicates=name == "equal"))
 
 
-@settings(max_examples=8, deadline=None)
+@settings(max_examples=8)
 @given(st.lists(st.one_of(any_text, nasty_text), min_size=1, max_size=30))
 def test_a_dataset_of_any_text_is_the_same_whoever_encodes(tokenizer, tmp_path_factory, texts):
     both(texts, tokenizer, tmp_path_factory.mktemp("any"))
@@ -173,7 +173,7 @@ def test_a_dataset_of_any_text_is_the_same_whoever_encodes(tokenizer, tmp_path_f
 # --- measures -------------------------------------------------------------------------------------------------
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(st.lists(st.one_of(any_text, nasty_text)))
 def test_words_and_newlines_are_those_of_str(texts: list[str]):
     words, newlines = words_and_newlines([text.encode() for text in texts])

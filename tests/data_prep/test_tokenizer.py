@@ -161,7 +161,7 @@ def test_special_ids_are_fixed_and_text_never_gives_them(tokenizer: Tokenizer):
     assert tokenizer.decode(ids) == "<unk> <s> </s> <pad> a</s>b"
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(st.one_of(any_text, nasty_text))
 def test_parts_of_a_text_have_its_ids_and_spell_it(tokenizer: Tokenizer, text: str):
     assert tokenizer.splits_at_spaces

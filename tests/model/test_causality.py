@@ -20,7 +20,7 @@ def preset_model(request):
     return make_model(scaled_preset(name, **(options if extra else {})))
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 @given(position=st.integers(0, 39), token=st.integers(0, 30), seed=st.integers(0, 99))
 def test_editing_a_token_changes_nothing_before_it(preset_model, position, token, seed):
     ids = random_ids(preset_model.config, 1, 40, seed)

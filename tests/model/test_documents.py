@@ -35,7 +35,7 @@ def text(batch, length, share_of_ends, seed):
     return torch.where(torch.rand(batch, length, generator=generator) < share_of_ends, ends, ids)
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(
     batch=st.integers(1, 2),
     length=st.integers(1, 30),
@@ -59,7 +59,7 @@ def test_packed_documents_are_what_they_are_alone(batch, length, share_of_ends, 
         assert gradient is None or (gradient - goal).abs().max() <= 1e-10 * goal.abs().max().clamp_min(1)
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(
     pieces=st.lists(st.sampled_from([1, 1, 2, 9]), min_size=1, max_size=12),
     context=st.sampled_from(CONTEXTS),

@@ -32,7 +32,7 @@ def largest_difference(model, ids, labels):
 CONTEXTS = ["token", "summary", "delta", "delta with keys per head"]
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     batch=st.integers(1, 3),
     length=st.integers(1, 70),  # up to a second chunk of the summary
@@ -175,7 +175,7 @@ def test_blocks_do_not_change_the_result(monkeypatch):
     assert max(*whole, *largest_difference(model, ids, labels)) < 1e-10
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(length=st.integers(1, 150), seed=st.integers(0, 99))
 def test_the_recurrence_is_that_of_a_loop_over_any_number_of_chunks(length, seed):
     generator = torch.Generator().manual_seed(seed)
@@ -205,7 +205,7 @@ def delta_rule_of_a_loop(query, key, value, log_keep, write, state):
     return torch.stack(answers, dim=1), state
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(length=st.integers(1, 200), groups=st.sampled_from([1, 2, 4]), seed=st.integers(0, 99))
 def test_the_delta_rule_is_that_of_a_loop_over_any_number_of_chunks(length, groups, seed):
     """From a state that is there already, and with gradients through answers and last state."""
@@ -235,7 +235,7 @@ def test_the_delta_rule_keeps_one_value_under_each_key():
     )
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(rows=st.integers(1, 5), columns=st.integers(1, 300), k=st.integers(1, 8), seed=st.integers(0, 99))
 def test_the_largest_columns_are_found(rows, columns, k, seed):
     scores = torch.randn(rows, columns, generator=torch.Generator().manual_seed(seed))

@@ -44,7 +44,7 @@ def _batch(first: int, step: int, skipped: tuple[tuple[int, int], ...]) -> int:
     return next(n for place, n in enumerate(kept) if place == step)
 
 
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(batches=growing(), stop=st.integers(0, STEPS), data=st.data())
 def test_every_sample_once_for_all_ranks_through_a_resume_without_what_is_left_out(batches, stop, data) -> None:
     micro, ranks, size, warmup = batches

@@ -120,7 +120,7 @@ layouts = st.tuples(st.integers(1, 6), st.integers(1, 4), st.integers(1, 4)).map
 )
 
 
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(
     layout=layouts,
     length=st.integers(1, 60),
@@ -180,7 +180,7 @@ def test_a_step_reads_the_global_batch_that_is_its_turn(pieces, step):
     assert data_step(step, merge_ranges(pieces)) == read[step]
 
 
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(layout=layouts, pieces=ranges, stop=st.integers(0, 30), data=st.data())
 def test_an_epoch_without_its_skipped_batches_is_read_once_by_every_world_size_through_a_resume(
     counting, layout, pieces, stop, data

@@ -23,7 +23,7 @@ from pipeline.health.state import (
 finite = st.floats(-1e6, 1e6)
 
 
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 @given(st.floats(-1e3, 1e3), st.floats(0.01, 1e3), st.integers(0, 2**32))
 def test_a_normal_value_scores_as_many_deviations_as_it_lies_above(mean: float, deviation: float, seed: int) -> None:
     history = np.random.default_rng(seed).normal(mean, deviation + abs(mean), 10_000).tolist()
@@ -31,7 +31,6 @@ def test_a_normal_value_scores_as_many_deviations_as_it_lies_above(mean: float, 
     assert score == pytest.approx(5, abs=0.3)
 
 
-@settings(deadline=None)
 @given(st.lists(finite, min_size=9, max_size=60), finite)
 def test_a_few_outliers_in_the_history_hide_nothing(history: list[float], value: float) -> None:
     with_outliers = [*history, *[1e30] * (len(history) // 4)]
@@ -85,7 +84,7 @@ def test_nothing_is_a_spike_before_a_quarter_of_the_window_and_where_it_is_off()
     assert "of the last 32 steps (health.spike_z_score 10)" in reason
 
 
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 @given(st.integers(0, 2**32), st.integers(0, 400))
 def test_a_run_resumed_anywhere_decides_as_the_unbroken_one(seed: int, stop: int) -> None:
     curve = numbers(seed, 400)
@@ -110,7 +109,6 @@ def test_a_bad_batch_is_left_out_and_counted_until_a_step_is_taken() -> None:
     assert (overflowed.applied().overflows, overflowed.applied().overflows_in_a_row) == (2, 0)
 
 
-@settings(deadline=None)
 @given(st.integers(0, 1000), st.integers(0, 50), st.integers(1, 6))
 def test_roll_backs_leave_out_the_spike_and_twice_as_much_each_time_and_end(to: int, after: int, limit: int) -> None:
     state, widths = HealthState(), []

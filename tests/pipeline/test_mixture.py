@@ -4,7 +4,7 @@ from fractions import Fraction
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from data_prep.errors import UserError
@@ -14,7 +14,6 @@ from pipeline.data.samples import SampleSource
 from tests.pipeline.dataset_fixture import write_stream
 
 
-@settings(deadline=None)
 @given(counts=st.lists(st.integers(1, 60), min_size=1, max_size=12))
 def test_the_share_of_each_dataset_is_within_one_sample_at_every_moment(counts):
     order = mixture_order(counts)

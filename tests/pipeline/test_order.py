@@ -10,13 +10,11 @@ from hypothesis import strategies as st
 from pipeline.data.order import MAX_SAMPLES, SampleOrder, WindowedOrder, order_key, permute
 
 
-@settings(deadline=None)
 @given(size=st.integers(1, 3000), key=st.integers(0, 2**64 - 1))
 def test_permute_sends_a_range_onto_itself(size, key):
     assert sorted(permute(np.arange(size), size, key)) == list(range(size))
 
 
-@settings(deadline=None)
 @given(size=st.integers(1, MAX_SAMPLES), key=st.integers(0, 2**64 - 1), data=st.data())
 def test_permute_of_trillions_takes_no_memory_and_keeps_indices_apart(size, key, data):
     start = data.draw(st.integers(0, size - 1))
@@ -65,7 +63,6 @@ def test_neighbours_do_not_stay_neighbours():
     assert abs(np.corrcoef(np.arange(100_000), order)[0, 1]) < 0.02
 
 
-@settings(deadline=None)
 @given(num_samples=st.integers(1, 400), seed=st.integers(), epochs=st.integers(1, 3))
 def test_each_epoch_reads_every_sample_once(num_samples, seed, epochs):
     order = SampleOrder(num_samples, seed)
@@ -90,14 +87,13 @@ def windowed(most_samples: int) -> st.SearchStrategy[WindowedOrder]:
     )
 
 
-@settings(deadline=None)
 @given(order=windowed(400), epochs=st.integers(1, 3))
 def test_each_epoch_reads_every_sample_once_in_windows_too(order, epochs):
     read = order.sample_index(np.arange(epochs * order.num_samples)).reshape(epochs, order.num_samples)
     assert (np.sort(read, axis=1) == np.arange(order.num_samples)).all()
 
 
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 @given(order=windowed(60))
 def test_a_window_reads_exactly_the_ranges_it_names(order):
     """Also at the borders: what a window reads is known before, whole, and read in no other window."""

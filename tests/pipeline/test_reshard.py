@@ -10,7 +10,7 @@ import pytest
 import torch
 from deepspeed.runtime.fp16.loss_scaler import CreateLossScaler, LossScaleConfig
 from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from data_prep.errors import UserError
@@ -238,7 +238,6 @@ def test_a_damaged_checkpoint_is_not_put_into_one_file(folder: Path, tmp_path: P
     assert not (tmp_path / "one" / "step-00000003").exists()
 
 
-@settings(deadline=None)  # the first look at a file maps it
 @given(data=st.data())
 def test_any_slice_of_any_parameter_is_that_of_the_whole(folder: Path, data: st.DataObject) -> None:
     source = data.draw(st.sampled_from(["z0r1", "z1r4", "z2r2", "z3r2"]))

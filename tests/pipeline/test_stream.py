@@ -25,7 +25,7 @@ from pipeline.data.token_stream import TokenStream
 from tests.pipeline.dataset_fixture import write_dataset, write_stream
 
 
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(data=st.data(), dtype=st.sampled_from([np.uint16, np.uint32]))
 def test_any_slice_equals_that_of_the_flat_array(tmp_path_factory, data, dtype):
     shards = data.draw(st.lists(st.lists(st.integers(1, 40), min_size=1, max_size=4), min_size=1, max_size=4))

@@ -33,7 +33,7 @@ SOLVERS = {
 
 
 @pytest.mark.parametrize("name", NAMES)
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(data=st.data())
 def test_every_answer_follows_from_what_was_read(name: str, data: st.DataObject) -> None:
     size, seed = data.draw(st.sampled_from(SIZES[name])), data.draw(st.integers(0, 2**32 - 1))
