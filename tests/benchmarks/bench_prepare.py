@@ -9,6 +9,7 @@ All contenders encode the same articles with the same tokenizer in this one run,
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import json
 import os
 import re
@@ -16,7 +17,7 @@ import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from data_prep.engines import Engine, InProcess, ProcessEngine
 from data_prep.manifest import open_dataset
 from data_prep.prepare import prepare
 from data_prep.prepare_settings import PrepareSettings
+from data_prep.ray_engine import RayEngine
 from data_prep.sources.files import FilesSettings, FilesSource
 from data_prep.tokenizers.fast_encoder import FastEncoder
 from data_prep.tokenizers.hf_tokenizer import tokenizer_files
@@ -41,6 +43,7 @@ TARGETS = {
     "prepare_over.litdata": "≥ 6",
     "prepare_over.mosaicml-streaming": "≥ 6",
     "two_workers_over_one": "≥ 1.8",
+    "two_ray_nodes_over_two_workers": "≥ 0.8",
     "speed_over_that_of_articles.documents_of_40_bytes": "≥ 0.5",
 }
 
@@ -75,6 +78,9 @@ def _run(folder: Path, megabytes: int, stack: contextlib.ExitStack) -> dict[str,
     if (os.cpu_count() or 1) > 1:
         contenders["prepare_two_workers"] = lambda: _prepare(path, tokenizer, folder / "dataset", ProcessEngine(2))
         contenders["sentencepiece_two_threads"] = lambda: tokenizer.processor.encode(documents, num_threads=2)
+    if importlib.util.find_spec("ray"):
+        engine = stack.enter_context(two_ray_nodes())
+        contenders["prepare_two_ray_nodes"] = lambda: _prepare(path, tokenizer, folder / "dataset", engine)
     others = {"long": long, "short": short}
     python = peer_environment()
     peers = {
@@ -92,6 +98,7 @@ def _run(folder: Path, megabytes: int, stack: contextlib.ExitStack) -> dict[str,
             seconds[package].append(_told(turn, package, ask(process, "again")))
     size = path.stat().st_size
     one, two = seconds.pop("prepare"), seconds.pop("prepare_two_workers", [float("nan")] * ROUNDS)
+    ray = seconds.pop("prepare_two_ray_nodes", [float("nan")] * ROUNDS)
     encoder, in_process = seconds.pop("encoder_alone"), seconds.pop("in_process")
     speeds = {name: file.stat().st_size / min(seconds.pop(name)) / (size / min(one)) for name, file in others.items()}
     ours = {name: two if name.endswith("two_threads") else one for name in seconds}
@@ -101,6 +108,8 @@ def _run(folder: Path, megabytes: int, stack: contextlib.ExitStack) -> dict[str,
         "prepare_over_by_turns": {name: spread(ours[name], values) for name, values in seconds.items()},
         "two_workers_over_one": over(two, one),
         "two_workers_over_one_by_turns": spread(two, one),
+        "two_ray_nodes_over_two_workers": over(ray, two),
+        "two_ray_nodes_over_two_workers_by_turns": spread(ray, two),
         "share_of_time_outside_the_encoder": 1 - over(in_process, encoder),
         "speed_over_that_of_articles": {
             f"one_document_of_{LONG_MEGABYTES}_mb": speeds["long"],
@@ -109,6 +118,24 @@ def _run(folder: Path, megabytes: int, stack: contextlib.ExitStack) -> dict[str,
         "bytes_per_token_over_2": _sizes(folder / "dataset"),
         "versions": versions(python) if python else {},
     }
+
+
+@contextlib.contextmanager
+def two_ray_nodes() -> Iterator[RayEngine]:
+    """A cluster on this machine: a head without CPUs, and two nodes of one each."""
+    import ray
+    from ray.cluster_utils import Cluster
+
+    os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
+    for _ in range(2):
+        cluster.add_node(num_cpus=1)
+    cluster.wait_for_nodes()
+    try:
+        yield RayEngine(cluster.address)
+    finally:
+        ray.shutdown()
+        cluster.shutdown()
 
 
 def _told(turn: int, name: str, seconds: float) -> float:

@@ -29,6 +29,7 @@ from pipeline.tracking.journal import Journal
 from pipeline.tracking.node import NodeMonitor
 from pipeline.tracking.tracker import LocalTracker, NullTracker
 from pipeline.trainer import Trainer
+from tests.benchmarks.disk import forget, read
 from tests.benchmarks.turns import over, spread
 from tests.launch.memory_ranks import peak_of_training
 from tests.launch.small_model import MODEL
@@ -189,20 +190,6 @@ def load_bandwidth(trainer: Trainer) -> dict[str, Any]:
 def verified_load(trainer: Trainer, folder: Path) -> None:
     assert checkpoint.verify_together(folder, trainer.context.world) == []
     checkpoint_io.load(trainer.engine, folder, trainer.context.world)
-
-
-def read(path: Path) -> None:
-    block = bytearray(1 << 23)
-    with open(path, "rb", buffering=0) as file:
-        while file.readinto(block):
-            pass
-
-
-def forget(folder: Path) -> None:
-    """Out of the page cache."""
-    for path in folder.iterdir():
-        with open(path, "rb") as file:
-            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
 class Enough(Exception):
