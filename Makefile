@@ -80,4 +80,4 @@ torture: $(READY) ## hours of kills and hangs; the last figures in docs/reliabil
 	$(BIN)/python -m tests.torture $(ARGS)
 
 clean: ## remove what runs and builds left, the virtual environment included
-	rm -rf $(VENV) .cache data runs build *.egg-info mlflow.db mlartifacts .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .cache data runs build *.egg-info mlflow.db mlruns mlartifacts .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -1,5 +1,6 @@
 """Saving while training goes on, on two real ranks: of the right step, and in every trouble of a disk."""
 
+import errno
 import json
 import os
 import subprocess
@@ -12,6 +13,7 @@ import torch
 
 from pipeline.checkpoints.folder import read_state
 from pipeline.checkpoints.space import retained, start_problems
+from pipeline.checkpoints.write import write_files
 from pipeline.settings.sections import Retention
 from tests.conftest import missing
 from tests.pipeline.comparing import plain
@@ -106,6 +108,30 @@ def test_a_disk_that_is_full_at_any_write(small_disks: dict[str, Any], rank: int
     result = small_disks[f"full-{rank}-{number}"]
     assert_survived(result, "No space left on device")
     assert result["left"] == []
+
+
+def test_a_disk_that_fails_at_any_time_while_a_file_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    content = {str(number): torch.full((50_000,), float(number)) for number in range(4)}
+    fsync, calls = os.fsync, 0
+
+    def failing(descriptor: int) -> None:  # no disk of a test breaks on demand
+        nonlocal calls
+        calls += 1
+        if calls == fails_at:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", failing)
+    for fails_at in range(1, 10):
+        calls = 0
+        written, problems = write_files(tmp_path / "step", {"weights.pt": content})
+        if calls < fails_at:
+            break
+        assert (written, problems) == ({}, [f"{tmp_path}/step/weights.pt: Input/output error"])
+    assert fails_at > 2  # one while the file was written, and one at its end
+    assert written
+    assert not problems
+    assert torch.equal(torch.load(tmp_path / "step" / "weights.pt")["3"], content["3"])
 
 
 def test_a_target_that_is_read_only(small_disks: dict[str, Any]) -> None:
