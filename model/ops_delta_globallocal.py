@@ -1,10 +1,12 @@
 """The gated delta rule in chunks: a triangular system inside each, and one state between them.
 
-Plain torch, in float32 or wider, on every device, with a backward pass of its own. Shapes and symbols as in
+Plain torch stands here, in float32 or wider, with a backward pass of its own; on a GPU the kernels of
+`kernels_delta_globallocal.py` do the same where Triton is installed. Shapes and symbols as in
 `configuration_globallocal.py`, and here n chunks of C positions, J = B · G groups of heads that share keys, E = H / G
 heads in each. What many heads ask of one key is one product: [C, d] · [d, E · p].
 """
 
+from contextlib import suppress
 from typing import Any, NamedTuple
 
 import torch
@@ -13,7 +15,10 @@ from torch import Tensor
 from torch.autograd import Function
 
 from .configuration_globallocal import SUMMARY_CHUNK
-from .library_globallocal import exporting
+from .library_globallocal import exporting, has_kernels
+
+with suppress(ImportError):  # without Triton `has_kernels` is false; by its name, so that the file travels with exports
+    from .kernels_delta_globallocal import delta_attention, fits
 
 INVERSE_BLOCK = 16  # what a solver inverts at once
 
@@ -55,6 +60,9 @@ def gated_delta_rule(
         keep = log_keep.exp()
         keep = keep if starts is None else keep.masked_fill(starts.unsqueeze(-1), 0)
         return _one_by_one(query, key, value, keep, write, state)
+    parts = (query, key, value, log_keep, write)
+    if has_kernels(query) and state is None and starts is None and length > 1 and fits(*parts):
+        return delta_attention(*parts)
     size = min(SUMMARY_CHUNK, 1 << (length - 1).bit_length())
     if missing := -length % size:  # steps that change nothing
         query, key, value = (F.pad(x, (0, 0, 0, 0, 0, missing)) for x in (query, key, value))

@@ -8,7 +8,12 @@ import pytest
 
 from tests.conftest import ROOT
 
-FILES = ["interpreted_convolution.py", "interpreted_router_and_loss.py", "test_kernels_summary.py"]
+FILES = [
+    "interpreted_convolution.py",
+    "interpreted_router_and_loss.py",
+    "test_kernels_delta.py",
+    "test_kernels_summary.py",
+]
 
 
 def test_kernels_in_the_interpreter():

@@ -3,8 +3,6 @@
 With a GPU they run there; otherwise `test_kernels_interpreted.py` runs this file in Triton's interpreter.
 """
 
-import os
-
 import pytest
 import torch
 from torch import Tensor
@@ -14,12 +12,11 @@ from model.decoding_globallocal import GlobalLocalCache
 from model.ops_summary_globallocal import decayed_attention
 
 from .helpers import make_model, random_ids, tiny_config
+from .kernels_helpers import DEVICE, INTERPRETED, gates, results
 
 pytest.importorskip("triton", reason="the kernels need Triton: pip install 'globallocal[dev]' on Linux")
 from model import kernels_summary_globallocal as kernels
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-DEVICE = "cuda" if torch.cuda.is_available() and not INTERPRETED else "cpu"
 # batch, length, heads, key size, head width; chunks are 64 long
 SHAPES = [
     (1, 2, 1, 16, 16),
@@ -31,13 +28,6 @@ SHAPES = [
 ]
 
 
-def gates(kind: str, *shape: int) -> Tensor:
-    """Logarithms of the shares kept, float32."""
-    wide = {"usual": 2.0, "open": 1e-4, "closed": 30.0, "mixed": 1e-4}[kind]
-    log_keep = -wide * torch.rand(shape)
-    return torch.where(torch.rand(shape) < 0.2, -30.0, log_keep) if kind == "mixed" else log_keep
-
-
 def inputs(batch: int, length: int, heads: int, d: int, p: int, kind: str = "usual", spare: int = 8) -> list[Tensor]:
     """query, key, value and log_keep; the first three lie side by side, as one linear layer leaves them."""
     torch.manual_seed(length)
@@ -45,14 +35,6 @@ def inputs(batch: int, length: int, heads: int, d: int, p: int, kind: str = "usu
     query, key, value, _ = packed.split([d, d, heads * p, spare], dim=-1)
     tensors = [query, key, value.unflatten(-1, (heads, p)), gates(kind, batch, length, heads).to(DEVICE)]
     return [x.detach().requires_grad_() for x in tensors]
-
-
-def results(function, tensors: list[Tensor]) -> list[Tensor]:
-    """Answers, last state and the gradients of all inputs, through both results."""
-    answers, last = function(*tensors)
-    generator = torch.Generator().manual_seed(1)
-    grads = [torch.randn(x.shape, generator=generator).to(x.device, x.dtype) for x in (answers, last)]
-    return [answers, last, *torch.autograd.grad((answers, last), tensors, grads)]
 
 
 def plain(query: Tensor, key: Tensor, value: Tensor, log_keep: Tensor) -> tuple[Tensor, Tensor]:
