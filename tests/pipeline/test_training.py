@@ -44,7 +44,8 @@ def test_stages_train_the_same_model(runs: Runs, trained: Path, metric: str) -> 
 @pytest.mark.parametrize("special", ["offload", "hpz"])
 def test_offload_and_hierarchical_partitions_train_the_same_model(runs: Runs, trained: Path, special: str) -> None:
     assert runs[special]["code"] == 0, runs[special]
-    assert losses_of(trained, special) == pytest.approx(losses_of(trained, "unbroken-3"), rel=1e-4)
+    plain = losses_of(trained, "unbroken-3")
+    assert losses_of(trained, special) == pytest.approx({step: plain[step] for step in (1, 2, 3)}, rel=1e-4)
 
 
 def test_a_batch_that_grows_is_the_same_at_every_stage_and_counts_its_tokens(runs: Runs, trained: Path) -> None:
