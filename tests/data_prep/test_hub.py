@@ -214,16 +214,20 @@ hub.RETRY_SECONDS = (0, 0, 0)
 from data_prep.sources.documents import read_documents
 from data_prep.errors import UserError
 from data_prep.sources.hub import HubSettings, HubSource
-try:
-    source = HubSource(HubSettings(*sys.argv[1:3], text_column=sys.argv[3], valid_share=float(sys.argv[4])))
-    documents = {split: [(d.id, d.text) for d in read_documents(source, split)] for split in source.splits}
-    print(json.dumps([source.settings["revision"], documents]))
-except UserError as error:
-    print(*error.problems, sep="\\n")
+for question in range(1, len(sys.argv), 4):
+    repository, configuration, text_column, valid_share = sys.argv[question : question + 4]
+    settings = HubSettings(repository, configuration, text_column=text_column, valid_share=float(valid_share))
+    try:
+        source = HubSource(settings)
+        documents = {split: [(d.id, d.text) for d in read_documents(source, split)] for split in source.splits}
+        print(json.dumps([source.settings["revision"], documents]))
+    except UserError as error:
+        print(*error.problems, sep="\\n")
 """
 
 
 def ask(hub: HubServer | Answers, tmp_path: Path, *arguments: str, program: str = HUB_PROGRAM) -> str:
+    """What one process of `HUB_PROGRAM` says to its questions of four arguments each."""
     environment = {**os.environ, "HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path), "PYTHONPATH": os.getcwd()}
     job = subprocess.run(
         [sys.executable, "-c", program, *arguments], env=environment, capture_output=True, text=True, timeout=120
@@ -238,16 +242,21 @@ def test_any_dataset_of_the_hub(tmp_path):
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), buffer)
     files = {"data/train-00000-of-00001.parquet": buffer.getvalue()}
     with HubServer("someone/text", "c" * 40, files) as hub:
-        revision, documents = json.loads(ask(hub, tmp_path, "someone/text", "default", "content", "0.1"))
+        questions = (
+            *("someone/text", "default", "content", "0.1"),
+            *("someone/text", "default", "text", "0"),
+            *("someone/else", "default", "text", "0"),
+        )
+        answer, no_column, unknown = ask(hub, tmp_path, *questions).splitlines()
+        revision, documents = json.loads(answer)
         assert revision == "c" * 40
         assert sorted(documents) == ["train", "valid"]
         together = sorted(int(id.split(":")[1]) for part in documents.values() for id, _ in part)
         assert together == list(range(200))
         assert all(text == f"text {id.split(':')[1]}" for part in documents.values() for id, text in part)
-        assert "no column 'text'; it has id, content" in ask(hub, tmp_path, "someone/text", "default", "text", "0")
-        unknown = ask(hub, tmp_path, "someone/else", "default", "text", "0")
+        assert "no column 'text'; it has id, content" in no_column
         assert unknown.startswith("someone/else (default): not on the hub, or not open to you (404 Client Error.")
-        assert unknown.endswith("check the id, the revision and your token\n")
+        assert unknown.endswith("check the id, the revision and your token")
 
 
 def test_a_page_in_place_of_an_answer_may_pass_and_is_no_missing_configuration(tmp_path):

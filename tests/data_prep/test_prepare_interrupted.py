@@ -21,6 +21,7 @@ from data_prep.sources.files import FilesSettings, FilesSource
 from data_prep.store import FolderStore
 from data_prep.verify import verify_dataset
 from tests.data_prep.conftest import Interrupted, folder_bytes, sentences, small, stop_after, write_texts
+from tests.variants import some_of
 
 
 def test_no_manifest_until_all_is_whole_and_a_rerun_goes_on(source, tokenizer, whole, tmp_path):
@@ -71,7 +72,10 @@ def run_and_die(settings: PrepareSettings, line_number: int) -> int | None:
 STAGE_FILES = ("prepare", "journal", "store", "packing", "shards")
 
 
-def test_killed_at_fifty_random_points_ends_in_the_same_bytes(source, tokenizer, whole, tmp_path):
+KILLS = len(some_of(range(25), range(25)))
+
+
+def test_killed_at_random_points_ends_in_the_same_bytes(source, tokenizer, whole, tmp_path):
     settings = small(source, tokenizer, tmp_path / "unbroken")
     total = run_and_die(settings, sys.maxsize)
     assert total is not None
@@ -79,7 +83,7 @@ def test_killed_at_fifty_random_points_ends_in_the_same_bytes(source, tokenizer,
     rng = random.Random(50)
     expected = folder_bytes(whole)
     kills = folders = 0
-    while kills < 50:
+    while kills < KILLS:
         folder = tmp_path / f"killed-{folders}"
         settings = small(source, tokenizer, folder)
         while run_and_die(settings, rng.randint(1, total // 2)) is None:

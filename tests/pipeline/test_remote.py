@@ -15,6 +15,7 @@ from data_prep.errors import UserError
 from pipeline.data.loader import BatchLayout, BatchLoader
 from pipeline.data.remote import RemoteDataset, open_location
 from pipeline.data.samples import SampleSource
+from tests.forks import start
 from tests.pipeline.dataset_fixture import write_stream
 from tests.pipeline.remote_fixtures import EVERY_START, GIB, fetch, folder, read_all, server, short_delays
 from tests.pipeline.servers_fixture import http_server, wait_until
@@ -131,14 +132,12 @@ def test_the_ranks_of_a_node_download_each_shard_once(tmp_path, server):
         "source = SampleSource(open_location(sys.argv[1], sys.argv[2], 1 << 30), 'train', 10, int(sys.argv[3]))\n"
         "print(source.samples(np.arange(source.num_samples))[:, 0].sum())\n"
     )
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, "-c", program, server.url, str(tmp_path), str(rank)], stdout=subprocess.PIPE, text=True
-        )
-        for rank in range(4)
-    ]
-    sums = {rank.communicate(timeout=120)[0].strip() for rank in ranks}
-    assert sums == {str(sum(EVERY_START))}
+    (tmp_path / "rank.py").write_text(program)
+    words = [str(tmp_path / "rank.py"), server.url, str(tmp_path / "cache")]
+    outputs = [tmp_path / f"rank-{rank}.out" for rank in range(4)]
+    ranks = [start([*words, str(rank)], dict(os.environ), output) for rank, output in enumerate(outputs)]
+    assert [rank.wait(120) for rank in ranks] == [0] * 4, [output.read_text() for output in outputs]
+    assert {output.read_text().strip() for output in outputs} == {str(sum(EVERY_START))}
     assert {n for name, n in server.requests.items() if name.endswith(".tar")} == {1}
 
 
