@@ -37,8 +37,10 @@ class ShardEntry:
     shard: int
     bytes: int
     sha256: str
+    blake3: str
     ids_bytes: int
     ids_sha256: str
+    ids_blake3: str
     chunks: list[list[int]]
     tokens_end: int
     documents_end: int

@@ -8,6 +8,7 @@ A dataset folder is one token stream per split, cut into chunks, packed into Web
     SPLIT-000000.ids.jsonl … the ids of the documents that start in the shard, one JSON string per line
     SPLIT.shards.npy         per shard: bytes, sha256, first chunk (`SHARD_RECORD`)
     SPLIT.chunks.npy         <u8 [4, C + 1], rows as in `CHUNK_ROWS`; column C closes the last chunk
+    SPLIT.blake3.npy         per shard: the blake3 of the tar and of the ids file (`BLAKE3_RECORD`), which are checked
     SPLIT.texts.npy          what was read, per task (`TEXT_RECORD`), where the source's text may change; no
                              reader needs it, it tells the same command whether the text is still the same
 
@@ -32,10 +33,12 @@ import pydantic
 from pydantic import BaseModel, Field
 
 from data_prep.errors import UserError
+from data_prep.hashing import Digest, check_file
 from data_prep.store import FolderStore, Store, open_store
 from data_prep.threads import in_threads
 
-FORMAT_VERSION = 2  # what is written; 1, which named a dataset by its source's paths too, is still read
+# What is written. Still read: 2, which has the same ids but no blake3, and 1, whose ids held the source's paths too.
+FORMAT_VERSION = 3
 MANIFEST_NAME = "manifest.json"
 TOKENIZER_FOLDER = "tokenizer"
 MODEL_FILE = f"{TOKENIZER_FOLDER}/tokenizer.model"
@@ -50,6 +53,7 @@ SHARD_RECORD = np.dtype(
         ("ids_sha256", "V32"),  # of the ids file
     ]
 )
+BLAKE3_RECORD = np.dtype([("shard", "V32"), ("ids", "V32")])
 # A task's position, and 16 bytes of the sha256 of its documents' ids and texts.
 TEXT_RECORD = np.dtype([("unit", "<u8"), ("part", "<u8"), ("digest", "V16")])
 # token_start and document_start: how many tokens (documents) of the split come before the chunk.
@@ -109,6 +113,7 @@ class SplitInfo(BaseModel, extra="forbid"):
     also_in: dict[str, int] = Field({}, description="documents whose text also stands in another split, by split")
     shards_index_sha256: str
     chunks_index_sha256: str
+    blake3_index_sha256: str | None = Field(None, description="of `SPLIT.blake3.npy`; None before format 3")
 
 
 class Manifest(BaseModel, extra="forbid"):
@@ -126,11 +131,15 @@ class Manifest(BaseModel, extra="forbid"):
 
     @property
     def dataset_id(self) -> str:
-        """The sha256 (hex) of the canonical JSON: it names these exact bytes."""
+        """The sha256 (hex) of the canonical JSON: it names these exact bytes, in format 2 as in 3."""
         content = self._content()
         content.pop("encoder", None)
         if self.format_version > 1:
             del content["source"]
+        if self.format_version > 2:
+            content["format_version"] = 2
+            for split in content["splits"].values():
+                del split["blake3_index_sha256"]
         return hashlib.sha256(canonical_json(content)).hexdigest()
 
     def _content(self) -> dict[str, Any]:
@@ -139,6 +148,9 @@ class Manifest(BaseModel, extra="forbid"):
             del content["source"]["texts"]
             for split in content["splits"].values():
                 del split["also_in"]
+        if self.format_version < 3:
+            for split in content["splits"].values():
+                del split["blake3_index_sha256"]
         return content
 
     def to_json(self) -> bytes:
@@ -165,6 +177,7 @@ class SplitIndex:
         chunk_shard: `<u8` [C], shard of each chunk.
         chunk_data_offset: `<u8` [C], byte offset in the tar of the chunk's first token.
         shards: [num_shards] records of `SHARD_RECORD`.
+        blake3: [num_shards] records of `BLAKE3_RECORD`; None before format 3.
     """
 
     name: str
@@ -175,6 +188,7 @@ class SplitIndex:
     chunk_shard: np.ndarray
     chunk_data_offset: np.ndarray
     shards: np.ndarray
+    blake3: np.ndarray | None = None
 
     @property
     def num_shards(self) -> int:
@@ -189,9 +203,18 @@ class SplitIndex:
     def shard_bytes(self, shard: int) -> int:
         return int(self.shards["bytes"][shard])
 
-    def shard_sha256(self, shard: int) -> str:
-        """Hex sha256 of the tar."""
-        return bytes(self.shards["sha256"][shard]).hex()
+    def shard_digest(self, shard: int) -> Digest:
+        """What the tar's bytes are checked by."""
+        return self._digest(shard, "shard", "sha256")
+
+    def ids_digest(self, shard: int) -> Digest:
+        """What the ids file's bytes are checked by."""
+        return self._digest(shard, "ids", "ids_sha256")
+
+    def _digest(self, shard: int, blake3: str, sha256: str) -> Digest:
+        if self.blake3 is not None:
+            return Digest("blake3", bytes(self.blake3[blake3][shard]).hex())
+        return Digest("sha256", bytes(self.shards[sha256][shard]).hex())
 
 
 @dataclass(frozen=True)
@@ -238,7 +261,7 @@ def open_dataset(folder: str | Path, url: str | None = None) -> Dataset:
     problems: list[str] = []
     indexes = {}
     for name, sha256 in index_files(manifest).items():
-        problems += check_file(root / name, None, sha256, f"{url or root}/{name}")
+        problems += check_file(root / name, None, Digest("sha256", sha256), f"{url or root}/{name}")
     if not problems:
         indexes = {name: _load_index(root, name, info) for name, info in manifest.splits.items()}
     if problems:
@@ -256,6 +279,8 @@ def index_files(manifest: Manifest) -> dict[str, str]:
     for split, info in manifest.splits.items():
         hashes[f"{split}.shards.npy"] = info.shards_index_sha256
         hashes[f"{split}.chunks.npy"] = info.chunks_index_sha256
+        if info.blake3_index_sha256:
+            hashes[f"{split}.blake3.npy"] = info.blake3_index_sha256
     return hashes
 
 
@@ -330,17 +355,22 @@ def parse_manifest(content: bytes, where: str) -> Manifest:
 
 
 def _load_index(root: Path, name: str, info: SplitInfo) -> SplitIndex:
-    chunks = np.load(root / f"{name}.chunks.npy", mmap_mode="r", allow_pickle=False)
-    shards = np.load(root / f"{name}.shards.npy", mmap_mode="r", allow_pickle=False)
-    token_start, document_start, shard, data_offset = chunks
-    dtype = np.dtype(info.dtype)
-    return SplitIndex(name, info.tokens, dtype, token_start, document_start, shard[:-1], data_offset[:-1], shards)
+    def load(what: str) -> np.ndarray:
+        array: np.ndarray = np.load(root / f"{name}.{what}.npy", mmap_mode="r", allow_pickle=False)
+        return array
+
+    token_start, document_start, shard, data_offset = load("chunks")
+    blake3 = load("blake3") if info.blake3_index_sha256 else None
+    return SplitIndex(
+        name, info.tokens, np.dtype(info.dtype), token_start, document_start, shard[:-1], data_offset[:-1],
+        load("shards"), blake3,
+    )  # fmt: skip
 
 
 def check_shards(
     dataset: Dataset, split: str, shards: Iterable[int], hashes: bool, before: Callable[[], None] = lambda: None
 ) -> list[str]:
-    """Checks shards against the manifest: sizes, and, if `hashes`, the sha256 of every byte, several files at once.
+    """Checks shards against the manifest: sizes, and, if `hashes`, the hash of every byte, several files at once.
 
     Returns one line a fault: missing, truncated (expected and actual bytes), changed. `before` is called for each.
     """
@@ -348,52 +378,7 @@ def check_shards(
 
     def check(shard: int) -> list[str]:
         before()
-        sha256 = index.shard_sha256(shard) if hashes else None
-        return check_file(Path(dataset.folder) / index.shard_name(shard), index.shard_bytes(shard), sha256)
+        digest = index.shard_digest(shard) if hashes else None
+        return check_file(Path(dataset.folder) / index.shard_name(shard), index.shard_bytes(shard), digest)
 
     return [line for found in (in_threads if hashes else map)(check, shards) for line in found]
-
-
-def check_file(path: Path, expected_bytes: int | None, sha256: str | None, where: str | None = None) -> list[str]:
-    """One line for a file that is missing, of another size or of another hash; none if it is whole.
-
-    Args:
-        where: its name in that line, if it is not `path`.
-    """
-    where = where or str(path)
-    try:
-        actual_bytes = path.stat().st_size
-        problems = [] if expected_bytes is None else check_size(where, actual_bytes, expected_bytes)
-        return problems if problems or sha256 is None else check_hash(where, hash_file(path), sha256)
-    except FileNotFoundError:
-        return check_size(where, None, 0)
-    except OSError as error:
-        return [f"{where}: cannot be read ({error.strerror}); restore the file, or prepare the dataset again"]
-
-
-def check_size(where: str, actual: int | None, expected: int) -> list[str]:
-    """One line if a file is missing (None) or of another size."""
-    if actual is None:
-        return [f"{where}: missing; restore the file, or prepare the dataset again"]
-    if actual == expected:
-        return []
-    return [
-        f"{where}: {actual:,} bytes, expected {expected:,} ({'truncated' if actual < expected else 'too long'}); "
-        "restore the file, or prepare the dataset again"
-    ]
-
-
-def check_hash(where: str, actual: str, expected: str) -> list[str]:
-    """One line if a file's sha256 is another one."""
-    if actual == expected:
-        return []
-    return [
-        f"{where}: sha256 {actual[:16]}…, expected {expected[:16]}… (changed or damaged); "
-        "restore the file, or prepare the dataset again"
-    ]
-
-
-def hash_file(path: Path) -> str:
-    """Hex sha256 of a file."""
-    with open(path, "rb", buffering=0) as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

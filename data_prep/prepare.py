@@ -21,6 +21,7 @@ from data_prep.engines import OrderedMap
 from data_prep.errors import UserError
 from data_prep.journal import Journal
 from data_prep.manifest import (
+    BLAKE3_RECORD,
     FORMAT_VERSION,
     MANIFEST_NAME,
     SHARD_RECORD,
@@ -90,13 +91,13 @@ def finished(settings: PrepareSettings) -> Manifest | None:
         return None
     manifest = parse_manifest(content, f"{settings.output}/{MANIFEST_NAME}")
     id = manifest.dataset_id[:16]
-    if manifest.format_version != FORMAT_VERSION:
+    if manifest.format_version == 1:
         raise UserError(
-            f"{settings.output}: holds a dataset of format version {manifest.format_version} (id {id}), which does not "
+            f"{settings.output}: holds a dataset of format version 1 (id {id}), which does not "
             "say what text it was made of; use it as it is, or choose another folder"
         )
     there = json.loads(json.dumps(manifest.model_dump(exclude={"source": {"texts"}})))
-    there["splits"] = list(there["splits"])
+    there |= {"splits": list(there["splits"]), "format_version": FORMAT_VERSION}  # 2 has the same bytes
     subject = settings.subject()
     if changed := [key for key in subject if there[key] != subject[key]]:
         raise UserError(
@@ -142,10 +143,10 @@ def _differing_task(
 
 
 def _write_indexes(settings: PrepareSettings, store: Store, journal: Journal, split: str) -> SplitInfo:
-    """Writes a split's two index files from its journal entries, after a look at the shards' sizes."""
+    """Writes a split's index files from its journal entries, after a look at the shards' sizes."""
     entries, totals = journal.entries[split], journal.finished_splits[split]
     problems: list[str] = []
-    shards = np.zeros(len(entries), SHARD_RECORD)
+    shards, blake3 = np.zeros(len(entries), SHARD_RECORD), np.zeros(len(entries), BLAKE3_RECORD)
     rows: list[list[int]] = []
     for entry in entries:
         for name, expected in (("tar", entry.bytes), ("ids.jsonl", entry.ids_bytes)):
@@ -157,13 +158,15 @@ def _write_indexes(settings: PrepareSettings, store: Store, journal: Journal, sp
                 )
         sha256, ids_sha256 = bytes.fromhex(entry.sha256), bytes.fromhex(entry.ids_sha256)
         shards[entry.shard] = (entry.bytes, sha256, len(rows), entry.ids_bytes, ids_sha256)
+        blake3[entry.shard] = (bytes.fromhex(entry.blake3), bytes.fromhex(entry.ids_blake3))
         rows += [[start, document, entry.shard, offset] for start, document, offset in entry.chunks]
     if problems:
         raise UserError(problems)
     last = entries[-1]
     rows.append([last.tokens_end, last.documents_end, len(entries), 0])
     hashes = {}
-    for name, array in (("shards", shards), ("chunks", np.ascontiguousarray(np.array(rows, "<u8").T))):
+    chunks = np.ascontiguousarray(np.array(rows, "<u8").T)
+    for name, array in (("shards", shards), ("chunks", chunks), ("blake3", blake3)):
         content = io.BytesIO()
         np.save(content, array, allow_pickle=False)
         store.publish(f"{split}.{name}.npy", content.getvalue())
@@ -184,6 +187,7 @@ def _write_indexes(settings: PrepareSettings, store: Store, journal: Journal, sp
         also_in=totals["also_in"],
         shards_index_sha256=hashes["shards"],
         chunks_index_sha256=hashes["chunks"],
+        blake3_index_sha256=hashes["blake3"],
     )
 
 

@@ -21,6 +21,7 @@ from urllib.parse import urlsplit
 
 from data_prep import retries
 from data_prep.errors import UserError
+from data_prep.hashing import Digest, hasher
 
 _log = logging.getLogger(__name__)
 
@@ -72,24 +73,24 @@ def shown(url: str) -> str:
     return parts._replace(netloc=parts.netloc.rpartition("@")[2], query="", fragment="").geturl()
 
 
-def download(url: str, descriptor: int, num_bytes: int, sha256: str) -> None:
+def download(url: str, descriptor: int, num_bytes: int, expected: Digest) -> None:
     """Writes a file of known size and hash to a descriptor.
 
     Raises UserError if it is missing, still unreachable after about a minute, or not the one recorded.
     """
     actual = ""
     for _ in range(2):  # a second time, in case a proxy garbled the first
-        digest = hashlib.sha256()
+        digest = hasher(expected.algorithm)
         offset = 0
         for block in stream(url, 0, num_bytes, num_bytes):
             digest.update(block)
             _write(url, descriptor, block, offset)
             offset += len(block)
         actual = digest.hexdigest()
-        if actual == sha256:
+        if actual == expected.hex:
             return
     raise UserError(
-        f"{shown(url)}: sha256 {actual[:16]}…, expected {sha256[:16]}… (changed or damaged); "
+        f"{shown(url)}: {expected.algorithm} {actual[:16]}…, expected {expected.hex[:16]}… (changed or damaged); "
         "restore the file, or prepare the dataset again"
     )
 

@@ -6,9 +6,9 @@ no owner. Its bytes depend on nothing but the chunks in it.
 
 from __future__ import annotations
 
-import hashlib
+import io
 import tarfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -25,10 +25,6 @@ class Shard:
 
     content: bytes
     data_offsets: list[int]
-
-    @property
-    def sha256(self) -> str:
-        return hashlib.sha256(self.content).hexdigest()
 
 
 def build_shard(chunks: Sequence[Chunk]) -> Shard:
@@ -66,3 +62,22 @@ def _tar_header(name: str, member_bytes: int) -> bytes:
     info.size = member_bytes
     info.mode = 0o644
     return info.tobuf(tarfile.USTAR_FORMAT)
+
+
+def read_members(content: memoryview) -> Iterator[tuple[str, memoryview]]:
+    """(Name, content) of each member of a tar, without a copy. Raises tarfile.TarError."""
+    offset = 0
+    while any(header := bytes(content[offset : offset + BLOCK_BYTES])):
+        info = tarfile.TarInfo.frombuf(header, "utf-8", "strict")
+        begin = offset + BLOCK_BYTES
+        yield info.name, content[begin : begin + info.size]
+        offset = begin + info.size + -info.size % BLOCK_BYTES
+
+
+def read_array(member: memoryview) -> np.ndarray:
+    """The array of a version 1.0 .npy file, as a view of it. Raises ValueError for anything else."""
+    file = io.BytesIO(member[: 1 << 10])
+    if (version := np.lib.format.read_magic(file)) != (1, 0):
+        raise ValueError(f"version {version} of .npy")
+    shape, _, dtype = np.lib.format.read_array_header_1_0(file)
+    return np.frombuffer(member[file.tell() :], dtype).reshape(shape)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
@@ -13,6 +12,7 @@ import numpy as np
 from data_prep.encode import Encoded
 from data_prep.engines import OrderedMap
 from data_prep.errors import UserError
+from data_prep.hashing import digest_of
 from data_prep.journal import Journal, ShardEntry
 from data_prep.packing import END, Chunk, Piece, Position, pack
 from data_prep.prepare_settings import PrepareProgress, PrepareSettings, in_order_of_work
@@ -156,9 +156,11 @@ class SplitWriter:
                 split=self._split,
                 shard=self._shard,
                 bytes=len(shard.content),
-                sha256=shard.sha256,
+                sha256=digest_of(shard.content, "sha256").hex,
+                blake3=digest_of(shard.content, "blake3").hex,
                 ids_bytes=len(ids),
-                ids_sha256=hashlib.sha256(ids).hexdigest(),
+                ids_sha256=digest_of(ids, "sha256").hex,
+                ids_blake3=digest_of(ids, "blake3").hex,
                 chunks=[
                     [chunk.token_start, chunk.document_start, offset]
                     for chunk, offset in zip(chunks, shard.data_offsets, strict=True)

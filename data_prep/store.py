@@ -11,7 +11,7 @@ import errno
 import os
 import secrets
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
@@ -22,6 +22,7 @@ from data_prep import remote
 from data_prep.errors import UserError
 
 WORK_FOLDER = ".prepare"  # of the dataset: journal and lock; gone when the dataset is finished
+BLOCK_BYTES = 1 << 20  # stays in a core's cache from the copy out of the kernel until it is hashed
 
 
 class Store(Protocol):
@@ -52,6 +53,10 @@ class Store(Protocol):
 
     def read_part(self, name: str, start: int, stop: int, num_bytes: int) -> bytes:
         """Bytes [start, stop) of a file of `num_bytes`. Raises UserError if it is missing or shorter."""
+        ...
+
+    def read_into(self, name: str, buffer: memoryview, seen: Callable[[memoryview], object]) -> None:
+        """Fills `buffer` with a file of that many bytes; `seen` gets each block of it. Raises as `read_part`."""
         ...
 
     def size(self, name: str) -> int | None:
@@ -126,19 +131,21 @@ class FolderStore:
 
     def read_part(self, name: str, start: int, stop: int, num_bytes: int) -> bytes:
         path = self._folder / name
-        try:
-            with open(path, "rb") as file:
-                file.seek(start)
-                content = file.read(stop - start)
-        except OSError as error:
-            fault = "missing" if isinstance(error, FileNotFoundError) else f"cannot be read ({error.strerror})"
-            raise UserError(f"{path}: {fault}; restore the file, or prepare the dataset again") from None
+        with _explained_part(path), open(path, "rb") as file:
+            file.seek(start)
+            content = file.read(stop - start)
         if len(content) < stop - start:
-            raise UserError(
-                f"{path}: {start + len(content):,} bytes, expected {num_bytes:,} (truncated); "
-                "restore the file, or prepare the dataset again"
-            )
+            raise _truncated(path, start + len(content), num_bytes)
         return content
+
+    def read_into(self, name: str, buffer: memoryview, seen: Callable[[memoryview], object]) -> None:
+        path, at = self._folder / name, 0
+        with _explained_part(path), open(path, "rb", buffering=0) as file:
+            while count := file.readinto(buffer[at : at + BLOCK_BYTES]):
+                seen(buffer[at : at + count])
+                at += count
+        if at < len(buffer):
+            raise _truncated(path, at, len(buffer))
 
     def size(self, name: str) -> int | None:
         path = self._folder / name
@@ -198,6 +205,13 @@ class RemoteStore:
     def read_part(self, name: str, start: int, stop: int, num_bytes: int) -> bytes:
         return remote.read_part(f"{self.where}/{name}", start, stop, num_bytes)
 
+    def read_into(self, name: str, buffer: memoryview, seen: Callable[[memoryview], object]) -> None:
+        at = 0
+        for block in remote.stream(f"{self.where}/{name}", 0, len(buffer), len(buffer)):
+            buffer[at : at + len(block)] = block
+            seen(buffer[at : at + len(block)])
+            at += len(block)
+
     def size(self, name: str) -> int | None:
         try:
             return remote.file_size(f"{self.where}/{name}")
@@ -244,6 +258,21 @@ def sync_folder(folder: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+@contextmanager
+def _explained_part(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        fault = "missing" if isinstance(error, FileNotFoundError) else f"cannot be read ({error.strerror})"
+        raise UserError(f"{path}: {fault}; restore the file, or prepare the dataset again") from None
+
+
+def _truncated(path: Path, actual: int, expected: int) -> UserError:
+    return UserError(
+        f"{path}: {actual:,} bytes, expected {expected:,} (truncated); restore the file, or prepare the dataset again"
+    )
 
 
 @contextmanager

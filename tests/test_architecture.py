@@ -19,7 +19,7 @@ FOLDERS: dict[str, set[str]] = {
 }
 """Folder → folders that it may import."""
 
-DATASET = {"data_prep.errors", "data_prep.manifest", "data_prep.remote", "data_prep.store"}
+DATASET = {"data_prep.errors", "data_prep.hashing", "data_prep.manifest", "data_prep.remote", "data_prep.store"}
 """What pipeline/ may import of data_prep/: how to read a dataset, not how to make one."""
 
 ROOMS: dict[str, dict[str, set[str]]] = {

@@ -139,7 +139,7 @@ def corpus_of(loaded: Loaded, path: Path, datasets: Sequence[str]) -> Corpus:
     Raises:
         UserError: of another tokenizer than the model's; none is known.
     """
-    from data_prep.manifest import hash_file
+    from data_prep.hashing import hash_file
     from pipeline.config import validate
     from pipeline.data.corpus import open_corpus
     from pipeline.settings.sections import DataSection, MixturePart

@@ -10,7 +10,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Annotated, Any
@@ -18,10 +18,9 @@ from typing import IO, TYPE_CHECKING, Annotated, Any
 from pydantic import BaseModel, BeforeValidator, ConfigDict, PlainSerializer, ValidationError
 
 from data_prep.errors import UserError
-from data_prep.manifest import hash_file
+from data_prep.hashing import ALGORITHMS, Algorithm, hash_file, hasher
 from data_prep.store import sync_folder
 from pipeline.checkpoints.fingerprint import Fingerprint
-from pipeline.checkpoints.hashing import hasher, recorded
 from pipeline.checkpoints.state import Origin, TrainState
 from pipeline.evaluation.figures import Evaluation
 from pipeline.files import LOCK_FILE, HeldError, hold
@@ -174,13 +173,21 @@ def list_checkpoints(root: Path) -> list[Path]:
     return sorted(found, key=step_of, reverse=True)
 
 
+def recorded(entry: Mapping[str, Any]) -> tuple[Algorithm, str]:
+    """Algorithm and hex digest that a file's entry in integrity.json holds. Raises ValueError where it holds none."""
+    for algorithm in ALGORITHMS:
+        if algorithm in entry:
+            return algorithm, entry[algorithm]
+    raise ValueError("its entry in integrity.json names no hash")
+
+
 def listing_digest(files: dict[str, dict[str, Any]]) -> str:
     """What integrity.json says of itself, so that damage to it is not laid to the files."""
     return hashlib.sha256(json.dumps(files, sort_keys=True).encode()).hexdigest()
 
 
 def read_listing(folder: Path) -> tuple[dict[str, dict[str, Any]], list[str]]:
-    """File → `bytes` and its hash (`hashing.recorded`) as integrity.json tells, and why it cannot be read."""
+    """File → `bytes` and its hash (`recorded`) as integrity.json tells, and why it cannot be read."""
     try:
         table = json.loads((folder / INTEGRITY).read_bytes())
         version, files = table["format_version"], table["files"]

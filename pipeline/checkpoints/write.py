@@ -17,10 +17,10 @@ import torch
 from deepspeed.runtime.checkpoint_engine.checkpoint_engine import CheckpointEngine
 from torch.serialization import get_crc32_options, set_crc32_options
 
+from data_prep.hashing import ALGORITHM, hasher
 from data_prep.store import sync_folder
 from pipeline.checkpoints import zero_layout
 from pipeline.checkpoints.folder import FORMAT_VERSION, INTEGRITY, STATE, CheckpointState, listing_digest, put_in_place
-from pipeline.checkpoints.hashing import ALGORITHM, hasher
 from pipeline.checkpoints.snapshot import HostBuffers
 from pipeline.distributed.world import World
 from pipeline.engine.internals import (

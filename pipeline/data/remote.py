@@ -49,17 +49,16 @@ class RemoteShards:
 
     def open(self, shard: int) -> int:
         """A descriptor of the whole, checked shard. Raises UserError naming its URL."""
-        sha256, num_bytes = self.index.shard_sha256(shard), self.index.shard_bytes(shard)
-        return self.cache.open(self.where(shard), sha256, num_bytes)
+        return self.cache.open(self.where(shard), self.index.shard_digest(shard), self.index.shard_bytes(shard))
 
     def touch(self, shard: int) -> bool:
         """Whether a shard is cached; if so, it is the last to be pushed out."""
-        return self.cache.touch(self.index.shard_sha256(shard))
+        return self.cache.touch(self.index.shard_digest(shard))
 
     def fetch(self, shard: int) -> None:
         """Downloads a shard, unless it is cached or another process of the node is at it."""
-        sha256, num_bytes = self.index.shard_sha256(shard), self.index.shard_bytes(shard)
-        self.cache.fetch(self.where(shard), sha256, num_bytes, wait=False)
+        digest, num_bytes = self.index.shard_digest(shard), self.index.shard_bytes(shard)
+        self.cache.fetch(self.where(shard), digest, num_bytes, wait=False)
 
 
 @dataclass(frozen=True)

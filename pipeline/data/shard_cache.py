@@ -1,6 +1,6 @@
 """Files from a URL in a folder that the ranks of a node share: downloaded once, checked, within a budget.
 
-A cached file is named by its sha256, so it can be neither stale nor mixed up. It is downloaded under a lock
+A cached file is named by its hash, so it can be neither stale nor mixed up. It is downloaded under a lock
 (once per node, however many ranks ask), checked, and only then given its name. When the budget is full, the
 least recently used go; a file that a rank still has open stays readable until it is closed.
 """
@@ -14,15 +14,16 @@ import time
 from pathlib import Path
 
 from data_prep.errors import UserError
+from data_prep.hashing import Digest
 from data_prep.remote import download
 from pipeline.files import locked
 
 _log = logging.getLogger(__name__)
-_NAME_LENGTHS = (64, 69)  # a sha256, and the same with ".part"
+_NAME_LENGTHS = (64, 69)  # hex digits of a hash, and the same with ".part"
 
 
 class ShardCache:
-    """Files by their sha256 in a folder of this node, together no larger than a budget.
+    """Files by their hashes in a folder of this node, together no larger than a budget.
 
     Args:
         folder: on a local disk; made if it is missing. Several jobs may share it.
@@ -37,66 +38,66 @@ class ShardCache:
         except OSError as error:
             raise UserError(f"cache folder {self.folder}: cannot be made ({error.strerror})") from None
 
-    def open(self, url: str, sha256: str, num_bytes: int) -> int:
+    def open(self, url: str, digest: Digest, num_bytes: int) -> int:
         """A read-only descriptor of the file at `url`, downloaded first if need be.
 
         Raises UserError if it is missing there, still wrong after retries, or does not fit.
         """
-        while (descriptor := self._open_cached(sha256, num_bytes)) is None:
-            self.fetch(url, sha256, num_bytes)
+        while (descriptor := self._open_cached(digest, num_bytes)) is None:
+            self.fetch(url, digest, num_bytes)
         return descriptor
 
-    def fetch(self, url: str, sha256: str, num_bytes: int, wait: bool = True) -> None:
+    def fetch(self, url: str, digest: Digest, num_bytes: int, wait: bool = True) -> None:
         """Makes sure that the file is cached, and marks it as used now.
 
         Args:
             wait: whether to wait for another process that is downloading it.
         """
         try:
-            while not self._is_cached(sha256, num_bytes):
-                with locked(self.folder / f"{sha256}.part", wait) as descriptor:
+            while not self._is_cached(digest, num_bytes):
+                with locked(self.folder / f"{digest.hex}.part", wait) as descriptor:
                     if descriptor is None:
                         return  # another process is at it
-                    self._fill(descriptor, url, sha256, num_bytes)
+                    self._fill(descriptor, url, digest, num_bytes)
         except OSError as error:
             raise UserError(
                 f"cache {self.folder}: cannot be used ({error.strerror}); choose another data.cache_dir"
             ) from None
 
-    def _fill(self, descriptor: int, url: str, sha256: str, num_bytes: int) -> None:
+    def _fill(self, descriptor: int, url: str, digest: Digest, num_bytes: int) -> None:
         """Downloads into the locked file and names it; leaves the loop of `fetch` to see what came of it."""
-        part = self.folder / f"{sha256}.part"
+        part = self.folder / f"{digest.hex}.part"
         if not _is_file(part, descriptor):
             return  # another process finished it, or gave up, while this one waited for the lock
-        if (self.folder / sha256).exists():
+        if (self.folder / digest.hex).exists():
             part.unlink()
             return
         try:
             self._reserve(descriptor, num_bytes)
-            download(url, descriptor, num_bytes, sha256)
+            download(url, descriptor, num_bytes, digest)
         except BaseException:
             part.unlink(missing_ok=True)
             raise
         with locked(self.folder / "budget.lock", wait=True):  # whoever counts the files misses none between its names
-            part.replace(self.folder / sha256)
+            part.replace(self.folder / digest.hex)
 
-    def _is_cached(self, sha256: str, num_bytes: int) -> bool:
-        descriptor = self._open_cached(sha256, num_bytes)
+    def _is_cached(self, digest: Digest, num_bytes: int) -> bool:
+        descriptor = self._open_cached(digest, num_bytes)
         if descriptor is not None:
             os.close(descriptor)
         return descriptor is not None
 
-    def touch(self, sha256: str) -> bool:
+    def touch(self, digest: Digest) -> bool:
         """Marks a file as used now; False if it is not cached."""
         now = time.time_ns()
         try:
-            os.utime(self.folder / sha256, ns=(now, now))
+            os.utime(self.folder / digest.hex, ns=(now, now))
         except FileNotFoundError:
             return False
         return True
 
-    def _open_cached(self, sha256: str, num_bytes: int) -> int | None:
-        path = self.folder / sha256
+    def _open_cached(self, digest: Digest, num_bytes: int) -> int | None:
+        path = self.folder / digest.hex
         try:
             descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         except FileNotFoundError:
@@ -106,7 +107,7 @@ class ShardCache:
             path.unlink(missing_ok=True)
             os.close(descriptor)
             return None
-        self.touch(sha256)  # what "recently used" means, to every process of the node
+        self.touch(digest)  # what "recently used" means, to every process of the node
         return descriptor
 
     def _reserve(self, descriptor: int, num_bytes: int) -> None:

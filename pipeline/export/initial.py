@@ -8,7 +8,7 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from data_prep.errors import UserError
-from data_prep.manifest import hash_file
+from data_prep.hashing import hash_file
 from pipeline.checkpoints.folder import list_checkpoints
 from pipeline.checkpoints.state import Origin
 from pipeline.config import RunConfig

@@ -112,7 +112,7 @@ def test_one_flipped_bit_anywhere(folder, offset):
     edit(path, offset, bytes([byte ^ 4]))
     assert problems_of(folder, "quick") == []
     (problem,) = problems_of(folder)
-    assert problem.startswith(f"{path}: sha256 ")
+    assert problem.startswith(f"{path}: blake3 ")
     assert problem.endswith("(changed or damaged); restore the file, or prepare the dataset again")
 
 
@@ -148,7 +148,7 @@ def test_shard_of_no_bytes(folder):
     assert "train-000000.tar: 0 bytes, expected" in problems_of(folder, "quick")[0]
 
 
-@pytest.mark.parametrize("name", ["train.chunks.npy", "train.shards.npy"])
+@pytest.mark.parametrize("name", ["train.chunks.npy", "train.shards.npy", "train.blake3.npy"])
 def test_damaged_and_missing_index(folder, name):
     edit(folder / name, 150, b"\x07")
     with pytest.raises(UserError, match=rf"{name}: sha256 .* \(changed or damaged\)"):
@@ -177,8 +177,7 @@ def test_hf_tokenizer_of_another_tokenizer(folder):
 
 def rewrite(folder: Path, change) -> None:
     """Changes tokens of train's first shard, and makes hashes and manifest fit: damage before hashing."""
-    import hashlib
-
+    from data_prep.hashing import digest_of, hash_file
     from data_prep.manifest import Manifest, read_manifest
 
     path = folder / "train-000000.tar"
@@ -189,13 +188,11 @@ def rewrite(folder: Path, change) -> None:
     change(tokens)
     content[offset : offset + 1024] = tokens.tobytes()
     path.write_bytes(content)
-    shards = np.load(folder / "train.shards.npy")
-    shards["sha256"][0] = hashlib.sha256(content).digest()
-    np.save(folder / "train.shards.npy", shards)
+    digests = np.load(folder / "train.blake3.npy")
+    digests["shard"][0] = bytes.fromhex(digest_of(content).hex)
+    np.save(folder / "train.blake3.npy", digests)
     fields = read_manifest(folder).model_dump()
-    fields["splits"]["train"]["shards_index_sha256"] = hashlib.sha256(
-        (folder / "train.shards.npy").read_bytes()
-    ).hexdigest()
+    fields["splits"]["train"]["blake3_index_sha256"] = hash_file(folder / "train.blake3.npy")
     (folder / "manifest.json").write_bytes(Manifest(**fields).to_json())
 
 
@@ -241,7 +238,7 @@ def change_manifest(folder: Path, **changes) -> None:
 def test_manifest_of_another_version(folder):
     change_manifest(folder, format_version=9)
     with pytest.raises(
-        UserError, match="format version 9, this program reads 1 to 2; prepare the dataset again, or use"
+        UserError, match="format version 9, this program reads 1 to 3; prepare the dataset again, or use"
     ):
         open_dataset(folder)
 

@@ -79,13 +79,35 @@ def test_datasets_of_the_first_format_still_load_under_their_ids(whole, tmp_path
     manifest["format_version"], manifest["source"]["fingerprint"] = 1, "0" * 64
     manifest["source"]["settings"]["paths"] = {"train": ["/some/where/*.txt"]}
     for split in manifest["splits"].values():
-        del split["also_in"]
+        del split["also_in"], split["blake3_index_sha256"]
     id = hashlib.sha256(canonical_json(manifest)).hexdigest()
     shutil.copytree(whole, tmp_path / "old")
-    (tmp_path / "old" / "train.texts.npy").unlink()
+    for file in ("train.texts.npy", *(f"{split}.blake3.npy" for split in manifest["splits"])):
+        (tmp_path / "old" / file).unlink()
     (tmp_path / "old" / "manifest.json").write_text(json.dumps({"dataset_id": id, **manifest}))
     assert open_dataset(tmp_path / "old").dataset_id == id
     assert verify_dataset(tmp_path / "old", "deep").problems == []
+
+
+def test_a_dataset_of_the_second_format_has_the_id_of_the_third_and_is_checked_by_sha256(
+    whole, source, tokenizer, tmp_path
+):
+    manifest = json.loads((whole / "manifest.json").read_bytes())
+    manifest["format_version"] = 2
+    shutil.copytree(whole, tmp_path / "old")
+    for split, info in manifest["splits"].items():
+        del info["blake3_index_sha256"]
+        (tmp_path / "old" / f"{split}.blake3.npy").unlink()
+    (tmp_path / "old" / "manifest.json").write_text(json.dumps(manifest))
+    assert open_dataset(tmp_path / "old").dataset_id == open_dataset(whole).dataset_id
+    assert verify_dataset(tmp_path / "old", "deep").problems == []
+    assert prepare(small(source, tokenizer, tmp_path / "old")).format_version == 2  # left as it is
+    shard = tmp_path / "old" / "train-000000.tar"
+    content = bytearray(shard.read_bytes())
+    content[700] ^= 1
+    shard.write_bytes(content)
+    (problem,) = verify_dataset(tmp_path / "old").problems
+    assert problem.startswith(f"{shard}: sha256 ")
 
 
 def test_split_without_documents_is_refused(tokenizer, tmp_path):

@@ -4,9 +4,9 @@ from pathlib import Path
 
 import pytest
 
+from data_prep.hashing import ALGORITHM
 from launch.cli import main
 from pipeline.checkpoints.folder import list_checkpoints, lock, step_of
-from pipeline.checkpoints.hashing import ALGORITHM
 from pipeline.config import load_config
 from pipeline.files import step_name
 from pipeline.settings.sections import Retention

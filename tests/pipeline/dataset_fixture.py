@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 
+from data_prep.hashing import hash_file
 from data_prep.manifest import (
     SHARD_RECORD,
     Dataset,
@@ -12,7 +13,6 @@ from data_prep.manifest import (
     SourceInfo,
     SplitInfo,
     TokenizerInfo,
-    hash_file,
     open_dataset,
 )
 from data_prep.packing import START, Chunk
@@ -53,7 +53,7 @@ def _write_split(folder: Path, name: str, shards: Shards) -> SplitInfo:
             tokens, documents = tokens + len(array), documents + int((array == 0).sum())
         shard = build_shard(chunks)
         (folder / f"{name}-{number:06d}.tar").write_bytes(shard.content)
-        records[number] = (len(shard.content), bytes.fromhex(shard.sha256), len(index), 0, b"")
+        records[number] = (len(shard.content), hashlib.sha256(shard.content).digest(), len(index), 0, b"")
         for chunk, offset in zip(chunks, shard.data_offsets, strict=True):
             index.append((chunk.token_start, chunk.document_start, number, offset))
     index.append((tokens, documents, len(shards), 0))

@@ -53,6 +53,6 @@ def read_all(source: SampleSource) -> list[int]:
 def fetch(cache: ShardCache, url: str, dataset, shard: int) -> bytes:
     index = dataset.split("train")
     name = index.shard_name(shard)
-    descriptor = cache.open(f"{url}/{name}", index.shard_sha256(shard), index.shard_bytes(shard))
+    descriptor = cache.open(f"{url}/{name}", index.shard_digest(shard), index.shard_bytes(shard))
     with os.fdopen(descriptor, "rb") as file:
         return file.read()

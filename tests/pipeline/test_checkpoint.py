@@ -11,9 +11,9 @@ import torch
 from deepspeed.runtime.zero.config import ZeroStageEnum
 
 from data_prep.errors import UserError
+from data_prep.hashing import ALGORITHM
 from pipeline.checkpoints import folder as checkpoint
 from pipeline.checkpoints import write as checkpoint_io
-from pipeline.checkpoints.hashing import ALGORITHM
 from pipeline.checkpoints.retention import prune
 from pipeline.random_state import random_state, set_random_state
 from pipeline.settings.sections import Retention

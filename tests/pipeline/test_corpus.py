@@ -219,7 +219,7 @@ def test_a_dataset_of_another_tokenizer_is_refused_at_a_resume_and_both_are_name
 def test_a_damaged_remote_shard_is_one_line_with_its_url(runs: dict[str, Any], trained: Path) -> None:
     assert runs["broken"]["code"] == 2
     (line,) = runs["broken"]["problems"]
-    assert line.startswith("s3://corpus/broken/train-000000.tar: sha256 ")
+    assert line.startswith("s3://corpus/broken/train-000000.tar: blake3 ")
     assert not list(trained.glob("broken/checkpoints/step-*"))
 
 

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
+from data_prep.hashing import ALGORITHMS, hasher
 from pipeline.checkpoints import folder as checkpoint
-from pipeline.checkpoints.hashing import ALGORITHMS, hasher
 from pipeline.settings.sections import Retention
 from tests.pipeline.saved_checkpoints import save
 

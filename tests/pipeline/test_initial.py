@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from data_prep.errors import UserError
-from data_prep.manifest import hash_file
+from data_prep.hashing import hash_file
 from model.configuration_globallocal import GlobalLocalConfig
 from model.modeling_globallocal import GlobalLocalForCausalLM
 from pipeline.export.initial import begin_with, check_initial
