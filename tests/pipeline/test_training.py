@@ -121,7 +121,7 @@ def test_one_flipped_bit_in_a_shard_is_one_line_before_step_0(runs: Runs, traine
     result = runs["damaged"]
     assert result["code"] == 2
     (line,) = result["problems"]
-    assert "damaged-data/train-000000.tar: sha256" in line
+    assert "damaged-data/train-000000.tar: blake3" in line
     assert not list(trained.glob("damaged/checkpoints/step-*"))
 
 
