@@ -3,6 +3,7 @@
 import json
 import random
 from collections.abc import Iterator
+from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -172,6 +173,8 @@ def runs(trained: Path, small_dataset: Path, second_dataset: Path, url: str) -> 
     ]
     shards = cut(np.arange(500, dtype=np.uint16), 50, 2)
     write_dataset(trained / "by-hand", {"train": shards, "valid": shards}, tokenizer_model=b"other")
+    untracked = ["tracking.enabled=false"]
+    plan = [run if run.name == "mixture" else replace(run, overrides=[*run.overrides, *untracked]) for run in plan]
     return {result["name"]: result for result in run_ranks(plan, trained, small_dataset)}
 
 

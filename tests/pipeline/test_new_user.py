@@ -21,10 +21,18 @@ from pipeline.checkpoints.folder import INTEGRITY, listing_digest, verify
 from pipeline.distributed.stop import Stopped
 from pipeline.evaluation.evaluator import decorating
 from pipeline.tracking.store import tracking_uri
+from tests import forks
 from tests.conftest import ROOT, globallocal
 from tests.pipeline.ranks import Run, environment, run_ranks
 
 STEP = "checkpoints/step-00000003"
+EVALUATE = """
+import resource, sys
+from launch.cli import main
+code = main(["evaluate", sys.argv[1], "--batch-size", sys.argv[2]])
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+sys.exit(code)
+"""
 
 
 @pytest.fixture(scope="module")
@@ -108,17 +116,15 @@ def test_a_sequence_longer_than_the_split_is_one_line(runs: Path) -> None:
 
 def test_a_batch_larger_than_the_split_takes_no_more_memory_than_the_split(runs: Path) -> None:
     """And changes no figure."""
+    program = runs / "evaluate.py"
+    program.write_text(EVALUATE)
     said, peaks = [], []
     for batch in (8, 65536):
-        words = [sys.executable, "-m", "launch", "evaluate", str(runs / "a"), "--batch-size", str(batch)]
-        with open(runs / f"said-{batch}", "w+") as file:
-            job = subprocess.Popen(words, cwd=ROOT, stdout=file)
-            _, status, used = os.wait4(job.pid, 0)
-            job.returncode = os.waitstatus_to_exitcode(status)
-            assert job.returncode == 0
-            file.seek(0)
-            said.append([line for line in file if "perplexity" not in line])  # e to a sum in another order
-        peaks.append(used.ru_maxrss)
+        done = forks.run([str(program), str(runs / "a"), str(batch)], environment(runs))
+        assert done.returncode == 0, done.stderr
+        *lines, peak = done.stdout.splitlines()
+        said.append([line for line in lines if "perplexity" not in line])  # e to a sum in another order
+        peaks.append(int(peak))
     assert said[0] == said[1]
     assert peaks[1] < 2 * peaks[0]
 
