@@ -1,5 +1,6 @@
 """Shared by all rooms: real text, a small dataset made of it, and what a missing part means."""
 
+import gc
 import os
 import subprocess
 import sys
@@ -39,6 +40,11 @@ def scope(item_id: str) -> str:
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """The longest first, so that no worker begins it when the others are about to end."""
     items.sort(key=lambda item: (scope(item.nodeid) != "trained", not item.nodeid.startswith(LONG)))
+
+
+def pytest_collection_finish() -> None:
+    """What is imported stays: it need not be looked through at every collection of garbage."""
+    gc.freeze()
 
 
 @pytest.hookimpl(optionalhook=True)
@@ -114,7 +120,7 @@ def tiny_export(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-TORCH = ("checkpoints", "evaluate", "export", "generate")
+TORCH = ("checkpoints", "evaluate", "export", "generate", "serve")
 """Commands that import torch, and so are forked from a process that has."""
 
 

@@ -6,7 +6,6 @@ from pathlib import Path
 
 import psutil
 from deepspeed.accelerator import get_accelerator
-from torch.utils.cpp_extension import _get_build_directory
 
 from pipeline.distributed.stop import Stopped, StopRequest
 from pipeline.files import locked
@@ -23,6 +22,8 @@ def load_operator(builder_name: str, stop: StopRequest | None = None) -> None:
     Raises:
         Stopped: asked to stop before it was done; compiling takes longer than many a grace.
     """
+    from torch.utils.cpp_extension import _get_build_directory  # which imports setuptools
+
     builder = get_accelerator().create_op_builder(builder_name)
     if builder is None or not builder.is_compatible(verbose=False):
         return
