@@ -10,6 +10,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from tests.pipeline.ranks import without_mlflow
 from tests.variants import some_of
 
 RANK = """
@@ -23,7 +24,7 @@ def stop(*_):
 signal.signal(signal.SIGTERM, stop)
 open(f"{folder}/ready-{os.environ['RANK']}", "w").close()
 mode = sys.argv[-1]
-print("tracking at http://bob:SECRET@host:5000/path?token=HIDDEN", flush=True)
+os.write(1, b"tracking at http://bob:SECRET@host:5000/path?token=HIDDEN\\n")  # in one piece: two ranks write
 if mode == "raise" and os.environ["RANK"] == "1":
     raise RuntimeError("rank 1 fails")
 time.sleep(0 if mode == "done" else 600)
@@ -56,6 +57,7 @@ class Running:
         (folder / "caller.py").write_text(CALLER)
         self.process = psutil.Popen(
             [sys.executable, str(folder / "caller.py"), str(folder), mode, str(grace_seconds)],
+            env={**os.environ, "PYTHONPATH": without_mlflow(folder / "python")},
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,

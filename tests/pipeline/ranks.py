@@ -16,6 +16,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from tests.conftest import ROOT
 from tests.forks import Fork, start
 from tests.pipeline.moments import Moment, happening
 from tests.pipeline.poison import Poison, poisoned
@@ -80,6 +81,13 @@ def environment(folder: Path) -> dict[str, str]:
     extra = {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "PYTHONUNBUFFERED": "1", "PYTHONFAULTHANDLER": "1"}
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
     return {**os.environ, **extra, "PATH": path}
+
+
+def without_mlflow(folder: Path) -> str:
+    """A PYTHONPATH with which MLflow cannot be imported: DeepSpeed's launchers do, for seconds, wherever they can."""
+    folder.mkdir(exist_ok=True)
+    (folder / "mlflow.py").write_text("raise ImportError")
+    return os.pathsep.join([str(folder), str(ROOT)])
 
 
 def start_ranks(arguments: list[str], folder: Path, processes: int = 2) -> list[Fork]:
