@@ -50,8 +50,14 @@ GlobalLocal's, cost it 0.17 at size A and 0.16 at B, each at its best rate, and 
 
 Sizes are matched in FLOPs per token, to within 10 %, and GlobalLocal has the fewer. Each model has the best of its own
 learning rates: of a sweep of its own at sizes A, B and C; A4 and A16 try the best one of A and half of it, C4 those of
-C, and take their seconds per step. At equal tokens, FLOPs or seconds, the model that has more of them at its end is
-read where the other one ends, before its learning rate has come down. A dash among learning rates: not trained.
+C, and take their seconds per step. At size A each model is swept three times: with one rate for all, and with matrices
+over the hidden state at a half and at a quarter of the rate that embedding, norms and biases have
+(`optimizer.base_hidden_size` of 64 and 32); A4 and A16 keep the share that A found best, B and C have one rate for all.
+A dash among learning rates: not trained.
+
+At equal tokens, FLOPs or seconds, the model that has more of them at its end is read on its curve where the other one
+ends, before its learning rate has come down. A curve has six points of 4,096 held-out tokens each, and straight lines
+between.
 
 On a CPU, seconds are those of the processor in a training step of both models, taken in turns in one process, times the
 number of steps: curves over steps do not depend on what else the machine does, and so neither do these.
@@ -150,7 +156,7 @@ def comparison(
     row("parameters", {n: f"{r['parameters'] / 1e6:.2f} M" for n, r in first.items()})
     row("FLOPs per token", {n: f"{r['flops_per_token'] / 1e6:.1f} M" for n, r in first.items()})
     row("width × layers", {n: _shape(runs[n][0]) for n in first})
-    row("learning rate", {n: f"{runs[n][0].learning_rate:g}" for n in first})
+    row("learning rate", {n: _rates(runs[n][0]) for n in first})
     kind = "device" if size.on_gpu else "CPU"
     row(f"{kind} seconds per step, side by side", {n: f"{speed[n]:.4f}" for n in first})
     figures: dict[str, Any] = {}
@@ -181,6 +187,19 @@ def comparison(
 def _shape(run: Run) -> str:
     settings = run.contender.settings
     return f"{settings['hidden_size']} × {settings['num_hidden_layers']}"
+
+
+def _rates(run: Run) -> str:
+    """The learning rate, and that of matrices where it is another."""
+    if run.base_hidden_size is None:
+        return f"{run.learning_rate:g}"
+    share = run.base_hidden_size / run.contender.settings["hidden_size"]
+    return f"{run.learning_rate:g}, matrices {run.learning_rate * share:g}"
+
+
+def _title(label: str) -> str:
+    beginning, _, base = label.partition("-base")
+    return BEGINNINGS[beginning] + (f", matrices at {base} / width of the rate" if base else "")
 
 
 def _all(runs: list[Run], results: dict[str, Any], split: str, key: str) -> list[float]:
@@ -235,7 +254,7 @@ def learning_rates(size: Size, results: dict[str, Any]) -> dict[str, str]:
         return {}
     rates = [f"{rate:g}" for rate in size.learning_rates] or [f"size {swept(size).name}'s best", "half of it"]
     lines = [f"| | {' | '.join(rates)} |", "|---" * (len(rates) + 1) + "|"]
-    lines += [f"| {BEGINNINGS[label]} | {' | '.join(cells)} |" for label, cells in losses.items()]
+    lines += [f"| {_title(label)} | {' | '.join(cells)} |" for label, cells in losses.items() if set(cells) != {"–"}]
     return {f"Learning rates, size {size.name}, seed 0": "\n".join(lines)}
 
 

@@ -20,11 +20,21 @@ class Size:
     batch_size: int
     steps: int
     learning_rates: tuple[float, ...] = ()  # of its own sweep; without one, a shorter training's best and half of it
+    bases: tuple[int | None, ...] = (None,)  # of `optimizer.base_hidden_size`, at each of these rates
     on_gpu: bool = False
 
-    def run(self, label: str, contender: Contender, learning_rate: float, seed: int = 0) -> Run:
-        name = f"{self.name}-{label}-lr{learning_rate:g}-seed{seed}-steps{self.steps}"
-        return Run(name, contender, self.sequence_length, self.batch_size, self.steps, learning_rate, seed)
+    def run(
+        self, label: str, contender: Contender, learning_rate: float, seed: int = 0, base: int | None = None
+    ) -> Run:
+        """`base`: of `optimizer.base_hidden_size`."""
+        based = f"-base{base}" if base else ""
+        name = f"{self.name}-{label}{based}-lr{learning_rate:g}-seed{seed}-steps{self.steps}"
+        return Run(name, contender, self.sequence_length, self.batch_size, self.steps, learning_rate, seed, base)
+
+    def like(self, run: Run, learning_rate: float, seed: int = 0) -> Run:
+        """What another size's run trains, and how, for as long as this size trains."""
+        label = label_of(run).partition("-base")[0]
+        return self.run(label, run.contender, learning_rate, seed, run.base_hidden_size)
 
     @property
     def contenders(self) -> dict[str, Contender]:
@@ -72,7 +82,7 @@ _WIDENING = [[1, 2], [4, 8], [16, 64], [128, 512]]  # the presets' schedule
 _RATES = (1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2, 3.2e-2)
 
 SIZES: dict[str, Size] = {
-    "A": Size("A", globallocal(128, 2, [[1, 2], [4, 8]]), gpt(128, 4, 32), 256, 2, 300, _RATES[1:]),
+    "A": Size("A", globallocal(128, 2, [[1, 2], [4, 8]]), gpt(128, 4, 32), 256, 2, 300, _RATES[1:], (None, 64, 32)),
     "B": Size("B", globallocal(192, 3, [[1, 2], [4, 8]]), gpt(192, 6, 48), 256, 2, 200, _RATES[:5]),
     # All the training text once; blocks of the preset `small`.
     "C": Size(
@@ -123,11 +133,13 @@ ABLATIONS: dict[str, dict[str, tuple[dict[str, Any], str]]] = {
 
 
 def sweep(size: Size) -> dict[str, list[Run]]:
-    """Every contender at every learning rate of the size."""
-    return {
-        label: [size.run(label, contender, rate) for rate in size.learning_rates]
+    """Every contender at every learning rate of the size, its matrices at the same and at a share of it."""
+    found = [
+        [size.run(label, contender, rate, base=base) for rate in size.learning_rates]
         for label, contender in size.contenders.items()
-    }
+        for base in size.bases
+    ]
+    return {label_of(runs[0]): runs for runs in found if runs}
 
 
 def best(runs: list[Run]) -> Run | None:
@@ -147,14 +159,13 @@ def candidates(size: Size) -> dict[str, list[Run]]:
     Those of the sweep; without one, at the best rate of the size that has one, and at half of it: a longer training may
     want less.
     """
-    runs = sweep(swept(size))
-    gpts = [run for label, of_label in runs.items() if label != "globallocal" for run in of_label]
-    found = {"globallocal": runs["globallocal"], "gpt": gpts}
+    runs = [run for of_label in sweep(swept(size)).values() for run in of_label]
+    found = {kind: [run for run in runs if run.contender.kind == kind] for kind in ("globallocal", "gpt")}
     if size.learning_rates:
         return found
     shorter = {name: run for name, of_name in found.items() if (run := best(of_name)) is not None}
     return {
-        name: [size.run(label_of(run), run.contender, rate) for rate in (run.learning_rate, run.learning_rate / 2)]
+        name: [size.like(run, rate) for rate in (run.learning_rate, run.learning_rate / 2)]
         for name, run in shorter.items()
     }
 
@@ -172,19 +183,19 @@ def chosen(size: Size) -> dict[str, Run]:
 
 def finals(size: Size) -> dict[str, list[Run]]:
     """Each contender at its best learning rate, one run a seed."""
-    return {
-        name: [size.run(label_of(run), run.contender, run.learning_rate, seed) for seed in SEEDS]
-        for name, run in chosen(size).items()
-    }
+    return {name: [size.like(run, run.learning_rate, seed) for seed in SEEDS] for name, run in chosen(size).items()}
 
 
 def ablations(size: Size) -> dict[str, Run]:
     """GlobalLocal at its best learning rate, with one thing changed."""
     if "globallocal" not in chosen(size):
         return {}
-    rate = chosen(size)["globallocal"].learning_rate
+    default = chosen(size)["globallocal"]
+    rate, base = default.learning_rate, default.base_hidden_size
     return {
-        title: size.run(f"ablation{number}", Contender("globallocal", size.globallocal | settings, variant), rate)
+        title: size.run(
+            f"ablation{number}", Contender("globallocal", size.globallocal | settings, variant), rate, base=base
+        )
         for number, (title, (settings, variant)) in enumerate(ABLATIONS.get(size.name, {}).items())
     }
 
@@ -199,8 +210,8 @@ def widths(base: int | None) -> dict[int, list[Run]]:
     size = SIZES["A"]
     runs = {}
     for width in WIDTHS:
-        own = width == size.globallocal["hidden_size"] and base is None
-        label = "globallocal" if own else f"width{width}" + (f"-base{base}" if base else "")
+        own = width == size.globallocal["hidden_size"]
+        label = "globallocal" if own else f"width{width}"
         contender = Contender("globallocal", globallocal(width, 2, [[1, 2], [4, 8]]))
-        runs[width] = [replace(size.run(label, contender, rate), base_hidden_size=base) for rate in WIDTH_RATES]
+        runs[width] = [size.run(label, contender, rate, base=base) for rate in WIDTH_RATES]
     return runs
