@@ -46,6 +46,8 @@ def stages(sizes: list[Size]) -> list[Callable[[], list[Run]]]:
         lambda: [item for size in sizes for runs in sweep(size).values() for item in runs],
         lambda: [item for size in sizes for runs in candidates(size).values() for item in runs],
         lambda: [item for size in sizes for seeds in finals(size).values() for item in seeds],
+        # Once more: where other seeds learn badly at the first one's best rate, another rate is the best.
+        lambda: [item for size in sizes for seeds in finals(size).values() for item in seeds],
         lambda: [item for size in sizes for item in ablations(size).values()],
         lambda: [item for base in BASES for runs in widths(base).values() for item in runs if SIZES["A"] in sizes],
     ]

@@ -53,7 +53,8 @@ learning rates: of a sweep of its own at sizes A, B and C; A4 and A16 try the be
 C, and take their seconds per step. At size A each model is swept three times: with one rate for all, and with matrices
 over the hidden state at a half and at a quarter of the rate that embedding, norms and biases have
 (`optimizer.base_hidden_size` of 64 and 32); A4 and A16 keep the share that A found best, B and C have one rate for all.
-A dash among learning rates: not trained.
+Where seeds differ, the rate with the least mean over those that were trained counts. A dash among learning rates: not
+trained.
 
 At equal tokens, FLOPs or seconds, the model that has more of them at its end is read on its curve where the other one
 ends, before its learning rate has come down. A curve has six points of 4,096 held-out tokens each, and straight lines
