@@ -30,6 +30,7 @@ from data_prep.sources.files import FilesSettings, FilesSource
 from data_prep.tokenizers.fast_encoder import FastEncoder
 from data_prep.tokenizers.hf_tokenizer import tokenizer_files
 from data_prep.tokenizers.tokenizer import Tokenizer, TokenizerSettings, train_tokenizer
+from tests.benchmarks import much_text
 from tests.benchmarks.peers import PEERS, ask, peer, peer_environment, versions
 from tests.benchmarks.turns import over, spread
 
@@ -57,6 +58,7 @@ def run(megabytes: int = 48) -> dict[str, Any]:
 
 
 def _run(folder: Path, megabytes: int, stack: contextlib.ExitStack) -> dict[str, Any]:
+    trained = much_text.measure(folder / "much", TEXT)
     documents = _articles(megabytes * 1_000_000)
     tokenizer = train_tokenizer(documents, TokenizerSettings(16_384, training_bytes=4_000_000))
     path, model = _jsonl(folder / "text.jsonl", documents), folder / "tokenizer.model"
@@ -116,6 +118,7 @@ def _run(folder: Path, megabytes: int, stack: contextlib.ExitStack) -> dict[str,
             "documents_of_40_bytes": speeds["short"],
         },
         "bytes_per_token_over_2": _sizes(folder / "dataset"),
+        "tokenizer": trained,
         "versions": versions(python) if python else {},
     }
 
