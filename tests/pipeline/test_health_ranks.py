@@ -12,6 +12,7 @@ from deepspeed.accelerator import get_accelerator
 
 from launch.report.read import read_run
 from pipeline.checkpoints.folder import list_checkpoints, read_state
+from pipeline.files import step_name
 from tests.pipeline.comparing import assert_same_state, losses_of
 from tests.pipeline.moments import Moment
 from tests.pipeline.poison import Poison
@@ -36,7 +37,8 @@ LONG = [
 ]
 SPIKES = Poison({"36": "spike", "37": "spike"})
 AROUND = ((35, 38),)
-SAVED = "step-00000030"
+SAVED = dict.fromkeys(ROLLED, 30) | {"3": 34}
+"""Stage → the step that is gone back to. Stage 3 has the 30 steps before from stage 2, where they take less time."""
 LAST = f"checkpoints/step-{STEPS:08d}"
 
 
@@ -65,13 +67,14 @@ def runs(folder: Path, small_dataset: Path) -> Runs:
         ]
     for stage in ROLLED:
         tracked = [] if stage == "2" else ["tracking.enabled=false"]
-        long = ["evaluation.split=null", *LONG, *engine(stage)]
+        long = ["evaluation.split=null", *LONG, *engine(stage), f"checkpoint.interval_steps={SAVED[stage]}"]
+        begin = f"rolled-2/{step_name(30)}" if stage == "3" else None
         plan += [
-            Run(f"rolled-{stage}", [*long, *tracked], poison=SPIKES),
+            Run(f"rolled-{stage}", [*long, *tracked], begin, poison=SPIKES),
             Run(
                 f"around-{stage}",
                 [*long, *PLAIN],
-                copy_checkpoint=f"rolled-{stage}/{SAVED}",  # up to there it is the same run
+                copy_checkpoint=f"rolled-{stage}/{step_name(SAVED[stage])}",  # up to there it is the same run
                 poison=SPIKES,
                 left_out=AROUND,
             ),
@@ -82,7 +85,7 @@ def runs(folder: Path, small_dataset: Path) -> Runs:
         Run("stop", [*SHORT, "checkpoint.interval_steps=2"], poison=BAD),
         Run("transient", SHORT, poison=Poison({"2": "nan loss"}, times=1)),
         Run("bound", [*SHORT, "health.non_finite=skip", "health.max_skipped_steps=2"], poison=always),
-        Run("hopeless", [*PLAIN, *LONG, "health.max_roll_backs=1"], f"rolled-2/{SAVED}", poison=hopeless),
+        Run("hopeless", [*PLAIN, *LONG, "health.max_roll_backs=1"], f"rolled-2/{step_name(30)}", poison=hopeless),
     ]
     if FP16:
         scale = {"zero_optimization": {"stage": 2}, "fp16": {"enabled": True, "initial_scale_power": 24}}
@@ -188,10 +191,10 @@ def test_a_spike_is_rolled_back_and_its_batches_left_out(runs: Runs, folder: Pat
     assert one.health.losses == other.health.losses
     assert one.consumed_samples == (STEPS + 3) * 8
     (decision,) = one.health.roll_backs
-    assert (decision.step, decision.to_step) == (37, 30)
+    assert (decision.step, decision.to_step) == (37, SAVED[stage])
     log = log_of(folder, f"rolled-{stage}")
     assert re.search(r"step 37: spike: loss [\d.]+ is \d+ robust deviations above the median", log)
-    assert "step 37: going back to step 30, leaving out global batches 35 to 37" in log
+    assert f"step 37: going back to step {SAVED[stage]}, leaving out global batches 35 to 37" in log
     assert (rolled / "health" / "step-00000037" / "batch-00000036.txt").is_file()
 
 
@@ -223,11 +226,12 @@ def test_killed_between_the_decision_and_the_roll_back_the_next_start_carries_it
 ) -> None:
     settings = [*PLAIN, *LONG, *engine("2")]
     root = tmp_path / "rolled" / "checkpoints"
-    shutil.copytree(folder / "rolled-2" / "checkpoints" / SAVED, root / SAVED)
+    saved = step_name(SAVED["2"])
+    shutil.copytree(folder / "rolled-2" / "checkpoints" / saved, root / saved)
     killed = Run("rolled", settings, poison=SPIKES, moment=Moment("loading", do=("SIGKILL",)))
     codes = [process.wait(600) for process in start_plan([killed], tmp_path, small_dataset)]
     assert -signal.SIGKILL in codes
-    assert [item.name for item in list_checkpoints(root)] == [SAVED]
+    assert [item.name for item in list_checkpoints(root)] == [saved]
     (result,) = run_ranks([Run("rolled", settings, poison=SPIKES)], tmp_path, small_dataset)
     assert result["code"] == 0, result
     assert_same_state(tmp_path / "rolled" / LAST, folder / "around-2" / LAST)
