@@ -33,7 +33,7 @@ def test_auto_leaves_alone_what_true_is_refused_for() -> None:
 
 
 def test_a_resumed_run_is_bitwise_the_unbroken_one(tmp_path: Path, small_dataset: Path) -> None:
-    few_kernels = ["model.conv_dilations=[[1]]", "model.router_context=token"]
+    few_kernels = ["model.conv_dilations=[[1]]", "model.router_context=token", "model.block_router=false"]
     settings = ["training.compile=true", *few_kernels]
     plan = [
         Run("unbroken", settings),
