@@ -17,8 +17,9 @@ from launch.jobs.session import TRAIN_PROGRAM
 from pipeline.checkpoints.folder import JOB_VARIABLE, list_checkpoints, step_of
 from pipeline.exit_codes import PREEMPTED
 from tests.conftest import ROOT
+from tests.forks import start
 from tests.pipeline.comparing import assert_same_state, living, losses_of
-from tests.pipeline.ranks import Run, environment, outputs, start_ranks, tiny_overrides, wait
+from tests.pipeline.ranks import Run, environment, outputs, start_ranks, tiny_overrides, wait, without_mlflow
 
 STEPS = 40
 LAST = f"checkpoints/step-{STEPS:08d}"
@@ -81,13 +82,14 @@ def test_a_job_that_begins_at_a_folder_is_started_again_from_its_own_newest(
         *arguments("run", tmp_path, small_dataset)[1:],
         f"checkpoint.resume={begins}",
         "training.max_steps=1000000",
+        "tracking.enabled=false",
     ]
     root, restarts = tmp_path / "run" / "checkpoints", tmp_path / "run" / "restarts.jsonl"
     with open(tmp_path / "output", "wb") as output:
         job = subprocess.Popen(
             [sys.executable, "-m", "launch", "launch", "--local=2", "--max-restarts=1", *words],
             cwd=ROOT,
-            env=environment(tmp_path),
+            env=environment(tmp_path) | {"PYTHONPATH": without_mlflow(tmp_path / "python")},
             stdout=output,
             stderr=subprocess.STDOUT,
         )
@@ -139,13 +141,19 @@ def test_two_jobs_cannot_write_into_one_run(unbroken: Path, small_dataset: Path,
 
 def test_a_compilation_killed_earlier_does_not_stop_later_starts(tmp_path: Path) -> None:
     """torch waits for ever for the lock file of a compiler that is gone."""
-    load = [sys.executable, "-c", "from pipeline.engine.operators import load_operator as l; l('CPUAdamBuilder')"]
-    subprocess.run(load, cwd=ROOT, env=environment(tmp_path), check=True)
+    load = tmp_path / "load.py"
+    load.write_text("from pipeline.engine.operators import load_operator; load_operator('CPUAdamBuilder')")
+    first = start([str(load)], environment(tmp_path), tmp_path / "rank-0.out")
+    assert first.wait() == 0, outputs(tmp_path)
     built = Path(_get_build_directory("cpu_adam", False))
     shutil.copytree(built, tmp_path / "extensions" / built.name)
     (tmp_path / "extensions" / built.name / "lock").touch()
     own = {"TORCH_EXTENSIONS_DIR": str(tmp_path / "extensions")}
-    subprocess.run(load, cwd=ROOT, env=environment(tmp_path) | own, check=True, timeout=120)
+    later = start([str(load)], environment(tmp_path) | own, tmp_path / "rank-1.out")
+    try:
+        assert later.wait(120) == 0, outputs(tmp_path)
+    finally:
+        later.kill()
 
 
 def test_a_start_on_cpus_compiles_nothing_and_leaves_no_shared_memory(
