@@ -4,8 +4,6 @@ import logging
 import time
 from dataclasses import InitVar, dataclass, field, replace
 
-import torch
-
 from pipeline.checkpoints.describe import describe
 from pipeline.checkpoints.fingerprint import logit_fingerprint
 from pipeline.checkpoints.resume import Resumed, newest, resume
@@ -14,6 +12,7 @@ from pipeline.checkpoints.state import Origin, TrainState
 from pipeline.context import RunContext
 from pipeline.data.loader import BatchLoader
 from pipeline.distributed.clock import Clock
+from pipeline.distributed.copies import to_device
 from pipeline.distributed.grace import Grace
 from pipeline.distributed.stop import Stopped
 from pipeline.distributed.world import SharedUserError
@@ -128,7 +127,7 @@ class Trainer:
         set_learning_rate(self.engine.optimizer, self.learning_rate(self.step))
         for left in reversed(range(count)):
             with clock.phase("data"):
-                tokens = torch.from_numpy(next(self.batches)).to(self.context.world.device)
+                tokens = to_device(next(self.batches), self.context.world.device)
             with clock.phase("forward"):
                 output = self.engine(input_ids=tokens[:, :-1], shift_labels=tokens[:, 1:])
             with clock.phase("backward"):
@@ -140,6 +139,8 @@ class Trainer:
                 self.meters.losses.end_step(taken=False)
                 raise Stopped
             with clock.phase("step"):
+                if not left:
+                    self.guard.look_ahead(self.meters.losses)
                 self.engine.step()
         verdict = self.guard.judge(self.step, self.meters.losses)
         taken = verdict is not Verdict.LEFT_OUT

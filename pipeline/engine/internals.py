@@ -23,7 +23,7 @@ PRIVATE_NAMES = {
     ),
     "deepspeed.runtime.zero.stage_1_and_2.DeepSpeedZeroOptimizer": (
         *("single_partition_of_fp32_groups", "update_lp_params", "overflow", "_global_grad_norm"),
-        *("has_overflow_partitioned_grads_serial", "averaged_gradients"),
+        *("has_overflow_partitioned_grads_serial", "check_overflow", "get_grad_norm_direct", "scaled_global_norm"),
     ),
     "deepspeed.runtime.bf16_optimizer.BF16_Optimizer": ("fp32_groups_flat_partition", "update_lp_params"),
     "deepspeed.runtime.fp16.unfused_optimizer.FP16_UnfusedOptimizer": ("fp32_groups", "fp16_groups", "overflow"),
@@ -83,7 +83,7 @@ def clip_by_the_norm_that_is_checked(engine: Any) -> None:
 
     def clip() -> None:
         norm = torch.nn.utils.clip_grad_norm_(engine.module.parameters(), engine.gradient_clipping())
-        engine._global_grad_norm = norm
+        engine._global_grad_norm = norm = norm.cpu()
         engine.optimizer.overflow = not bool(torch.isfinite(norm))  # what its other optimizers tell the engine
         if engine.optimizer.overflow:
             engine.zero_grad()  # AdamW moves nothing that has no gradient
@@ -91,25 +91,31 @@ def clip_by_the_norm_that_is_checked(engine: Any) -> None:
     engine.clip_fp32_gradients = clip
 
 
-def look_at_all_gradients_at_once(engine: Any) -> None:
-    """One kernel asks whether all gradients are finite, where ZeRO 1 and 2 on a GPU launch seven for each of them.
+def wait_once_a_step(engine: Any) -> None:
+    """ZeRO 1 and 2 ask the device whether gradients are finite, then for each group how long they are, and for each
+    whether that was a number: each time the host waits, and nothing is launched meanwhile. Here it waits once.
 
-    It is the one of torch's own gradient scaler; gradients times 1 keep their bits.
+    The norm of gradients that are not finite is not finite itself, which DeepSpeed looks at before it moves anything,
+    and on the host it costs no further wait. The sums are DeepSpeed's, bit for bit.
     """
     optimizer = engine.optimizer
-    if not hasattr(optimizer, "has_overflow_partitioned_grads_serial") or engine.device.type != "cuda":
+    if not hasattr(optimizer, "has_overflow_partitioned_grads_serial") or optimizer.cpu_offload:
         return
+    of_all_groups = optimizer.scaled_global_norm
 
-    def not_finite() -> torch.Tensor:
-        gradients = [g for group in optimizer.averaged_gradients.values() for g in group or () if g is not None]
-        found = torch.zeros(1, device=engine.device)
-        one = torch.ones(1, device=engine.device)
-        for dtype in {gradient.dtype for gradient in gradients}:
-            same = [gradient for gradient in gradients if gradient.dtype == dtype]
-            torch._amp_foreach_non_finite_check_and_unscale_(same, found, one)
-        return found.bool()
+    def norm_of_group(gradients: list[torch.Tensor], params: Any) -> torch.Tensor:
+        own = [gradient for gradient in gradients if not getattr(gradient, "_zero_padding", False)]
+        own = own[: len(params)]
+        squares = torch.zeros((), dtype=torch.float32, device=engine.device)
+        if own:
+            norms = torch._foreach_norm(own, 2.0, dtype=torch.float64)
+            squares = torch.stack(norms).square().sum().float()
+        dist.all_reduce(squares, group=optimizer.dp_process_group)
+        return squares.sqrt()
 
-    optimizer.has_overflow_partitioned_grads_serial = not_finite
+    optimizer.check_overflow = lambda partition_gradients=True: None
+    optimizer.get_grad_norm_direct = norm_of_group
+    optimizer.scaled_global_norm = lambda norm_type=2: of_all_groups(norm_type).cpu()
 
 
 def let_the_loss_scale_fall(engine: Any) -> None:

@@ -2,11 +2,13 @@
 
 The check is the optimizer's own. A loss that is not finite is handed on as NaN (`nan_unless_finite`), so that every
 gradient of it is NaN, and the global gradient norm, which DeepSpeed reduces over all ranks and reads before it moves
-anything, tells every rank at once. So a step costs no further collective and no further wait for the device.
+anything, tells every rank at once. The step's loss is on its way to the host by then. So a step waits for the device
+once, before the optimizer moves, and what comes after is launched while the device still works.
 """
 
 import logging
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from enum import Enum
 from pathlib import Path
@@ -17,6 +19,7 @@ import torch.distributed as dist
 
 from data_prep.errors import UserError
 from pipeline.context import RunContext
+from pipeline.distributed.copies import on_its_way
 from pipeline.distributed.world import SharedUserError, World
 from pipeline.engine.internals import Engine, loss_scale
 from pipeline.files import step_name
@@ -62,6 +65,7 @@ class Guard:
     Attributes:
         tokenizer: decodes what a bad batch was.
         state: what the decisions depend on; the checkpoint holds it.
+        loss_sum: gives the step's language loss, summed over the ranks.
     """
 
     context: RunContext
@@ -69,6 +73,7 @@ class Guard:
     tokenizer: Any
     tracker: NullTracker
     state: HealthState = field(default_factory=HealthState)
+    loss_sum: Callable[[], list[float]] = field(init=False)
 
     @property
     def settings(self) -> HealthSection:
@@ -93,7 +98,7 @@ class Guard:
         self.state = self.state.applied()
         if self.settings.spike_z_score is None:
             return Verdict.TAKEN
-        loss, norm = self.read(losses)
+        loss, norm = self.read()
         reason = find_spike(self.state, loss, norm, self.settings.spike_z_score)
         begins = reason is not None and not self.state.spiking
         self.state = self.state.remembering(loss, norm, reason is not None)
@@ -106,13 +111,18 @@ class Guard:
             self.dump(step, f"spike: {reason}", losses)
         return Verdict.SPIKE if self.settings.spike_action == "roll_back" else Verdict.TAKEN
 
-    def read(self, losses: LossMeter) -> tuple[float, float]:
-        """Language loss and gradient norm of the step, the same on every rank: the one wait for the device."""
-        norm = torch.as_tensor(self.engine.get_global_grad_norm(), dtype=torch.float64, device=losses.sums.device)
-        numbers = torch.stack([torch.stack(losses.step)[:, 0].mean(), norm])
-        dist.all_reduce(numbers)
-        loss, norm_sum = numbers.tolist()
-        return loss / self.world.size, norm_sum / self.world.size
+    def look_ahead(self, losses: LossMeter) -> None:
+        """Before the optimizer moves: the step's mean language loss sets out for the host, where spikes are watched."""
+        if self.settings.spike_z_score is None:
+            return
+        total = torch.stack(losses.step)[:, :1].mean(dim=0)
+        dist.all_reduce(total)
+        self.loss_sum = on_its_way(total)
+
+    def read(self) -> tuple[float, float]:
+        """Language loss and gradient norm of the step, the same on every rank."""
+        (loss,) = self.loss_sum()
+        return loss / self.world.size, float(self.engine.get_global_grad_norm())
 
     def metrics(self) -> dict[str, float]:
         """What has happened so far, where anything has; no collective."""

@@ -125,7 +125,9 @@ def outputs(folder: Path) -> str:
     return "\n".join(f"--- {item.name}\n{item.read_text()}" for item in sorted(folder.glob("rank-*.out")))
 
 
-def start_plan(runs: list[Run], folder: Path, dataset: Path, processes: int = 2) -> list[Fork]:
+def start_plan(
+    runs: list[Run], folder: Path, dataset: Path, processes: int = 2, program: str = "tests.pipeline.ranks"
+) -> list[Fork]:
     """The ranks that train every run of the plan, in order."""
     plan = [
         {
@@ -139,12 +141,14 @@ def start_plan(runs: list[Run], folder: Path, dataset: Path, processes: int = 2)
         for run in runs
     ]
     (folder / "plan.json").write_text(json.dumps(plan))
-    return start_ranks(["-m", "tests.pipeline.ranks", str(folder)], folder, processes)
+    return start_ranks(["-m", program, str(folder)], folder, processes)
 
 
-def run_ranks(runs: list[Run], folder: Path, dataset: Path, processes: int = 2) -> list[dict[str, Any]]:
+def run_ranks(
+    runs: list[Run], folder: Path, dataset: Path, processes: int = 2, program: str = "tests.pipeline.ranks"
+) -> list[dict[str, Any]]:
     """Train every run of the plan, in order. Returns a run's result: exit code, problems."""
-    started = start_plan(runs, folder, dataset, processes)
+    started = start_plan(runs, folder, dataset, processes, program)
     codes = wait(started, folder, timeout_seconds=1200)
     assert codes == [0] * processes, outputs(folder)
     results: list[dict[str, Any]] = json.loads((folder / "results.json").read_text())
