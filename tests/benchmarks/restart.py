@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,6 +17,7 @@ from typing import Any
 
 import psutil
 
+from pipeline.exit_codes import PREEMPTED
 from tests.cluster import hosts
 from tests.conftest import ROOT
 
@@ -105,9 +107,14 @@ def train(lines: Lines, seconds: float = 0.0) -> float:
 
 
 def said(job: "subprocess.Popen[str]") -> Lines:
+    """What it says until it ends, which nobody waits for: then its last words are the error's."""
     assert job.stdout
+    last: deque[str] = deque(maxlen=30)
     for line in job.stdout:
+        last.append(line)
         yield time.monotonic(), line
+    if job.wait() not in (0, PREEMPTED):
+        raise RuntimeError("".join(last))
 
 
 def kill_a_rank(job: "subprocess.Popen[str]") -> float:
