@@ -20,6 +20,7 @@ from pipeline.engine.internals import (
     clip_by_the_norm_that_is_checked,
     let_the_loss_scale_fall,
     let_zero_take,
+    look_at_all_gradients_at_once,
     parts_of,
     wait_once_a_step,
 )
@@ -235,6 +236,7 @@ def initialize(
     clip_by_the_norm_that_is_checked(engine)
     let_the_loss_scale_fall(engine)
     wait_once_a_step(engine)
+    look_at_all_gradients_at_once(engine)
     if isinstance(optimizer, Muon):
         dtype = torch.bfloat16 if settings["bf16"]["enabled"] else torch.float32
         optimizer.attach(parts_of(engine, shapes), cut_up=zero_stage(settings) > 0, dtype=dtype)

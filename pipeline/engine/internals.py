@@ -20,10 +20,11 @@ PRIVATE_NAMES = {
     "deepspeed.runtime.zero.stage3.DeepSpeedZeroOptimizer_Stage3": (
         *("fp32_partitioned_groups_flat", "grad_position", "get_param_id", "_get_param_partition_rank"),
         *("checkpoint_event_prologue", "checkpoint_event_epilogue", "overflow", "_global_grad_norm"),
+        *("has_overflow_partitioned_grads_serial", "averaged_gradients"),
     ),
     "deepspeed.runtime.zero.stage_1_and_2.DeepSpeedZeroOptimizer": (
         *("single_partition_of_fp32_groups", "update_lp_params", "overflow", "_global_grad_norm"),
-        *("has_overflow_partitioned_grads_serial", "check_overflow", "get_grad_norm_direct", "scaled_global_norm"),
+        *("check_overflow", "get_grad_norm_direct", "scaled_global_norm"),
     ),
     "deepspeed.runtime.bf16_optimizer.BF16_Optimizer": ("fp32_groups_flat_partition", "update_lp_params"),
     "deepspeed.runtime.fp16.unfused_optimizer.FP16_UnfusedOptimizer": ("fp32_groups", "fp16_groups", "overflow"),
@@ -99,7 +100,9 @@ def wait_once_a_step(engine: Any) -> None:
     and on the host it costs no further wait. The sums are DeepSpeed's, bit for bit.
     """
     optimizer = engine.optimizer
-    if not hasattr(optimizer, "has_overflow_partitioned_grads_serial") or optimizer.cpu_offload:
+    if engine.zero_optimization_stage() not in (1, 2) or not hasattr(optimizer, "single_partition_of_fp32_groups"):
+        return
+    if optimizer.cpu_offload:
         return
     of_all_groups = optimizer.scaled_global_norm
 
@@ -116,6 +119,27 @@ def wait_once_a_step(engine: Any) -> None:
     optimizer.check_overflow = lambda partition_gradients=True: None
     optimizer.get_grad_norm_direct = norm_of_group
     optimizer.scaled_global_norm = lambda norm_type=2: of_all_groups(norm_type).cpu()
+
+
+def look_at_all_gradients_at_once(engine: Any) -> None:
+    """One kernel asks whether all gradients are finite, where ZeRO 3 on a GPU launches seven for each of them.
+
+    It is the one of torch's own gradient scaler; gradients times 1 keep their bits.
+    """
+    optimizer = engine.optimizer
+    if engine.zero_optimization_stage() != 3 or engine.device.type != "cuda":
+        return
+
+    def not_finite() -> torch.Tensor:
+        gradients = [g for group in optimizer.averaged_gradients.values() for g in group or () if g is not None]
+        found = torch.zeros(1, device=engine.device)
+        one = torch.ones(1, device=engine.device)
+        for dtype in {gradient.dtype for gradient in gradients}:
+            same = [gradient for gradient in gradients if gradient.dtype == dtype]
+            torch._amp_foreach_non_finite_check_and_unscale_(same, found, one)
+        return found.bool()
+
+    optimizer.has_overflow_partitioned_grads_serial = not_finite
 
 
 def let_the_loss_scale_fall(engine: Any) -> None:
