@@ -171,7 +171,7 @@ def comparison(
     row(
         "held-out bits a byte at the end", {n: _spread(_all(runs[n], results, "valid", "bits_per_byte")) for n in first}
     )
-    if all("test" in result for result in first.values()):
+    if all("test" in results[run.name] for seeds in runs.values() for run in seeds):
         row(
             "WikiText-103 test, perplexity a word (245,569 of them, with ends of lines)",
             {n: _spread(_all(runs[n], results, "test", "word_perplexity"), 0) for n in first},
