@@ -15,6 +15,7 @@ from pathlib import Path
 import psutil
 
 from tests.conftest import ROOT
+from tests.pipeline.ranks import without_mlflow
 
 STEPS = 9
 SECONDS = 1200.0
@@ -65,11 +66,13 @@ class Run:
 
     def launch(self, *arguments: object, **environment: str) -> "subprocess.Popen[bytes]":
         """Start `globallocal launch` in the folder, its output in `out` there."""
+        untracked = "tracking.enabled=true" not in arguments
+        path = without_mlflow(self.folder / "python") if untracked else str(ROOT)
         with open(self.folder / "out", "wb") as out:
             job = subprocess.Popen(
                 [sys.executable, "-m", "launch", "launch", "--config", str(self.file), *map(str, arguments)],
                 cwd=self.folder,
-                env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), **environment},
+                env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path, **environment},
                 stdout=out,
                 stderr=subprocess.STDOUT,
             )
