@@ -6,8 +6,10 @@ weights and rows of tables stay in the cache. Forward and backward together; siz
 """
 
 from collections.abc import Callable, Iterable
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import Tensor
@@ -15,6 +17,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
+from model import ops_loss_globallocal, ops_router_globallocal
+from model.library_globallocal import GPU_BLOCK_FACTOR
 from model.ops_convolution_globallocal import causal_convolutions
 from model.ops_delta_globallocal import gated_delta_rule
 from model.ops_loss_globallocal import vocabulary_loss
@@ -23,13 +27,15 @@ from model.ops_summary_globallocal import decayed_attention
 
 BYTES_PER_SECOND, FLOPS_PER_SECOND = 4.3e12, 785e12
 EXACT_PRODUCTS = 6  # products of float32 numbers: three, each at half the rate
-TOKENS = 1024  # of one sequence, in which a part is counted
+SEQUENCES, LENGTH = 8, 1024  # in which a part is counted: the largest block of the vocabulary loss on a GPU
+TOKENS = SEQUENCES * LENGTH
 LAYER_TOKENS = 65_536  # 64 × 1,024: what a micro-batch of `small` has
 
 H, N, R, K, V = 512, 4096, 128, 2, 32_000  # hidden, pool rows, router's width, rows chosen, vocabulary
 BRANCHES, TAPS = 2, 3
 HEADS, D, P, C = 8, 64, 64, 64  # the summary's heads, width of its keys and of a head, chunk
 W = 2  # bytes of a number
+BLOCKS = (ops_loss_globallocal, "LOGIT_BLOCK_ELEMENTS"), (ops_router_globallocal, "SCORE_BLOCK_ELEMENTS")
 
 
 @dataclass(frozen=True)
@@ -84,19 +90,19 @@ def leaf(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
 
 def convolutions() -> Any:
     weight, bias = leaf(BRANCHES, H, TAPS * H), leaf(BRANCHES, H)
-    causal_convolutions(leaf(1, TOKENS, H), weight, bias, torch.tensor([1, 512])).sum().backward()
+    causal_convolutions(leaf(SEQUENCES, LENGTH, H), weight, bias, torch.tensor([1, 512], device="cpu")).sum().backward()
 
 
 def average() -> Any:
-    query, key = leaf(1, TOKENS, D), leaf(1, TOKENS, D)
-    gates = (-torch.rand(1, TOKENS, HEADS)).requires_grad_()
-    decayed_attention(query, key, leaf(1, TOKENS, HEADS, P), gates, None)[0].sum().backward()
+    query, key = leaf(SEQUENCES, LENGTH, D), leaf(SEQUENCES, LENGTH, D)
+    gates = (-torch.rand(SEQUENCES, LENGTH, HEADS)).requires_grad_()
+    decayed_attention(query, key, leaf(SEQUENCES, LENGTH, HEADS, P), gates, None)[0].sum().backward()
 
 
 def delta() -> Any:
     wide = torch.float32
-    query, key, value = (leaf(1, TOKENS, n, size, dtype=wide) for n, size in ((1, D), (1, D), (HEADS, P)))
-    gates, write = (-torch.rand(1, TOKENS, HEADS)).requires_grad_(), leaf(1, TOKENS, HEADS, dtype=wide)
+    query, key, value = (leaf(SEQUENCES, LENGTH, n, size, dtype=wide) for n, size in ((1, D), (1, D), (HEADS, P)))
+    gates, write = (-torch.rand(SEQUENCES, LENGTH, HEADS)).requires_grad_(), leaf(SEQUENCES, LENGTH, HEADS, dtype=wide)
     gated_delta_rule(query, key, value, gates, write, None)[0].sum().backward()
 
 
@@ -136,8 +142,15 @@ def parts() -> list[Part]:
 
 
 def counted(function: Callable[[], Any]) -> tuple[float, float]:
-    """Bytes and operations per token of a part written out."""
-    with Moved() as moved, FlopCounterMode(display=False) as flops:
+    """Bytes and operations per token of a part written out, in blocks as large as on a GPU."""
+    with ExitStack() as stack:
+        for module, name in (
+            (ops_loss_globallocal, "LOGIT_BLOCK_ELEMENTS"),
+            (ops_router_globallocal, "SCORE_BLOCK_ELEMENTS"),
+        ):
+            stack.enter_context(patch.object(module, name, getattr(module, name) * GPU_BLOCK_FACTOR))
+        stack.enter_context(torch.device("meta"))  # operations run without numbers
+        moved, flops = stack.enter_context(Moved()), stack.enter_context(FlopCounterMode(display=False))
         function()
     return moved.bytes / TOKENS, flops.get_total_flops() / TOKENS
 
