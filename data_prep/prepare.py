@@ -35,7 +35,7 @@ from data_prep.manifest import (
 from data_prep.packing import END, START, Position
 from data_prep.prepare_settings import PrepareProgress, PrepareSettings, in_order_of_work
 from data_prep.split_writer import Digests, SplitWriter, other_text
-from data_prep.store import Store, open_store
+from data_prep.store import WORK_FOLDER, Store, open_store
 from data_prep.tokenizers.fast_encoder import choose_encoder, sample_texts
 from data_prep.tokenizers.hf_tokenizer import tokenizer_files
 
@@ -49,9 +49,11 @@ def prepare(settings: PrepareSettings, progress: Callable[[PrepareProgress], Non
     Raises UserError if the folder holds something else or is in use, the source cannot be read or holds
     no document, a document does not survive encoding, or the target cannot be written.
     """
-    if manifest := finished(settings):
-        return manifest
     store = open_store(settings.output)
+    if manifest := finished(settings):
+        if WORK_FOLDER in store.names():  # killed between the manifest and the end
+            store.remove_work_folder()
+        return manifest
     subject = settings.subject()
     with closing(Journal(store, subject)) as journal:
         if manifest := finished(settings):  # another process was faster

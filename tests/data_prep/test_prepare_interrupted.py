@@ -204,6 +204,16 @@ def test_duplicates_are_known_again_after_a_kill(tokenizer, tmp_path):
     assert folder_bytes(tmp_path / "killed") == folder_bytes(tmp_path / "whole")
 
 
+def test_a_kill_between_the_manifest_and_the_end_leaves_nothing_behind_the_next_command(tokenizer, tmp_path):
+    settings = small(write_texts(tmp_path / "texts", sentences(3, 20)), tokenizer, tmp_path / "dataset")
+    prepare(settings)
+    whole = folder_bytes(tmp_path / "dataset")
+    (tmp_path / "dataset" / ".prepare").mkdir()
+    (tmp_path / "dataset" / ".prepare" / "journal-000000.jsonl").write_text("{}\n")
+    prepare(settings)
+    assert folder_bytes(tmp_path / "dataset") == whole
+
+
 def test_store_is_durable_in_the_right_order(tmp_path, monkeypatch):
     """Content reaches the disk before its name does, and the name before the call returns."""
     events = []
