@@ -1,11 +1,13 @@
 """The project on a GPU, in bfloat16: kernels, passes, the trainer on real text, decoding; the GPT beside it.
 
-`make gpu`, in about six minutes on one card; results go to docs/benchmarks.md after each part, so that a run that is
-cut off keeps what it has. Seconds are the device's, by events; each pair takes turns and the median counts. MFU is the
-counted operations of the model over what one large matrix product reaches on the card.
+`make gpu`, in about seven minutes on one card (reckoned, docs/one-gpu.md); results go to docs/benchmarks.md after each
+part, so that a run that is cut off keeps what it has, and a part that fails says so and costs no other. Seconds are the
+device's, by events; each pair takes turns and the median counts. MFU is the counted operations of the model over what
+one large matrix product reaches on the card.
 
 `make gpu ARGS=--rehearse` goes every way with tiny sizes, on a machine without a card too; its figures mean nothing and
-are written nowhere.
+are written nowhere. Without one, CUDA graphs are not captured, kernels run in Triton's interpreter (in their tests) or
+stand aside for plain torch, and passes are compiled but for the last stage, which the trainer's rehearsal has.
 """
 
 import argparse
@@ -15,17 +17,18 @@ import json
 import subprocess
 import sys
 import time
+import traceback
 from collections.abc import Callable
 from typing import Any
 
 import torch
 import triton
 
-from model import reference
 from model.configuration_globallocal import GlobalLocalConfig
 from model.modeling_globallocal import GlobalLocalForCausalLM
-from tests.benchmarks import reckoned
-from tests.benchmarks.__main__ import write
+from pipeline.engine.compilation import keep_cache
+from tests.benchmarks.__main__ import flat, write
+from tests.benchmarks.gpu_kernels import agreement, kernel_tests, kernels
 from tests.benchmarks.gpu_passes import (
     DEVICE,
     REHEARSAL,
@@ -43,15 +46,11 @@ from tests.benchmarks.quality import gpu as quality
 from tests.benchmarks.quality.contenders import Contender
 from tests.benchmarks.quality.plan import gpt
 from tests.benchmarks.quality.training import say
-from tests.conftest import ROOT
 
 # preset → sequences in a micro-batch, each of the preset's longest length.
 PRESETS = {"small": 64, "base": 32, "large": 8}
-SUMMARY_RULES = ("average", "delta")
 # A GPT of about the preset's FLOPs per token.
 GPTS = {"small": gpt(512, 7, 64), "base": gpt(768, 12, 64), "large": gpt(1024, 21, 64)}
-KERNEL_TESTS = [str(path.relative_to(ROOT)) for path in sorted((ROOT / "tests" / "model").glob("test_kernels_*.py"))]
-
 
 TARGETS = {
     "training_step.small.over_compiled_gpt": "≥ 1.0",
@@ -61,8 +60,8 @@ TARGETS = {
     "training_step.small.peak_memory_over_compiled_gpt": "≤ 1.0",
     "trainer.over_passes": "≥ 0.95",
     "trainer.device_idle_share": "≤ 0.03",
-    "long_sequences.globallocal.speed_at_16384_over_512": "≥ 0.95",
-    "long_sequences.over_compiled_gpt_at_16384": "≥ 1.5",
+    "long_sequences.512.globallocal_tokens_per_second_of_longest_over_this": "≥ 0.95",
+    "long_sequences.16384.over_compiled_gpt": "≥ 1.5",
     "decoding.ratio": "≥ 20",
     "decoding.milliseconds_per_step": "≤ 1",
 }
@@ -111,65 +110,38 @@ def training_step(preset: str, rate: float, sizes: Sizes) -> dict[str, Any]:
     return result
 
 
-def delta_rule(sizes: Sizes) -> dict[str, Any]:
-    """A pass with `summary_rule: delta`, as it is and compiled, beside the average's."""
+def delta_rule(sizes: Sizes, average_milliseconds: float | None) -> dict[str, Any]:
+    """A pass with `summary_rule: delta`, as it is and compiled; the average's is `training_step.small`."""
     length = sizes.sequence_length
-    models = {rule: build(globallocal("small", **sizes.model, summary_rule=rule), length) for rule in SUMMARY_RULES}
-    models |= {f"{rule}_compiled": compiled(model) for rule, model in models.items()}
-    vocab_size = models["delta"].model.config.vocab_size
-    functions = {name: passes(model, sizes.micro_batch, length, vocab_size) for name, model in models.items()}
+    model = build(globallocal("small", **sizes.model, summary_rule="delta"), length)
+    vocab_size = model.model.config.vocab_size
+    models = {"plain": model, "compiled": compiled(model)}
+    functions = {name: passes(item, sizes.micro_batch, length, vocab_size) for name, item in models.items()}
     seconds = median_seconds(functions)
     result: dict[str, Any] = {f"{name}_milliseconds": 1e3 * value for name, value in seconds.items()}
-    peaks = {rule: peak_bytes(functions[f"{rule}_compiled"]) for rule in SUMMARY_RULES}
-    return result | {
-        "over_average": seconds["average_compiled"] / seconds["delta_compiled"],
-        "peak_memory_over_average": peaks["delta"] / peaks["average"],
-    }
+    result["compiled_peak_megabytes"] = peak_bytes(functions["compiled"]) / 1e6
+    if average_milliseconds:
+        result["over_average"] = average_milliseconds / result["compiled_milliseconds"]
+    return result
 
 
-def agreement() -> dict[str, Any]:
-    """Fast path against the equations in float64 on this device, and one run against another, bit by bit."""
-    config = GlobalLocalConfig.from_preset("quickstart", vocab_size=512, pool_dim=256)
-    torch.manual_seed(0)
-    model = GlobalLocalForCausalLM(config).double().to(DEVICE).train()
-    ids, labels = torch.randint(0, 512, (2, 4, 128), device=DEVICE)
-    weights = {n: t.detach().clone().requires_grad_(n != "model.pool") for n, t in model.state_dict().items()}
-    reference.loss(weights, config, ids, labels).backward()
-    model(ids, shift_labels=labels).loss.backward()
-    worst = max(
-        float((parameter.grad - weights[name].grad).abs().max() / weights[name].grad.abs().max().clamp_min(1e-4))
-        for name, parameter in model.named_parameters()
-    )
-    model = model.bfloat16()
+def long_sequences(length: int, sizes: Sizes, longest: dict[str, Any] | None = None) -> dict[str, Any]:
+    """The tokens of a micro-batch of `small` as sequences of this length, compiled; the GPT beside.
 
-    def gradients() -> list[torch.Tensor]:
-        model.zero_grad()
-        model(ids, shift_labels=labels).loss.backward()
-        return [parameter.grad.clone() for parameter in model.parameters()]
-
-    same = all(torch.equal(a, b) for a, b in zip(gradients(), gradients(), strict=True))
-    return {"largest_relative_difference_of_a_gradient": worst, "two_runs_bitwise_equal": same}
-
-
-def long_sequences(sizes: Sizes) -> dict[str, Any]:
-    """The same tokens as sequences of 16,384, 4,096 and 512, compiled: speed and peak memory, the GPT beside."""
+    Args:
+        longest: what this gave for the longest sequences.
+    """
     own = globallocal("small", **sizes.model)
     vocab_size = own.settings["vocab_size"]
     other = Contender("gpt", {"vocab_size": vocab_size} | GPTS["small"] | sizes.gpt)
-    short, _, long = sizes.lengths
     result: dict[str, Any] = {}
     for name, contender in {"globallocal": own, "gpt": other}.items():
-        measured = {}
-        for length in sizes.lengths:
-            model = compiled(build(contender, length))
-            run = passes(model, sizes.long_tokens // length, length, vocab_size)
-            measured[length] = sizes.long_tokens / median_seconds({"step": run}, 4)["step"], peak_bytes(run)
-        result[name] = {f"tokens_per_second_at_{length}": speed for length, (speed, _) in measured.items()} | {
-            f"speed_at_{long}_over_{short}": measured[long][0] / measured[short][0],
-            f"peak_memory_at_{long}_over_{short}": measured[long][1] / measured[short][1],
-        }
-    speeds = [result[name][f"tokens_per_second_at_{long}"] for name in ("globallocal", "gpt")]
-    return result | {f"over_compiled_gpt_at_{long}": speeds[0] / speeds[1]}
+        run = passes(compiled(build(contender, length)), sizes.long_tokens // length, length, vocab_size)
+        result[f"{name}_tokens_per_second"] = sizes.long_tokens / median_seconds({"pass": run}, 4)["pass"]
+        result[f"{name}_peak_megabytes"] = peak_bytes(run) / 1e6
+    over = {f"{key}_of_longest_over_this": longest[key] / value for key, value in result.items()} if longest else {}
+    speeds = result["globallocal_tokens_per_second"], result["gpt_tokens_per_second"]
+    return result | over | {"over_compiled_gpt": speeds[0] / speeds[1]}
 
 
 def decoding(sizes: Sizes) -> dict[str, Any]:
@@ -200,34 +172,34 @@ def decoding(sizes: Sizes) -> dict[str, Any]:
     }
 
 
-def kernels() -> dict[str, Any]:
-    """The tests of the kernels, on the card; what fails is printed."""
-    command = [sys.executable, "-m", "pytest", "-n0", "-q", "-p", "no:cacheprovider", *KERNEL_TESTS]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
-    if done.returncode:
-        say(done.stdout[-3000:] + done.stderr[-1000:])
-    return {"tests": done.stdout.strip().splitlines()[-1]} | agreement()
-
-
 def parts(result: dict[str, Any], sizes: Sizes) -> dict[str, Callable[[], Any]]:
-    """What is measured, by the dotted path of its figures in `result`, which also serves later parts."""
+    """What is measured, by the dotted path of its figures in `result`, which also serves later parts; what has never
+    been measured, or matters most, comes first."""
     rate = matrix_flops(sizes.product)
     say(f"one product of {sizes.product}³ in bfloat16: {rate / 1e12:.0f} TFLOP/s")
+    short, middle, long = sizes.lengths
 
-    def fastest() -> float | None:
-        return result.get("training_step", {}).get("small", {}).get("globallocal_compiled_tokens_per_second")
+    def small(figure: str) -> float | None:
+        return result.get("training_step", {}).get("small", {}).get(figure)
+
+    def longest() -> dict[str, Any] | None:
+        return result.get("long_sequences", {}).get(str(long))
 
     return {
         "teraflop_per_second_of_a_product": lambda: rate / 1e12,
         "training_step.small": lambda: training_step("small", rate, sizes),
-        "trainer": lambda: trainer(sizes, fastest()),
-        "delta_rule": lambda: delta_rule(sizes),
+        "kernels": lambda: kernels(sizes),
+        "agreement": agreement,
+        "trainer": lambda: trainer(sizes, small("globallocal_compiled_tokens_per_second")),
+        "delta_rule": lambda: delta_rule(sizes, small("globallocal_compiled_milliseconds")),
         "decoding": lambda: decoding(sizes),
         "training_step.base": lambda: training_step("base", rate, sizes),
-        "long_sequences": lambda: long_sequences(sizes),
-        "kernels": kernels,
+        "kernel_tests": kernel_tests,
+        f"long_sequences.{long}": lambda: long_sequences(long, sizes),
+        f"long_sequences.{short}": lambda: long_sequences(short, sizes, longest()),
+        f"long_sequences.{middle}": lambda: long_sequences(middle, sizes, longest()),
         "training_step.large": lambda: training_step("large", rate, sizes),
-        "quality": quality.run,
+        **({} if sizes is REHEARSAL else {"quality": quality.run}),  # trainings of hours, of fixed sizes
     }
 
 
@@ -255,14 +227,23 @@ def run(
         sys.exit("error: no GPU here; the section `gpu` of docs/benchmarks.md stays as it is (try ARGS=--rehearse)")
     sizes = sizes or Sizes()
     torch.set_float32_matmul_precision("highest")
-    say("\n".join(reckoned.table()))
+    keep_cache()  # the trainer's: what one compiles the other finds
     result: dict[str, Any] = {"machine": where()}
-    for name, part in parts(result, sizes).items():
+    known = parts(result, sizes)
+    prefixes = {name.partition(".")[0] for name in known}
+    if unknown := set(names or ()) - set(known) - prefixes:
+        sys.exit(f"error: no part {', '.join(sorted(unknown))}; known: {', '.join(known)}")
+    for name, part in known.items():
         if name in ONLY_WHEN_NAMED if not names else name.partition(".")[0] not in names and name not in names:
             continue
         begin = time.perf_counter()
-        value, at = part(), result
+        try:
+            value = part()
+        except Exception as error:  # what comes behind it is measured all the same
+            traceback.print_exc()
+            value = {"failed": f"{type(error).__name__}: {error}".splitlines()[0][:200]}
         *folders, last = name.split(".")
+        at = result
         for folder in folders:
             at = at.setdefault(folder, {})
         at[last] = value
@@ -272,12 +253,19 @@ def run(
     return result
 
 
+def failed(result: dict[str, Any]) -> list[str]:
+    """The parts that ended in an error."""
+    return [path for path, _ in flat(result) if path.endswith(".failed")]
+
+
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("parts", nargs="*")
     parser.add_argument("--rehearse", action="store_true", help="every way with tiny sizes; nothing is written")
     given = parser.parse_args()
     if given.rehearse:
-        run(given.parts, sizes=REHEARSAL)
+        measured = run(given.parts, sizes=REHEARSAL)
     else:
-        run(given.parts, lambda result: write("gpu", result, TARGETS))
+        measured = run(given.parts, lambda result: write("gpu", result, TARGETS))
+    if faults := failed(measured):
+        sys.exit(f"error: {', '.join(faults)}; the traceback is above")

@@ -139,7 +139,8 @@ def passes(model: Any, batch: int, length: int, vocab_size: int) -> Callable[[],
 
 
 def compiled(model: Any) -> Any:
-    """The same weights, every block compiled without graph breaks, as `training.compile` does it."""
+    """The same weights, every block compiled without graph breaks, as `training.compile` does it. Without a GPU the
+    compiler goes all the way but for code in C++, which would take minutes; the trainer's rehearsal has that."""
     model = copy.deepcopy(model)
     how: dict[str, Any] = {"options": {"deterministic": True}} if DEVICE.type == "cuda" else {"backend": "aot_eager"}
     for layer in model.model.model.layers:

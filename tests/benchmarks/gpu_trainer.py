@@ -9,44 +9,58 @@ import signal
 import statistics
 import subprocess
 import sys
+from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
+from pipeline.tracking.journal import read_journal
 from tests.benchmarks.gpu_passes import Sizes
 from tests.benchmarks.quality.training import say
 from tests.conftest import ROOT
 
+TRACED_STEPS = 3
+
 
 def trainer(sizes: Sizes, passes_per_second: float | None = None) -> dict[str, Any]:
-    """`small` on real text with DeepSpeed: never stopped, and killed, resumed and compared with the former."""
-    dataset, steps = ROOT / "data" / sizes.name, sizes.steps
-    if not (dataset / "manifest.json").exists():
-        tokenizer = dataset.with_name(f"{sizes.name}-tokenizer")
-        source = ["--source", "sample"]
-        globallocal_command(
-            "tokenizer", *source, "--vocab-size", str(sizes.vocab_size), "--output", str(tokenizer)
-        )  # fmt: skip
-        globallocal_command("prepare", *source, "--tokenizer", str(tokenizer), "--output", str(dataset))
-    shutil.rmtree(ROOT / "runs" / sizes.name, ignore_errors=True)
-    whole = train("whole", dataset, sizes, f"training.profile={steps - 9}-{steps - 7}")
-    train("killed", dataset, sizes, kill_after=f"step {2 * steps // 3}/")
-    resumed = train("killed", dataset, sizes)
-    losses = [dict(re.findall(r"step (\d+)/\d+  loss ([\d.]+)", text)) for text in (whole, resumed)]
-    speeds = [float(speed.replace(",", "")) for speed in re.findall(r"([\d,]+) tokens/s", whole)]
-    tokens_per_second = statistics.median(speeds[2 : 2 * len(speeds) // 3])
-    busy = busy_seconds(next((ROOT / "runs" / sizes.name / "whole" / "profile").rglob("*.trace.json.gz"))) / 3
+    """`small` on real text with DeepSpeed, its blocks compiled: killed, and resumed. Steps that both starts took are
+    compared, bit by bit."""
+    dataset, run_folder = prepared(sizes), ROOT / "runs" / sizes.name
+    shutil.rmtree(run_folder, ignore_errors=True)
+    killed = train(run_folder, dataset, sizes, kill_after=f"step {5 * sizes.steps // 6}/")
+    resumed = train(run_folder, dataset, sizes)
+    numbers: dict[int, list[tuple[float, float]]] = defaultdict(list)
+    for entry in read_journal(run_folder):
+        if "loss/train" in entry["metrics"]:
+            numbers[entry["step"]].append((entry["metrics"]["loss/train"], entry["metrics"]["gradient_norm"]))
+    twice = [pair for pair in numbers.values() if len(pair) == 2]
+    speeds = [float(speed.replace(",", "")) for speed in re.findall(r"([\d,]+) tokens/s", killed)]
+    tokens_per_second = statistics.median(speeds[2:])
+    busy = busy_seconds(next((run_folder / "profile").rglob("*.trace.json.gz"))) / TRACED_STEPS
     tokens = 2 * sizes.micro_batch * sizes.sequence_length
+    compiling = [re.search(r"compiled in (\d+) s", text) for text in (killed, resumed)]
     result = {
         "tokens_per_second": tokens_per_second,
         "device_busy_milliseconds_per_step": 1e3 * busy,
         "device_idle_share": 1 - busy * tokens_per_second / tokens,  # of a step that is not traced
+        "compile_seconds": [int(match[1]) if match else None for match in compiling],  # of the first start, the second
         "resumed": (re.search(r"resume verified: [^\n]*", resumed) or ["not verified"])[0],
-        "losses_after_the_resume_equal": all(losses[0].get(step) == loss for step, loss in losses[1].items()),
-        "losses_compared": len(losses[1]),
+        "logged_steps_taken_twice": len(twice),
+        "their_losses_and_gradient_norms_equal": bool(twice) and all(first == again for first, again in twice),
     }
     if passes_per_second:
         result["over_passes"] = tokens_per_second / passes_per_second
     return result
+
+
+def prepared(sizes: Sizes) -> Path:
+    """The dataset, made at the first call."""
+    dataset = ROOT / "data" / sizes.name
+    if not (dataset / "manifest.json").exists():
+        tokenizer = dataset.with_name(f"{sizes.name}-tokenizer")
+        source, vocab_size = ["--source", "sample"], str(sizes.vocab_size)
+        globallocal_command("tokenizer", *source, "--vocab-size", vocab_size, "--output", str(tokenizer))
+        globallocal_command("prepare", *source, "--tokenizer", str(tokenizer), "--output", str(dataset))
+    return dataset
 
 
 def busy_seconds(trace: Path) -> float:
@@ -65,16 +79,17 @@ def globallocal_command(*arguments: str) -> None:
     subprocess.run([sys.executable, "-m", "launch", *arguments], check=True, cwd=ROOT, stdout=sys.stderr)
 
 
-def train(name: str, dataset: Path, sizes: Sizes, *more: str, kill_after: str = "") -> str:
+def train(run_folder: Path, dataset: Path, sizes: Sizes, kill_after: str = "") -> str:
     """One start of the trainer, and what it printed; with `kill_after`, every process is killed once it prints that."""
+    traced = sizes.steps - 9
     command = [
         sys.executable, "pipeline/train.py", "--config", "launch/runs/wikitext103-small.yaml",
-        f"run.name={name}", f"run.output_dir={ROOT / 'runs' / sizes.name / name}", f"data.dataset={dataset}",
-        f"data.sequence_length={sizes.sequence_length}", "model.dropout=0",
+        f"run.name={run_folder.name}", f"run.output_dir={run_folder}", f"data.dataset={dataset}",
+        f"data.sequence_length={sizes.sequence_length}", "model.dropout=0", "training.compile=true",
         f"training.global_batch_size={2 * sizes.micro_batch}", f"training.micro_batch_size={sizes.micro_batch}",
         f"training.max_steps={sizes.steps}", "training.log_interval_steps=5", "optimizer.warmup_steps=10",
-        f"checkpoint.interval_steps={sizes.steps // 2}", "evaluation.split=null", "evaluation.prompts=[]",
-        "tracking.enabled=false", *sizes.settings, *more,
+        f"training.profile={traced}-{traced + TRACED_STEPS - 1}", f"checkpoint.interval_steps={sizes.steps // 2}",
+        "evaluation.split=null", "evaluation.prompts=[]", "tracking.enabled=false", *sizes.settings,
     ]  # fmt: skip
     lines = []
     run = subprocess.Popen(
@@ -87,5 +102,5 @@ def train(name: str, dataset: Path, sizes: Sizes, *more: str, kill_after: str = 
             os.killpg(run.pid, signal.SIGKILL)
     if run.wait() and not kill_after:
         raise RuntimeError(f"{' '.join(command)} failed:\n{''.join(lines[-30:])}")
-    say(f"{name}: {''.join(lines[-3:])}")
+    say("".join(lines[-3:]))
     return "".join(lines)
