@@ -73,8 +73,13 @@ release-check: $(READY) ## wheel and sdist in clean environments; README and doc
 bench: $(READY) ## measure, and write docs/benchmarks.md (arguments: ARGS="reading")
 	$(BIN)/python -m tests.benchmarks $(ARGS)
 
-gpu: $(READY) ## on one GPU, in ten minutes: kernels, passes, the trainer, decoding, into docs/benchmarks.md (ARGS="trainer")
-	$(BIN)/python -m tests.benchmarks.bench_gpu $(ARGS)
+# Where $(PYTHON) has everything, as on many machines with a GPU, nothing is installed.
+HAS_ALL := -c 'import sys; from importlib.util import find_spec; sys.exit(any(find_spec(name) is None for name in \
+	"datasets deepspeed mlflow pydantic pytest sentencepiece torch transformers triton typer webdataset xdist".split()))'
+gpu: ## on one GPU, in ten minutes: kernels, passes, the trainer, decoding, into docs/benchmarks.md (ARGS="trainer")
+	@$(PYTHON) $(HAS_ALL) || $(MAKE) setup
+	@python=$$($(PYTHON) $(HAS_ALL) && echo $(PYTHON) || echo $(BIN)/python); \
+		$$python -m tests.benchmarks.bench_gpu $(ARGS)
 
 torture: $(READY) ## hours of kills and hangs; the last figures in docs/reliability.md (arguments: ARGS="kills")
 	$(BIN)/python -m tests.torture $(ARGS)

@@ -23,11 +23,16 @@ TRACED_STEPS = 3
 
 def trainer(sizes: Sizes, passes_per_second: float | None = None) -> dict[str, Any]:
     """`small` on real text with DeepSpeed, its blocks compiled: killed, and resumed. Steps that both starts took are
-    compared, bit by bit."""
-    dataset, run_folder = prepared(sizes), ROOT / "runs" / sizes.name
+    compared, bit by bit. Beside it a DeepSpeed loop with nothing around it."""
+    run_folder = ROOT / "runs" / sizes.name
+    settings = run_settings(run_folder, prepared(sizes), sizes)
     shutil.rmtree(run_folder, ignore_errors=True)
-    killed = train(run_folder, dataset, sizes, kill_after=f"step {5 * sizes.steps // 6}/")
-    resumed = train(run_folder, dataset, sizes)
+    train = ["pipeline/train.py", "--config", *settings]
+    killed = printed(train, kill_after=f"step {5 * sizes.steps // 6}/")
+    resumed = printed(train)
+    (bare,) = re.findall(
+        r"([\d.]+) tokens/s of the bare loop", printed(["-m", "tests.benchmarks.bare_loop", *settings])
+    )
     numbers: dict[int, list[tuple[float, float]]] = defaultdict(list)
     for entry in read_journal(run_folder):
         if "loss/train" in entry["metrics"]:
@@ -40,6 +45,8 @@ def trainer(sizes: Sizes, passes_per_second: float | None = None) -> dict[str, A
     compiling = [re.search(r"compiled in (\d+) s", text) for text in (killed, resumed)]
     result = {
         "tokens_per_second": tokens_per_second,
+        "bare_loop_tokens_per_second": float(bare),
+        "over_bare_loop": tokens_per_second / float(bare),
         "device_busy_milliseconds_per_step": 1e3 * busy,
         "device_idle_share": 1 - busy * tokens_per_second / tokens,  # of a step that is not traced
         "compile_seconds": [int(match[1]) if match else None for match in compiling],  # of the first start, the second
@@ -49,6 +56,7 @@ def trainer(sizes: Sizes, passes_per_second: float | None = None) -> dict[str, A
     }
     if passes_per_second:
         result["over_passes"] = tokens_per_second / passes_per_second
+        result["bare_loop_over_passes"] = float(bare) / passes_per_second
     return result
 
 
@@ -79,11 +87,11 @@ def globallocal_command(*arguments: str) -> None:
     subprocess.run([sys.executable, "-m", "launch", *arguments], check=True, cwd=ROOT, stdout=sys.stderr)
 
 
-def train(run_folder: Path, dataset: Path, sizes: Sizes, kill_after: str = "") -> str:
-    """One start of the trainer, and what it printed; with `kill_after`, every process is killed once it prints that."""
+def run_settings(run_folder: Path, dataset: Path, sizes: Sizes) -> list[str]:
+    """A run file and what is changed of it."""
     traced = sizes.steps - 9
-    command = [
-        sys.executable, "pipeline/train.py", "--config", "launch/runs/wikitext103-small.yaml",
+    return [
+        "launch/runs/wikitext103-small.yaml",
         f"run.name={run_folder.name}", f"run.output_dir={run_folder}", f"data.dataset={dataset}",
         f"data.sequence_length={sizes.sequence_length}", "model.dropout=0", "training.compile=true",
         f"training.global_batch_size={2 * sizes.micro_batch}", f"training.micro_batch_size={sizes.micro_batch}",
@@ -91,16 +99,21 @@ def train(run_folder: Path, dataset: Path, sizes: Sizes, kill_after: str = "") -
         f"training.profile={traced}-{traced + TRACED_STEPS - 1}", f"checkpoint.interval_steps={sizes.steps // 2}",
         "evaluation.split=null", "evaluation.prompts=[]", "tracking.enabled=false", *sizes.settings,
     ]  # fmt: skip
+
+
+def printed(arguments: list[str], kill_after: str = "") -> str:
+    """What Python prints with these arguments; with `kill_after`, every process is killed once it prints that."""
     lines = []
     run = subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=ROOT, start_new_session=True
-    )
+        [sys.executable, *arguments],
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=ROOT, start_new_session=True,
+    )  # fmt: skip
     assert run.stdout is not None
     for line in run.stdout:
         lines.append(line)
         if kill_after and line.startswith(kill_after):
             os.killpg(run.pid, signal.SIGKILL)
     if run.wait() and not kill_after:
-        raise RuntimeError(f"{' '.join(command)} failed:\n{''.join(lines[-30:])}")
+        raise RuntimeError(f"{' '.join(arguments)} failed:\n{''.join(lines[-30:])}")
     say("".join(lines[-3:]))
     return "".join(lines)

@@ -8,7 +8,7 @@ import torch
 
 from model import decoding_globallocal as decoding
 from model import graphs_globallocal as graphs
-from tests.model.helpers import LAYOUTS, make_model, random_ids, tiny_config
+from tests.model.helpers import LAYOUTS, make_model, random_ids, repeated, tiny_config
 
 CONFIG = {"eos_token_id": 30, "pad_token_id": 0, "bos_token_id": 1}
 
@@ -142,12 +142,6 @@ def test_a_cache_goes_on_where_generate_ended(model):
     question = torch.cat([first.sequences, prompt_ids(model.config, 2, 3, seed=5)], dim=1)
     again = model.generate(question, cache=cache, **options)
     assert torch.equal(again, model.generate(question, **options))
-
-
-def repeated(run, device):
-    """What `captured` gives, without a graph: the same step again, its result in the same tensor."""
-    result = run()
-    return lambda: result.copy_(run()), result
 
 
 @pytest.fixture(
