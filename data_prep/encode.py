@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
-import hashlib
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
+from hashlib import sha256
+from itertools import compress
 from typing import Any
 
 import numpy as np
 
 from data_prep.errors import UserError
-from data_prep.measures import Measures
+from data_prep.measures import MARK, expected, lossy, words_and_newlines
 from data_prep.packing import Piece, Position
-from data_prep.sources.documents import ReadCounts, Task
-from data_prep.tokenizers.fast_encoder import FastEncoder
+from data_prep.sources.documents import Document, ReadCounts, Task
+from data_prep.tokenizers.fast_encoder import FastEncoder, encode_each
 from data_prep.tokenizers.tokenizer import Tokenizer
+
+BLOCK_CHARACTERS = 1 << 20  # of text encoded and looked at together: bounds the memory, about 40 bytes per byte of it
 
 # Per document: tokens (eos included); UTF-8 bytes, words and newlines of its text; whether decoding gave
 # the text back; the first 16 bytes of the text's sha256.
@@ -94,11 +98,13 @@ class TextDigest:
     """The hash of a task's documents, as 32 hex digits: ids and texts, in order, before any filter."""
 
     def __init__(self) -> None:
-        self._sha256 = hashlib.sha256()
+        self._sha256 = sha256()
 
-    def add(self, id: str, content: bytes) -> None:
-        self._sha256.update(b"%d %d %b" % (len(id), len(content), id.encode()))
-        self._sha256.update(content)
+    def add(self, documents: Sequence[Document], contents: Sequence[bytes]) -> None:
+        update = self._sha256.update
+        for document, content in zip(documents, contents, strict=True):
+            update(f"{len(document.id)} {len(content)} {document.id}".encode())
+            update(content)
 
     def hex(self) -> str:
         return self._sha256.hexdigest()[:32]
@@ -107,9 +113,23 @@ class TextDigest:
 def digest_task(task: Task) -> tuple[Position, str, str]:
     """A task's position and name, and the digest of its documents as they are now."""
     digest = TextDigest()
-    for document in task.documents(ReadCounts()):
-        digest.add(document.id, document.text.encode())
+    for block in blocks(task.documents(ReadCounts())):
+        digest.add(block, [document.text.encode() for document in block])
     return task.position, task.name, digest.hex()
+
+
+def blocks(documents: Iterable[Document]) -> Iterator[list[Document]]:
+    """Documents in runs of at most `BLOCK_CHARACTERS`; a longer one is alone."""
+    block: list[Document] = []
+    size = 0
+    for document in documents:
+        size += len(document.text)
+        if size > BLOCK_CHARACTERS and block:
+            yield block
+            block, size = [], len(document.text)
+        block.append(document)
+    if block:
+        yield block
 
 
 class Encoder:
@@ -127,31 +147,80 @@ class Encoder:
         self.fast = fast
 
     def __call__(self, task: Task) -> Encoded:
-        encode = (self.fast or self.tokenizer).encode
         counts, digest = ReadCounts(), TextDigest()
-        eos = np.array([self.tokenizer.eos_id], self.tokenizer.dtype)
-        tokens = [eos[:0]]
+        tokens, records = [np.empty(0, self.tokenizer.dtype)], [np.empty(0, DOCUMENT_RECORD)]
         ids: list[str] = []
-        digests: list[bytes] = []
-        measures = Measures(self.tokenizer, self.filters.allow_lossy)
-        for document in task.documents(counts):
-            content = document.text.encode()
-            digest.add(document.id, content)
-            if len(document.text) < self.filters.minimum_characters:
-                counts.drop("too_short")
+        marks = 0
+        for block in blocks(task.documents(counts)):
+            contents = [document.text.encode() for document in block]
+            digest.add(block, contents)
+            if least := self.filters.minimum_characters:
+                long = [len(document.text) >= least for document in block]
+                block, contents = list(compress(block, long)), list(compress(contents, long))
+                if dropped := len(long) - len(block):
+                    counts.drop("too_short", dropped)
+            if not block:
                 continue
-            ids.append(document.id)
-            digests.append(hashlib.sha256(content).digest()[:16])
-            measures.begin(document.id, content)
-            for part in self.tokenizer.parts(content):
-                tokens.append(encode(part).astype(self.tokenizer.dtype, copy=False))  # uint32 would be twice as much
-                measures.add(part, tokens[-1])
-            tokens.append(eos)
-        documents = np.zeros(len(ids), DOCUMENT_RECORD)
-        documents["digest"] = np.frombuffer(b"".join(digests), "V16")
-        for name, values in measures.per_document().items():
-            documents[name] = values
-        if marks := measures.space_marks:
+            for array, arrays in zip(self._encode(block, contents), (tokens, records), strict=True):
+                arrays.append(array)
+            ids += [document.id for document in block]
+            marks += b"".join(contents).count(MARK)
+        if marks:
             counts.change("u2581_to_space", marks)
-        stream = np.concatenate(tokens, dtype=self.tokenizer.dtype, casting="same_kind")
+        stream, documents = np.concatenate(tokens), np.concatenate(records)
         return Encoded(task.position, task.name, task.source_bytes, digest.hex(), stream, documents, ids, counts)
+
+    def _encode(self, block: list[Document], contents: list[bytes]) -> tuple[np.ndarray, np.ndarray]:
+        """Tokens of documents, [T], each followed by eos, and their records, [D]."""
+        records = np.zeros(len(block), DOCUMENT_RECORD)
+        records["digest"] = np.frombuffer(b"".join([sha256(content).digest()[:16] for content in contents]), "V16")
+        records["bytes"] = list(map(len, contents))
+        if len(block) > 1:
+            tokens = self._encode_texts(block, contents, records)
+        else:
+            tokens = self._encode_long(block, contents[0], records)
+        return tokens, records
+
+    def _encode_long(self, block: list[Document], content: bytes, record: np.ndarray) -> np.ndarray:
+        """As `_encode_texts`, of one document in parts, which bounds the memory."""
+        tokens, parts, before = [], [], 0
+        for text in self.tokenizer.parts(content):
+            parts.append(np.zeros(1, DOCUMENT_RECORD))
+            tokens.append(self._encode_texts(block, [text], parts[-1], before))
+            before += len(text.decode())
+        for name in ("words", "lines"):
+            record[name] = sum(part[name] for part in parts)
+        record["round_trip"] = all(part["round_trip"] for part in parts)
+        stream = np.concatenate([*(ids[:-1] for ids in tokens[:-1]), tokens[-1]])  # one eos, at the end
+        record["tokens"] = len(stream)
+        return stream
+
+    def _encode_texts(
+        self, block: list[Document], texts: list[bytes], records: np.ndarray, before: int = 0
+    ) -> np.ndarray:
+        """Tokens of texts, [T], each followed by eos; measures them into their records, [D].
+
+        Args:
+            block: the texts' documents.
+            before: characters of the document before its text.
+        """
+        tokens, sizes = encode_each(texts, self.tokenizer, self.fast)
+        lost = lossy(self.tokenizer, texts, tokens, sizes)
+        if lost.any() and not self.filters.allow_lossy:
+            number = int(np.argmax(lost))
+            end = int(sizes[: number + 1].sum())
+            back = self.tokenizer.decode(tokens[end - sizes[number] : end - 1])
+            raise _refusal(block[number].id, expected(texts[number]), back, before)
+        records["tokens"], records["round_trip"] = sizes, ~lost
+        records["words"], records["lines"] = words_and_newlines(texts)
+        return tokens
+
+
+def _refusal(id: str, text: str, back: str, before: int) -> UserError:
+    pairs = enumerate(zip(text, back, strict=False))
+    place = next((i for i, (a, b) in pairs if a != b), min(len(text), len(back)))
+    return UserError(
+        f"document '{id}' does not survive the tokenizer: at character {before + place:,} "
+        f"the text has {text[place : place + 20]!r}, decoding gives {back[place : place + 20]!r}; use a "
+        "tokenizer made by `globallocal tokenizer`, or accept the loss with --allow-lossy"
+    )

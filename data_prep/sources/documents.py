@@ -7,23 +7,22 @@ wherever it is executed. The tasks of a split, and so its documents and their or
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from data_prep.packing import START, Position
 
 TASK_BYTES = 1 << 20  # of text per task: large enough to hide its overhead, small enough to keep workers even
 
 
-@dataclass(frozen=True)
-class Document:
+class Document(NamedTuple):
     """One document; `id` names it to people: a title, a file, or the row it came from. `changed` counts
     the characters that a stated policy replaced while reading, by reason."""
 
     id: str
     text: str
-    changed: dict[str, int] = field(default_factory=dict)
+    changed: Mapping[str, int] = {}
 
 
 @dataclass
@@ -116,8 +115,6 @@ class Selection:
     test_share: float = 0.0
 
     def has(self, text: str) -> bool:
-        if not self.valid_share and not self.test_share:
-            return True
         digest = hashlib.sha256(text.encode()).digest()
         place = int.from_bytes(digest[:8], "big") / 2**64
         if place < self.valid_share:
@@ -135,10 +132,11 @@ def select(rows: Iterable[Document | None], selection: Selection, counts: ReadCo
             if whole or selection.split == "train":
                 counts.rows += 1
                 counts.drop("null_text")
-        elif selection.has(row.text):
+        elif whole or selection.has(row.text):
             counts.rows += 1
-            for reason, count in row.changed.items():
-                counts.change(reason, count)
+            if row.changed:
+                for reason, count in row.changed.items():
+                    counts.change(reason, count)
             yield row
 
 

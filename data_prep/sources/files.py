@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -27,9 +26,9 @@ from data_prep.sources.documents import (
     share_problems,
 )
 from data_prep.sources.find import FoundFile, find_files, large_documents, paths_by_split
+from data_prep.sources.json_lines import READ_BYTES, json_documents
 from data_prep.sources.text import beginning, columns_shown, decode_utf8, join_articles, row_document
 
-READ_BYTES = 1 << 18
 MAX_TASK_FILES = 64
 
 
@@ -166,7 +165,7 @@ class FilesSource:
         elif file.format == "jsonl":
             counts = ReadCounts()
             with opened(file) as stream:
-                rows = _json_documents(stream, file, 0, None, self._settings)
+                rows = json_documents(stream, file, 0, None, self._settings)
                 yield from batch_tasks(select(rows, selection, counts), counts, unit, first_part, file.shown)
         else:
             yield from self._parquet_tasks(unit, file, first_part, selection)
@@ -299,31 +298,8 @@ class JsonLinesTask:
                 if not before.endswith(b"\n"):
                     return
                 start = self.begin - 1 + len(before)
-            rows = _json_documents(stream, self.file, start, self.end, self.settings)
+            rows = json_documents(stream, self.file, start, self.end, self.settings)
             yield from select(rows, self.selection, counts)
-
-
-def _json_documents(
-    stream: IO[bytes], file: FoundFile, start: int, end: int | None, settings: FilesSettings
-) -> Iterator[Document | None]:
-    offset, shown = start, file.shown
-    while (end is None or offset < end) and (line := stream.readline()):
-        begin, offset = offset, offset + len(line)
-        line, mark = (line, {}) if begin else beginning(line, shown)
-        if not line.strip():
-            continue
-        text, changed = decode_utf8(line)
-        where = f"{shown}: line at byte {begin:,}"
-        if begin == 0 and text.lstrip().startswith("["):
-            raise UserError(f"{where}: a JSON list; write one object per line, for example with `jq -c '.[]'`")
-        try:
-            row = json.loads(text)
-        except (ValueError, RecursionError) as error:
-            raise UserError(f"{where}: not JSON ({error}); repair the line (one object per line)") from None
-        if not isinstance(row, dict):
-            raise UserError(f"{where}: {type(row).__name__}, expected an object; repair the line")
-        id = f"{file.name}:{begin}"
-        yield row_document(row, settings.text_column, settings.id_column, id, where, {**mark, **changed})
 
 
 @contextmanager

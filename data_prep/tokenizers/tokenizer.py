@@ -240,21 +240,42 @@ class Tokenizer:
         text: str = self.processor.decode(ids.tolist() if isinstance(ids, np.ndarray) else list(ids))
         return text
 
-    def spelled(self, ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """The UTF-8 that ids stand for, [n] uint8, and where in it each id's ends, [T].
+    @cached_property
+    def separator_id(self) -> int | None:
+        """The id of NUL where texts joined by it have the ids of each, joined by this one; None if there is none.
+
+        No merge reaches across a character that is in no piece, and NUL then is always spelled as a byte.
+        """
+        if not self.splits_at_spaces or any("\0" in piece.piece for piece in self.proto.pieces):
+            return None
+        id: int = self.processor.piece_to_id("<0x00>")
+        return id if self.proto.pieces[id].type == PIECE_BYTE else None
+
+    def spells(self, ids: np.ndarray, content: bytes) -> bool:
+        """Whether what ids [T] stand for, one after another, is this UTF-8.
 
         True of models that split at spaces, which do nothing but put pieces one after another: many times as
-        fast as `decode`. A piece that stands for no text is spelled 0xff, which is in no text.
+        fast as `decode`. A piece that stands for no text, eos among them, is spelled 0xff, which is in no text.
         """
-        content, starts, lengths = self._spellings
+        words, masks, lengths = self._spellings
         sizes = lengths[ids]
-        ends = np.cumsum(sizes)
-        places = np.arange(ends[-1] if len(ends) else 0) + np.repeat(starts[ids] - (ends - sizes), sizes)
-        return content[places], ends
+        places = np.cumsum(sizes)
+        if (places[-1] if len(places) else 0) != len(content):
+            return False
+        places -= sizes
+        padded = content + bytes(words.nbytes // words.shape[1])
+        windows = np.ndarray(len(content) + 1, "<u8", padded, strides=(1,))  # the eight bytes from each place on
+        for at, (word, mask) in enumerate(zip(words, masks, strict=True)):
+            if at:
+                longer = np.flatnonzero(sizes > 8 * at)
+                sizes, ids, places = sizes[longer], ids[longer], places[longer] + 8
+            if ((windows[places] ^ word[ids]) & mask[ids]).any():
+                return False
+        return True
 
     @cached_property
     def _spellings(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """What each piece stands for: UTF-8 of all, and each one's place and length in it."""
+        """What each piece stands for: eight bytes a word [W, V], which of their bits count [W, V], bytes in all [V]."""
 
         def spelling(piece: Any) -> bytes:
             if piece.type == PIECE_BYTE:
@@ -264,8 +285,17 @@ class Tokenizer:
             return b"\xff"
 
         spellings = [spelling(piece) for piece in self.proto.pieces]
+        spellings[self.eos_id] = b"\xff"
         lengths = np.array([len(spelling) for spelling in spellings])
-        return np.frombuffer(b"".join(spellings), np.uint8), np.cumsum(lengths) - lengths, lengths
+        width = -(-int(lengths.max()) // 8) * 8
+        words, masks = (
+            np.ascontiguousarray(np.frombuffer(b"".join(rows), "<u8").reshape(len(spellings), -1).T)
+            for rows in (
+                [spelling.ljust(width, b"\0") for spelling in spellings],
+                [(b"\xff" * len(spelling)).ljust(width, b"\0") for spelling in spellings],
+            )
+        )
+        return words, masks, lengths
 
     def lossy_texts(self, texts: Iterable[str] = SELF_TEST_TEXTS) -> list[str]:
         """The texts among `texts` that encode and decode do not give back."""

@@ -16,9 +16,11 @@ from hypothesis import strategies as st
 from data_prep.encode import Encoder, Filters
 from data_prep.errors import UserError
 from data_prep.manifest import open_dataset
-from data_prep.measures import SPACES, Measures, words_and_newlines
+from data_prep.measures import SPACES, lossy, words_and_newlines
+from data_prep.packing import Position
 from data_prep.prepare import prepare
 from data_prep.prepare_settings import PrepareSettings
+from data_prep.sources.documents import BatchTask, Document, ReadCounts
 from data_prep.sources.files import FilesSettings, FilesSource
 from data_prep.tokenizers import fast_encoder
 from data_prep.tokenizers.fast_encoder import FastEncoder, choose_encoder, hostile_texts, sample_texts
@@ -160,7 +162,7 @@ CORPORA = {
 @pytest.mark.parametrize("name", CORPORA)
 def test_a_dataset_is_the_same_whoever_encodes(name, tokenizer, tmp_path, monkeypatch):
     monkeypatch.setattr("data_prep.tokenizers.tokenizer.SEGMENT_LENGTH", 1000)
-    monkeypatch.setattr("data_prep.measures.BLOCK_BYTES", 1500)
+    monkeypatch.setattr("data_prep.encode.BLOCK_CHARACTERS", 1500)
     both(CORPORA[name], tokenizer, tmp_path, Filters(drop_duplicates=name == "equal"))
 
 
@@ -190,32 +192,32 @@ def test_every_white_space_is_known():
     assert words_and_newlines([texts[0].encode()])[0].tolist() == [len(texts[0].split())]
 
 
+class Wrong(Tokenizer):
+    def encode(self, text: str | bytes) -> np.ndarray:
+        assert isinstance(text, bytes)
+        return super().encode(text.replace(b"Z", b"Q"))
+
+
+@pytest.mark.parametrize("part_bytes", [100, 1 << 20])
 @pytest.mark.parametrize("place", [0, 1, 2500])
-def test_a_wrong_token_is_refused_by_name_and_place(place, tokenizer: Tokenizer, monkeypatch):
-    """Whatever encoded: what does not decode to its text goes into no shard."""
-    monkeypatch.setattr("data_prep.tokenizers.tokenizer.SEGMENT_LENGTH", 100)
+def test_a_wrong_token_is_refused_by_name_and_place(place, part_bytes, tokenizer: Tokenizer, monkeypatch):
+    """Whatever encoded: what does not decode to its text goes into no shard, in parts or among other documents."""
+    monkeypatch.setattr("data_prep.tokenizers.tokenizer.SEGMENT_LENGTH", part_bytes)
     text = "é" + "a b " * 1000
-    measures = Measures(tokenizer, allow_lossy=False)
-    measures.begin("good", b"good")
-    measures.add(b"good", tokenizer.encode(b"good"))
-    measures.begin("bad one", text.encode())
-    begin = 0
-    for part in tokenizer.parts(text.encode()):
-        ids = tokenizer.encode(part)
-        if begin <= place < begin + len(part.decode()):
-            ids = tokenizer.encode(part.decode()[: place - begin] + "Q" + part.decode()[place - begin + 1 :])
-        measures.add(part, ids)
-        begin += len(part.decode())
-    with pytest.raises(UserError, match=f"document 'bad one' does not survive the tokenizer: at character {place:,} "):
-        measures.per_document()
+    bad = Document("bad one", f"{text[:place]}Z{text[place + 1 :]}")
+    encoder = Encoder(Wrong(tokenizer.model, "wrong"), Filters())
+    for documents in ([bad], [Document("good", "good"), bad, Document("empty", "")]):
+        with pytest.raises(UserError, match=f"'bad one' does not survive the tokenizer: at character {place:,} the "):
+            encoder(BatchTask(Position(0, 0), 0, documents, ReadCounts()))
 
 
 def test_a_missing_or_special_token_is_no_round_trip(tokenizer: Tokenizer):
     for wrong in ([], [tokenizer.eos_id], [0], tokenizer.encode("</s>x").tolist()):
-        measures = Measures(tokenizer, allow_lossy=True)
-        measures.begin("id", b"</s>")
-        measures.add(b"</s>", np.array(wrong, tokenizer.dtype))
-        assert measures.per_document()["round_trip"].tolist() == [False]
+        for texts in ([b"</s>"], [b"</s>", b""], [b"", b"</s>"]):
+            tokens = [[*(wrong if text else []), tokenizer.eos_id] for text in texts]
+            flat = np.array([id for ids in tokens for id in ids], tokenizer.dtype)
+            found = lossy(tokenizer, texts, flat, np.array(list(map(len, tokens))))
+            assert found.tolist() == [bool(text) for text in texts]
 
 
 def test_no_documents_are_no_trouble(tokenizer: Tokenizer, tmp_path):

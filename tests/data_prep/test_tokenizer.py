@@ -171,9 +171,7 @@ def test_parts_of_a_text_have_its_ids_and_spell_it(tokenizer: Tokenizer, text: s
     assert b"".join(parts) == text.encode()
     ids = [tokenizer.encode(part) for part in parts]
     assert np.concatenate(ids).tolist() == tokenizer.processor.encode(text)
-    spelled, ends = tokenizer.spelled(np.concatenate(ids))
-    assert spelled.tobytes().decode() == text.replace(SPACE_MARK, " ")
-    assert [0, *ends.tolist()][-1] == len(spelled)
+    assert tokenizer.spells(np.concatenate(ids), text.replace(SPACE_MARK, " ").encode())
 
 
 def test_parts_of_long_texts_do_not_show(tokenizer: Tokenizer, monkeypatch):
