@@ -271,7 +271,7 @@ def launch(
         raise typer.Exit(queued.submit(wait))
     job: Run
     if hostfile is not None:
-        job = HostfileRun.of_hostfile(settings, cluster, hostfile, hosts, reach)
+        job = HostfileRun.of_hostfile(settings, cluster, hostfile, hosts, reach, keep_standby=max_restarts > 0)
     else:
         job = LocalRun(config, given, settings, local, reach.master_port, keep_standby=max_restarts > 0)
     if dry_run:

@@ -1,6 +1,7 @@
 """Questions to one node, run by path, without this project being installed there: `python node.py ACTION …`.
 
-facts PORT          one JSON object: versions, code, clock, devices, memory, addresses, whether PORT is free
+facts PORT [JOB]    one JSON object: versions, code, clock, devices, memory, addresses, whether PORT is free; JOB, a
+                    job that has failed, may have been cut off here: what is left of it is ended first
 interface ADDRESS   the network interface that leads to ADDRESS, for GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME
 stop JOB SIGNAL     send SIGNAL to the ranks of a job (KILL: to all its processes)
 write FILE TEXT     put a line into a file of a folder that should be shared
@@ -139,6 +140,8 @@ def free_port() -> int:
 def main(arguments: list[str]) -> int:
     action, *rest = arguments
     if action == "facts":
+        for job in rest[1:]:
+            stop(job, "KILL")
         print(json.dumps(facts(int(rest[0]))))
     elif action == "interface":
         print(interface(rest[0]))

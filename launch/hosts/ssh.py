@@ -85,11 +85,17 @@ class Elsewhere:
         return cls(tuple(hosts), job_id, ssh)
 
 
-def gather_facts(hosts: Sequence[str], port: int, ssh: str = "") -> tuple[dict[str, dict[str, Any]], dict[str, str]]:
-    """The facts of the hosts that answered, and of the others a line that says why not, with a remedy."""
+def gather_facts(
+    hosts: Sequence[str], port: int, ssh: str = "", failed_job: str = ""
+) -> tuple[dict[str, dict[str, Any]], dict[str, str]]:
+    """The facts of the hosts that answered, and of the others a line that says why not, with a remedy.
+
+    Args:
+        failed_job: id of a job; what is left of it on the hosts is ended.
+    """
     facts: dict[str, dict[str, Any]] = {}
     unreachable: dict[str, str] = {}
-    for host, answer in ask(hosts, ["facts", str(port)], ssh).items():
+    for host, answer in ask(hosts, ["facts", str(port), *filter(None, [failed_job])], ssh).items():
         if answer.error:
             command = shlex.join(["ssh", *shlex.split(ssh), host, "true"])
             unreachable[host] = f"{host}: {answer.error}; `{command}` must work without a password"

@@ -15,7 +15,7 @@ from launch.jobs.command import Job, cpu_environment, deepspeed_program
 from launch.jobs.restarts import Failure, run_with_restarts
 from launch.jobs.session import TRAIN_PROGRAM, Ended, Launch, grace_seconds, run_session
 from launch.jobs.standby import Standby
-from pipeline.distributed.turn import STARTED_VARIABLE
+from pipeline.distributed.turn import GO, STANDBY_VARIABLE, STARTED_VARIABLE
 
 if TYPE_CHECKING:
     from pipeline.config import RunConfig
@@ -78,7 +78,7 @@ class LocalRun:
 
     def start(self, failures: list[Failure]) -> Ended:
         standby, self._standby = self._standby, None
-        if standby and standby.go():
+        if standby and standby.go(GO * self.ranks):
             return run_session(standby.launch, standby.process)
         if self.port and not node.port_is_free(self.port):
             raise UserError(
@@ -98,7 +98,8 @@ class LocalRun:
         )
 
     def make_standby(self) -> None:
-        self._standby = Standby.of(self.launch(), self.ranks)
+        launch = self.launch()
+        self._standby = Standby.of(replace(launch, environment={**launch.environment, STANDBY_VARIABLE: "1"}))
 
     def close(self) -> None:
         if self._standby:

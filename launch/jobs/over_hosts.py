@@ -1,10 +1,10 @@
 """A run file becomes `deepspeed` over the hosts of a hostfile, on as many of them as answer."""
 
-import signal
 import socket
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,10 +12,12 @@ from data_prep.errors import UserError
 from launch.hosts.hostfile import read_hostfile, select
 from launch.hosts.ssh import Elsewhere, differences, gather_facts
 from launch.jobs import environment as cluster
+from launch.jobs import warm_runner
 from launch.jobs.local import launch_log, local_devices
 from launch.jobs.options import HostChoice, Reach
 from launch.jobs.restarts import Failure, fitting_hosts
 from launch.jobs.session import Ended, Launch, grace_seconds, run_session
+from launch.jobs.standby import Standby
 from pipeline.settings.section import counted
 
 if TYPE_CHECKING:
@@ -23,12 +25,16 @@ if TYPE_CHECKING:
 
 HOST_WAIT_SECONDS = 600.0
 """After a failure, hosts that do not answer have so long to come back."""
-HOST_POLL_SECONDS = 2.0
+HOST_POLL_SECONDS = 0.5
 
 
 @dataclass
 class HostfileRun:
-    """`deepspeed` over the hosts of a hostfile, on as many of them as answer at each start."""
+    """`deepspeed` over the hosts of a hostfile, on as many of them as answer at each start.
+
+    Attributes:
+        keep_standby: have DeepSpeed's runner for the next start ready while this one trains.
+    """
 
     settings: "RunConfig"
     job: cluster.ClusterJob
@@ -36,10 +42,18 @@ class HostfileRun:
     master_address: str
     master_port: int
     min_nodes: int
+    keep_standby: bool = False
+    _standby: Standby | None = field(default=None, init=False)
 
     @classmethod
     def of_hostfile(
-        cls, settings: "RunConfig", job: cluster.ClusterJob, hostfile: Path, choice: HostChoice, reach: Reach
+        cls,
+        settings: "RunConfig",
+        job: cluster.ClusterJob,
+        hostfile: Path,
+        choice: HostChoice,
+        reach: Reach,
+        keep_standby: bool = False,
     ) -> "HostfileRun":
         """
         Raises:
@@ -49,7 +63,8 @@ class HostfileRun:
         least = choice.min_nodes or len(hosts)
         if least > len(hosts):
             raise UserError(f"--min-nodes {least} is more than the {len(hosts)} hosts of {hostfile}")
-        return cls(settings, job, hosts, reach.master_addr, reach.master_port or cluster.DEFAULT_PORT, least)
+        port = reach.master_port or cluster.DEFAULT_PORT
+        return cls(settings, job, hosts, reach.master_addr, port, least, keep_standby)
 
     def describe(self) -> str:
         address = self.master_address or next(iter(self.hosts))
@@ -58,7 +73,7 @@ class HostfileRun:
 
     def start(self, failures: list[Failure]) -> Ended:
         cluster.require_pdsh()
-        facts = self.ready_hosts(HOST_WAIT_SECONDS if failures else 0)
+        facts = self.ready_hosts(bool(failures))
         hosts = {host: self.hosts[host] for host in facts}
         first = facts[next(iter(hosts))]
         address = self.master_address or master_address(next(iter(hosts)), first["addresses"])
@@ -68,35 +83,48 @@ class HostfileRun:
         cpu = not any(item["devices"] for item in facts.values())
         job, files = cluster.hostfile_job(self.job, hosts, address, port, cpu)
         cluster.write_files(files)
-        elsewhere = Elsewhere(tuple(hosts), self.job.job_id, self.job.ssh)
-        if failures:
-            elsewhere.stop(signal.SIGKILL)  # a host that was cut off may still hold ranks of the start before
         print(f"hosts: {', '.join(f'{host} × {slots}' for host, slots in hosts.items())}", flush=True)
-        return run_session(
-            Launch(
-                job.command,
-                cluster.runner_environment(job.whole_environment()),
-                launch_log(self.settings),
-                grace_seconds(self.settings),
-                elsewhere=elsewhere,
-            )
+        environment = cluster.runner_environment(job.whole_environment())
+        launch = Launch(
+            job.command,
+            environment,
+            launch_log(self.settings),
+            grace_seconds(self.settings),
+            elsewhere=Elsewhere(tuple(hosts), self.job.job_id, self.job.ssh),
+            when_ready=partial(self.make_standby, environment) if self.keep_standby else None,
         )
+        standby, self._standby = self._standby, None
+        begun = standby.process if standby and standby.go(warm_runner.order(job.command)) else None
+        return run_session(launch, begun)
+
+    def make_standby(self, environment: Mapping[str, str]) -> None:
+        self._standby = Standby.of(Launch(warm_runner.COMMAND, environment))
 
     def close(self) -> None:
-        """Nothing is kept from one start to the next."""
+        if self._standby:
+            self._standby.end()
+            self._standby = None
 
-    def ready_hosts(self, wait_seconds: float) -> dict[str, dict[str, Any]]:
-        """The facts of the hosts that this start uses; hosts that are away are waited for.
+    def ready_hosts(self, again: bool) -> dict[str, dict[str, Any]]:
+        """The facts of the hosts that this start uses.
+
+        Args:
+            again: after a failure. Hosts that are away are waited for, and what one that was cut off still holds of the
+                start before is ended.
 
         Raises:
             UserError: too few hosts answer, they do not run the same, or no number of them fits the batch.
         """
-        deadline = time.monotonic() + wait_seconds
-        facts, unreachable = gather_facts(list(self.hosts), self.master_port, self.job.ssh)
+        ask = partial(gather_facts, list(self.hosts), self.master_port, self.job.ssh, self.job.job_id if again else "")
+        deadline = time.monotonic() + (HOST_WAIT_SECONDS if again else 0)
+        facts, unreachable = ask()
+        said: set[str] = set()
         while len(facts) < self.min_nodes and time.monotonic() < deadline:
-            print(f"waiting for {', '.join(unreachable)} (at most {wait_seconds:.0f} s)", flush=True)
+            if said != set(unreachable):
+                said = set(unreachable)
+                print(f"waiting for {', '.join(unreachable)} (at most {HOST_WAIT_SECONDS:.0f} s)", flush=True)
             time.sleep(HOST_POLL_SECONDS)
-            facts, unreachable = gather_facts(list(self.hosts), self.master_port, self.job.ssh)
+            facts, unreachable = ask()
         if len(facts) < self.min_nodes:
             too_few = f"{len(facts)} of {len(self.hosts)} hosts answer, {self.min_nodes} are needed (--min-nodes)"
             raise UserError([*unreachable.values(), too_few])

@@ -38,8 +38,8 @@ FAILURE_GRACE_SECONDS = 10.0
 """Time that the ranks of other nodes have to end by themselves after one node has failed."""
 CLOSING_SECONDS = 30.0
 """What a rank may need beyond its own grace: rank 0 hands over to MLflow."""
-READY = b"start   "
-"""How the line begins in which rank 0 says the seconds of its start."""
+READY = re.compile(rb"(\S+: )?start   ")
+"""How the line begins in which rank 0 says the seconds of its start; over hosts its host stands in front."""
 LAUNCHER_SAID = re.compile(rb"\[ERROR\] \[launch\.py:.* exits with return code = (-?\d+)")
 """DeepSpeed's launcher of this machine, once its ranks have ended; that it and the one above it end takes seconds."""
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
@@ -253,7 +253,7 @@ def _copy(source: BinaryIO, launch: Launch, watch: _Watch) -> None:
             file.write(line)
             file.flush()
             screen.show(line)
-            watch.is_ready |= line.startswith(READY)
+            watch.is_ready |= bool(READY.match(line))
             if said := LAUNCHER_SAID.search(line):
                 watch.code = int(said[1])
             told = blame(line.decode(errors="replace"))

@@ -1,16 +1,15 @@
 """The next start of a job, made ready while the present one trains: after a failure its imports are done already.
 
-DeepSpeed's launchers and the ranks are started as ever; each rank then waits, before it meets the others and touches a
-device, for a byte on its standard input (`pipeline/distributed/turn.py`). Where this process vanishes they read the end
-of it instead, and leave.
+Its processes wait for a word on the standard input that they share: on one machine each rank for a byte, before it
+meets the others and touches a device (`pipeline/distributed/turn.py`); over hosts DeepSpeed's runner for its arguments
+(`warm_runner.py`). Where this process vanishes they read the end of it instead, and leave.
 """
 
 import subprocess
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from launch.jobs.session import Launch, end_session, start_session
-from pipeline.distributed.turn import GO, STANDBY_VARIABLE
 
 
 @dataclass(frozen=True)
@@ -23,20 +22,17 @@ class Standby:
 
     launch: Launch
     process: "subprocess.Popen[bytes]"
-    ranks: int
 
     @classmethod
-    def of(cls, launch: Launch, ranks: int) -> "Standby":
-        """Start a job of so many ranks on this machine as a standby."""
-        launch = replace(launch, environment={**launch.environment, STANDBY_VARIABLE: "1"})
-        return cls(launch, start_session(launch, subprocess.PIPE), ranks)
+    def of(cls, launch: Launch) -> "Standby":
+        return cls(launch, start_session(launch, subprocess.PIPE))
 
-    def go(self) -> bool:
+    def go(self, word: bytes) -> bool:
         """Let it run. False where it has ended meanwhile; what was left of it is then ended too."""
         assert self.process.stdin is not None
         with suppress(OSError):
             if self.process.poll() is None:
-                self.process.stdin.write(GO * self.ranks)
+                self.process.stdin.write(word)
                 self.process.stdin.close()
                 return True
         self.end()

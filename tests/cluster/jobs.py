@@ -14,6 +14,7 @@ from pathlib import Path
 
 import psutil
 
+from launch.jobs import warm_runner
 from tests.conftest import ROOT
 from tests.pipeline.ranks import without_mlflow
 
@@ -122,6 +123,11 @@ class Run:
             if str(TRAIN) in said[:3] and str(self.file) in said:
                 found.append(process)
         return found
+
+    def warm_runners(self) -> list[psutil.Process]:
+        """DeepSpeed's runners that were started before they were needed; one of them waits."""
+        children = psutil.Process(self.launches[-1].pid).children()
+        return [child for child in children if warm_runner.COMMAND[-1] in words(child)]
 
     def end(self) -> None:
         """Whatever became of the test: nothing of it goes on."""

@@ -60,12 +60,18 @@ def test_a_crashed_host_costs_no_sample(
         assert not any("hunter2" in " ".join(words(process)) for process in psutil.process_iter())
         assert "port 29500 of 10.77.0.11 is taken; " in run.output
 
+        run.wait_until(run.warm_runners)
+        (warm,) = run.warm_runners()
         crashed = time.time()
         three_hosts.hosts[1].crash()
         run.wait_until(lambda: "waiting for 10.77.0.12" in run.output)
         three_hosts.restart(1)
         back = time.time()
+        run.wait_until(lambda: any("pdsh" in words(child) for child in warm.children()))
+        run.wait_until(lambda: len(run.warm_runners()) == 2)
+        _, following = sorted(run.warm_runners(), key=lambda process: process != warm)
         run.finish()
+        assert not following.is_running()
         step, again = run.first_step_after(back)
         with capsys.disabled():
             print(
@@ -103,6 +109,8 @@ def test_a_cut_cable_ends_the_job_and_it_comes_back_and_reads_s3_into_every_host
         run.launch(*three_hosts.options(2), "--env", "XDG_CACHE_HOME", "data.dataset=s3://corpus/tiny", **cache)
         try:
             run.wait_until(run.steps_saved)
+            run.wait_until(run.warm_runners)
+            run.warm_runners()[0].kill()  # the job is started again as at first
             three_hosts.hosts[1].link("down")
             run.wait_until(lambda: "waiting for 10.77.0.12" in run.output)
         finally:
@@ -144,8 +152,11 @@ def test_nobody_is_left_when_a_launcher_is_killed(three_hosts: Cluster, run: Run
     include = ("--include", three_hosts.hosts[1].address)
     store = f"sqlite:///{run.folder}/mlflow.db"
     tracking = ("tracking.enabled=true", f"tracking.uri={store}")
-    job = run.launch(*three_hosts.options(3), *include, "--max-restarts", 0, "training.max_steps=999", *tracking)
+    restarts = ("--max-restarts", int(vanished == "us"))
+    job = run.launch(*three_hosts.options(3), *include, *restarts, "training.max_steps=999", *tracking)
     run.wait_until(lambda: "step 2/999" in run.log)
+    warm = run.warm_runners()
+    assert len(warm) == restarts[1]
     (rank,) = run.ranks()
     assert Path(f"/proc/{rank.pid}/ns/net").readlink() != Path("/proc/self/ns/net").readlink()
     if vanished == "us":
@@ -158,7 +169,7 @@ def test_nobody_is_left_when_a_launcher_is_killed(three_hosts: Cluster, run: Run
         (tracked,) = client.search_runs([client.get_experiment_by_name("globallocal").experiment_id])
         assert tracked.info.status == "FAILED"
     deadline = time.monotonic() + SECONDS
-    while run.ranks():
+    while run.ranks() or any(process.is_running() for process in warm):
         assert time.monotonic() < deadline
         time.sleep(0.2)
 
