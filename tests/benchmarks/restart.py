@@ -44,7 +44,7 @@ def measure(folder: Path, dataset: Path) -> dict[str, float]:
 
 
 def measure_host(folder: Path, dataset: Path) -> dict[str, Any]:
-    """One of two hosts with a rank each crashes, and is back as soon as it is missed."""
+    """Two hosts with a rank each train for a minute, then one crashes, and is back as soon as it is missed."""
     if lacking := hosts.why_not():
         return {"not measured": f"{lacking[0]} is missing; {lacking[1]}"}
     if forbidden := hosts.forbidden():
@@ -52,7 +52,7 @@ def measure_host(folder: Path, dataset: Path) -> dict[str, Any]:
     folder.mkdir(parents=True, exist_ok=True)
     with hosts.cluster(folder / "hosts", 2) as two, launched(folder, dataset, *two.options(2)) as (_, lines):
         when(lines, "  saved ")
-        train(lines)
+        train(lines, TRAINED_SECONDS)
         crashed = time.monotonic()
         two.hosts[1].crash()
         judged = when(lines, "restart 1 of")
