@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import gc
 import multiprocessing
 import os
 import signal
@@ -28,6 +29,10 @@ OrderedMap = Callable[[Iterable[Task]], Iterator[Any]]
 class Engine(Protocol):
     """Workers, to be started once for a whole preparation."""
 
+    def begin(self) -> None:
+        """Has made ready, beside whatever follows, what `start` would have to wait for."""
+        ...
+
     def start(self, function: Callable[[Any], Any]) -> Any:
         """A context manager that yields an `OrderedMap` of `function`."""
         ...
@@ -35,6 +40,8 @@ class Engine(Protocol):
 
 class InProcess:
     """The engine that works in this process itself."""
+
+    def begin(self) -> None: ...
 
     @contextmanager
     def start(self, function: Callable[[Any], Any]) -> Iterator[OrderedMap]:
@@ -53,11 +60,15 @@ class ProcessEngine:
             raise UserError(f"workers is {workers}; it must be 1 to {MAX_WORKERS:,}")
         self.workers = workers
 
+    def begin(self) -> None:
+        # Imported once, not by each worker; beside the choice of an encoder, which takes as long.
+        forkserver.set_forkserver_preload(["data_prep.encode", "data_prep.sources.files", "gigatoken"])
+        _start_forkserver()
+
     @contextmanager
     def start(self, function: Callable[[Any], Any]) -> Iterator[OrderedMap]:
+        self.begin()
         context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["data_prep.encode", "data_prep.sources.files"])  # imported once, not by each
-        _start_forkserver()
         before = set(multiprocessing.active_children())
         pool = ProcessPoolExecutor(self.workers, context, initializer=_install, initargs=(function,))
 
@@ -123,7 +134,14 @@ def _install(function: Callable[[Task], Any]) -> None:
     """Gives a worker its function once, not with every task; ties its life to this process's."""
     global _function
     _function = function
+    collect_rarely()
     threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def collect_rarely() -> None:
+    """Python's collector looks for cycles among documents, which have none, for a fifth of a worker's time."""
+    gc.freeze()  # what is imported stays
+    gc.set_threshold(100_000)
 
 
 def _end_with_parent() -> None:

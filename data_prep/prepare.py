@@ -58,6 +58,7 @@ def prepare(settings: PrepareSettings, progress: Callable[[PrepareProgress], Non
     with closing(Journal(store, subject)) as journal:
         if manifest := finished(settings):  # another process was faster
             return manifest
+        settings.engine.begin()
         files = tokenizer_files(settings.tokenizer)
         _compare_with_journal(settings, journal)
         known: dict[str, Digests] = {}  # of the splits done so far

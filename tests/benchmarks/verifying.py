@@ -67,6 +67,8 @@ class Repeating:
 
     times: int
 
+    def begin(self) -> None: ...
+
     @contextmanager
     def start(self, function: Callable[[Task], Encoded]) -> Iterator[OrderedMap]:
         def repeated(tasks: Iterable[Task]) -> Iterator[Encoded]:
