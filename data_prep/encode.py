@@ -150,15 +150,14 @@ class Encoder:
         counts, digest = ReadCounts(), TextDigest()
         tokens, records = [np.empty(0, self.tokenizer.dtype)], [np.empty(0, DOCUMENT_RECORD)]
         ids: list[str] = []
-        marks = 0
-        for block in blocks(task.documents(counts)):
+        marks, least = 0, self.filters.minimum_characters
+        given = task.documents(counts)
+        for block in blocks(_count_short(given, least, counts) if least else given):
             contents = [document.text.encode() for document in block]
             digest.add(block, contents)
-            if least := self.filters.minimum_characters:
+            if least:
                 long = [len(document.text) >= least for document in block]
                 block, contents = list(compress(block, long)), list(compress(contents, long))
-                if dropped := len(long) - len(block):
-                    counts.drop("too_short", dropped)
             if not block:
                 continue
             for array, arrays in zip(self._encode(block, contents), (tokens, records), strict=True):
@@ -214,6 +213,14 @@ class Encoder:
         records["tokens"], records["round_trip"] = sizes, ~lost
         records["words"], records["lines"] = words_and_newlines(texts)
         return tokens
+
+
+def _count_short(documents: Iterator[Document], least: int, counts: ReadCounts) -> Iterator[Document]:
+    """The same documents; counts the short ones as they pass, so that reasons stand in the order of the text."""
+    for document in documents:
+        if len(document.text) < least:
+            counts.drop("too_short")
+        yield document
 
 
 def _refusal(id: str, text: str, back: str, before: int) -> UserError:
