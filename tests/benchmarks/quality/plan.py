@@ -84,7 +84,7 @@ _RATES = (1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2, 3.2e-2)
 
 SIZES: dict[str, Size] = {
     "A": Size("A", globallocal(128, 2, [[1, 2], [4, 8]]), gpt(128, 4, 32), 256, 2, 300, _RATES[1:], (None, 64, 32)),
-    "B": Size("B", globallocal(192, 3, [[1, 2], [4, 8]]), gpt(192, 6, 48), 256, 2, 200, _RATES[:5]),
+    "B": Size("B", globallocal(192, 3, [[1, 2], [4, 8]]), gpt(192, 6, 48), 256, 2, 200, _RATES[:5], (None, 64, 32)),
     # All the training text once; blocks of the preset `small`.
     "C": Size(
         "C",

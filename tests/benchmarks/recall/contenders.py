@@ -12,6 +12,7 @@ from transformers import LlamaConfig
 from model.configuration_globallocal import GlobalLocalConfig
 from model.modeling_globallocal import GlobalLocalForCausalLM
 from tests.benchmarks.quality.contenders import GPT, GPT_DEFAULTS
+from tests.benchmarks.quality.plan import globallocal as form
 from tests.benchmarks.quality.plan import gpt
 from tests.benchmarks.recall.relatives import GatedDeltaNet, Mamba2, relative
 from tests.benchmarks.recall.tasks import VOCAB_SIZE
@@ -40,9 +41,9 @@ class Contender(nn.Module):
 
 
 def globallocal(**settings: Any) -> GlobalLocalForCausalLM:
-    """The preset `quickstart` at this width, with a quarter of its pool's rows."""
-    narrow = {"hidden_size": WIDTH, "pool_size": 256, "pool_dim": WIDTH // 4, "router_hidden_size": WIDTH // 4}
-    config = GlobalLocalConfig.from_preset("quickstart", vocab_size=VOCAB_SIZE, **(narrow | settings))
+    """The GlobalLocal of docs/quality.md, as it is compared with the GPT, at this width, with 256 rows in its pool."""
+    own = form(WIDTH, 2, [[1, 2], [4, 8]]) | {"pool_size": 256}
+    config = GlobalLocalConfig.from_preset("quickstart", vocab_size=VOCAB_SIZE, **(own | settings))
     return GlobalLocalForCausalLM(config)
 
 
@@ -65,7 +66,7 @@ class Entry:
 
 
 CONTENDERS = {
-    "globallocal": Entry("GlobalLocal", "tab:blue", "o-", True, partial(globallocal, summary_rule="delta")),
+    "globallocal": Entry("GlobalLocal", "tab:blue", "o-", True, globallocal),
     "average": Entry("GlobalLocal, averaging", "tab:cyan", "o--", True, partial(globallocal, summary_rule="average")),
     "token": Entry("GlobalLocal, no summary", "tab:gray", "o:", True, partial(globallocal, router_context="token")),
     "gpt": Entry("GPT", "tab:orange", "s-", False, llama),

@@ -31,10 +31,10 @@ rate.
 
 | | what it is |
 |---|---|
-| GlobalLocal | two layers, `quickstart` in small: a pool of 256 rows, `summary_rule: delta`, no bias in the head |
+| GlobalLocal | two layers of the model of [quality.md](quality.md) (delta rule, doubled branches), a pool of 256 rows |
 | …, averaging | the same with `summary_rule: average`, without short convolutions and delta rule |
 | …, no summary | the same with `router_context: token`: its convolutions see 21 tokens, and nothing reaches further |
-| GPT | the Llama of `transformers`, four layers, as in [quality.md](quality.md), begun as the others; attends to all |
+| GPT | the Llama of `transformers`, four layers, as there, begun as the others; attends to all |
 | Gated DeltaNet | three layers of arXiv:2412.06464 and a SwiGLU, in plain torch; a state of constant size |
 | Mamba-2 | the same frame with the mixer of arXiv:2405.21060 |
 
