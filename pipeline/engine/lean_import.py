@@ -1,8 +1,8 @@
 """Imports DeepSpeed without what no run of this project uses: over a third of what a rank imports at its start.
 
 - MLflow, which its autotuner brings along, and takes as optional. Whoever wants MLflow later imports it as usual.
-- torch's compiler, which its Muon brings along by compiling a function when it is imported. `deepspeed.initialize`
-  imports Muon to ask whether the optimizer is one.
+- The compiling of a function of its Muon, which `deepspeed.initialize` imports to ask whether the optimizer is one.
+  (transformers imports torch's compiler all the same.)
 
 This must be imported before anything else imports DeepSpeed.
 """

@@ -50,9 +50,9 @@ GlobalLocal's, cost it 0.17 at size A and 0.16 at B, each at its best rate, and 
 
 Sizes are matched in FLOPs per token, to within 10 %, and GlobalLocal has the fewer. Each model has the best of its own
 learning rates: of a sweep of its own at sizes A, B and C; A4 and A16 try the best one of A and half of it, C4 those of
-C, and take their seconds per step. At size A each model is swept three times: with one rate for all, and with matrices
-over the hidden state at a half and at a quarter of the rate that embedding, norms and biases have
-(`optimizer.base_hidden_size` of 64 and 32); A4 and A16 keep the share that A found best, B and C have one rate for all.
+C, and take their seconds per step. At sizes A and B each model is swept three times: with one rate for all, and with
+matrices over the hidden state at 64 / width and 32 / width of the rate that embedding, norms and biases have
+(`optimizer.base_hidden_size`); A4 and A16 keep the share that A found best, C has one rate for all.
 Where seeds differ, the rate with the least mean over those that were trained counts. A dash among learning rates: not
 trained.
 
@@ -195,7 +195,7 @@ def _rates(run: Run) -> str:
     if run.base_hidden_size is None:
         return f"{run.learning_rate:g}"
     share = run.base_hidden_size / run.contender.settings["hidden_size"]
-    return f"{run.learning_rate:g}, matrices {run.learning_rate * share:g}"
+    return f"{run.learning_rate:g}, matrices {run.learning_rate * share:.3g}"
 
 
 def _title(label: str) -> str:
