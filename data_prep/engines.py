@@ -62,7 +62,7 @@ class ProcessEngine:
 
     def begin(self) -> None:
         # Imported once, not by each worker; beside the choice of an encoder, which takes as long.
-        forkserver.set_forkserver_preload(["data_prep.encode", "data_prep.sources.files", "gigatoken"])
+        forkserver.set_forkserver_preload(["data_prep.encode", "data_prep.sources.files"])
         _start_forkserver()
 
     @contextmanager

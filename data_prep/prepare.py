@@ -58,9 +58,9 @@ def prepare(settings: PrepareSettings, progress: Callable[[PrepareProgress], Non
     with closing(Journal(store, subject)) as journal:
         if manifest := finished(settings):  # another process was faster
             return manifest
+        _compare_with_journal(settings, journal)
         settings.engine.begin()
         files = tokenizer_files(settings.tokenizer)
-        _compare_with_journal(settings, journal)
         known: dict[str, Digests] = {}  # of the splits done so far
         definition = files["tokenizer.json"]
         fast, encoder = choose_encoder(settings.tokenizer, definition, sample_texts(settings.source))

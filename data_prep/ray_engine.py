@@ -86,8 +86,6 @@ def _cpus(ray: Any) -> int:
 
 def _get_ready() -> None:
     """A worker imports what its first task needs."""
-    import gigatoken  # noqa: F401
-
     import data_prep.encode
     import data_prep.sources.files  # noqa: F401
 

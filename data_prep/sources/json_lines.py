@@ -31,8 +31,7 @@ def json_documents(
         try:
             documents = _plain_documents(lines, begins, file, settings)
         except (ValueError, LookupError, TypeError, RecursionError):  # one line is empty, odd or at fault: each alone
-            pairs = zip(lines, begins, strict=True)
-            documents = (_json_document(line, place, file, settings) for line, place in pairs if line.strip())
+            documents = _one_by_one(lines, begins, file, settings)
         yield from documents
 
 
@@ -64,8 +63,18 @@ def _plain_documents(
     return map(Document, ids, texts)
 
 
-def _json_document(line: bytes, begin: int, file: FoundFile, settings: FilesSettings) -> Document | None:
-    line, mark = (line, {}) if begin else beginning(line, file.shown)
+def _one_by_one(
+    lines: list[bytes], begins: list[int], file: FoundFile, settings: FilesSettings
+) -> Iterator[Document | None]:
+    for line, begin in zip(lines, begins, strict=True):
+        line, mark = (line, {}) if begin else beginning(line, file.shown)
+        if line.strip():
+            yield _json_document(line, begin, mark, file, settings)
+
+
+def _json_document(
+    line: bytes, begin: int, mark: dict[str, int], file: FoundFile, settings: FilesSettings
+) -> Document | None:
     text, changed = decode_utf8(line)
     where = f"{file.shown}: line at byte {begin:,}"
     if begin == 0 and text.lstrip().startswith("["):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -56,3 +58,10 @@ def test_lines_read_together_are_those_read_alone(tmp_path_factory, lines, id_co
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("data_prep.sources.json_lines._plain_documents", lambda *_: [][0])  # nothing is plain
         assert together == outcome()
+
+
+def test_a_byte_order_mark_on_an_empty_line_is_no_document(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(b'\xef\xbb\xbf\n{"text": "a"}\n')
+    (task,) = FilesSource(FilesSettings({"train": [str(path)]})).tasks("train")
+    assert [document.text for document in task.documents(ReadCounts())] == ["a"]
