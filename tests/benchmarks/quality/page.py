@@ -46,7 +46,7 @@ warm-up and cosine, in float32, on a GPU in bfloat16 with float32 weights for th
 `transformers`: RMS norm in front, rotary positions, SwiGLU, SDPA, tied embeddings; residual projections scaled by
 depth; its loss runs through the same chunked kernel as GlobalLocal's. It is begun in two ways, and the better one
 counts: all with deviation 0.02; the embedding with 0.5/√width (on a GPU only the first). Matrices with 1/√fan_in, as
-GlobalLocal's, cost it 0.17 at size A and 0.16 at B, each at its best rate, and are not trained any more.
+GlobalLocal's, cost it 0.17 at size A and 0.16 at B (with one rate for all), and are left out.
 
 Sizes are matched in FLOPs per token, to within 10 %, and GlobalLocal has the fewer. Each model has the best of its own
 learning rates: of a sweep of its own at sizes A, B and C; A4 and A16 try the best one of A and half of it, C4 those of

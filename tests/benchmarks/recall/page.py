@@ -23,9 +23,9 @@ helps: the answer stands in the sequence, or nowhere. Every model learns each te
 mixed while it trains, and is then asked at these sizes and at larger ones that it has never seen. The loss is that of
 the answers alone; a run ends early once 0.99 of them are right at every trained size.
 
-All models are 64 wide and have about 0.2 M parameters; AdamW (0.9, 0.95; weight decay 0.1 on matrices; clipping at 1),
-a warm-up over a tenth of the steps, then a cosine; float32, the same batches in the same order. Each has, on each test,
-the best of the learning rates {rates}: the one whose run with seed {seed} gives the most right
+All models are 64 wide and have 0.15 to 0.21 M parameters; AdamW (0.9, 0.95; weight decay 0.1 on matrices; clipping
+at 1), a warm-up over a tenth of the steps, then a cosine; float32, the same batches in the same order. Each has, on
+each test, the best of the learning rates {rates}: the one whose run with seed {seed} gives the most right
 answers at the trained sizes, or of equal ones the shortest run. A figure is the mean over the seeds that ran at that
 rate.
 
@@ -97,7 +97,7 @@ def failures(plan: Plan, results: dict[tuple[str, str], list[dict[str, Any]]]) -
         for task in plan.tasks:
             if (task, contender) in results:
                 lines.append(f"- **{CONTENDERS[contender].title}**, {verdict(plan, task, contender, results)}")
-    caveat = "A failure at one rate and one seed (the tables say how many) is a failure so far."
+    caveat = "A failure at the rates and seeds that were tried (the tables say how many) is a failure so far."
     return "\n".join([lines[0], "", caveat, "", *lines[1:]])
 
 
