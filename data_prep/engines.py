@@ -30,7 +30,7 @@ class Engine(Protocol):
     """Workers, to be started once for a whole preparation."""
 
     def begin(self) -> None:
-        """Has made ready, beside whatever follows, what `start` would have to wait for."""
+        """Starts what `start` would have to wait for; it gets ready while the caller does other work."""
         ...
 
     def start(self, function: Callable[[Any], Any]) -> Any:

@@ -1,4 +1,4 @@
-"""JSON lines become documents, many lines at a time: what is said of a line is what it would be alone."""
+"""JSON lines become documents, many lines at a time; each line gives the document or the error that it gives alone."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """Questions to one node, run by path, without this project being installed there: `python node.py ACTION …`.
 
-facts PORT [JOB]    one JSON object: versions, code, clock, devices, memory, addresses, whether PORT is free; JOB, a
-                    job that has failed, may have been cut off here: what is left of it is ended first
+facts PORT [JOB]    one JSON object: versions, code, clock, devices, memory, addresses, whether PORT is free; what
+                    is left here of JOB, a job that has failed, is ended first
 interface ADDRESS   the network interface that leads to ADDRESS, for GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME
 stop JOB SIGNAL     send SIGNAL to the ranks of a job (KILL: to all its processes)
 write FILE TEXT     put a line into a file of a folder that should be shared

@@ -12,7 +12,7 @@ COMMAND = (sys.executable, "-m", "launch.jobs.warm_runner")
 
 
 def order(command: Sequence[str]) -> bytes:
-    """What it reads to do as the `deepspeed …` command would."""
+    """The line that makes the waiting runner do what the `deepspeed …` command would do."""
     return json.dumps(command[1:]).encode() + b"\n"
 
 
